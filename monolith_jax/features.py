@@ -1,0 +1,341 @@
+"""Examples, or requests, to named id lists and dense values. Training and serving import the same code.
+
+In: an Arrow record batch with the columns that the features name. Out: for each group of tables the ids of every example
+[B, P] with what is valid and, where a feature has weights, the weights; and the dense values [B, n]. Ids stay 64-bit; nothing
+is re-hashed into a smaller space. Every feature is declared once, as one of the `*FeatureConfig`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from monolith_jax.ids.strings import string_ids
+from monolith_jax.types import GroupIds
+
+Combiner = Literal["sum", "mean", "sqrtn", "first", "none"]
+
+MISSING_BUCKET = -1
+"""The id of a bucketised or time feature whose value is null: missing is a value of its own."""
+
+
+@dataclass(frozen=True)
+class IdFeatureConfig:
+    """The ids in a column: int64 or string, one an example or a list of them. Null: no id."""
+
+    name: str
+    """Name of the feature, unique."""
+    column: str
+    """Column of the example."""
+    table: str
+    """Table that the ids belong to. Several features may share one."""
+    max_length: int = 1
+    """Ids kept of a list: the first ones."""
+    combiner: Combiner = "sum"
+    """How the vectors of a list become one: sum, mean, sqrtn (sum over the root of the count), first; none keeps the list."""
+    weight_column: str = ""
+    """Column of weights beside the ids (a list of the same lengths); empty: all 1."""
+
+
+@dataclass(frozen=True)
+class CrossFeatureConfig:
+    """One id for each combination of the values of several columns (int64, string or bool)."""
+
+    name: str
+    """Name of the feature, unique."""
+    columns: tuple[str, ...]
+    """Columns that are crossed, each one value an example. A null is a value of its own."""
+    table: str
+    """Table that the ids belong to."""
+
+
+@dataclass(frozen=True)
+class BucketFeatureConfig:
+    """The bucket that a number falls into, as an id."""
+
+    name: str
+    """Name of the feature, unique."""
+    column: str
+    """Numeric column."""
+    boundaries: tuple[float, ...]
+    """Ascending; n of them make n + 1 buckets, a boundary belonging to the bucket above it."""
+    table: str
+    """Table that the ids belong to."""
+
+
+@dataclass(frozen=True)
+class TimeFeatureConfig:
+    """The hour of the day or the day of the week of the event, as an id (Monday is 0)."""
+
+    name: str
+    """Name of the feature, unique."""
+    unit: Literal["hour", "weekday"]
+    """Which of them."""
+    table: str
+    """Table that the ids belong to."""
+    utc_offset_h: float = 0.0
+    """Local time minus UTC, in hours."""
+
+
+@dataclass(frozen=True)
+class DenseFeatureConfig:
+    """A number, or a vector of them, scaled: (f(value) - mean) / std with f the identity or sign(x) log(1 + |x|). Null gives 0."""
+
+    name: str
+    """Name of the feature, unique."""
+    column: str
+    """Numeric or boolean column, or lists of `size` numbers."""
+    size: int = 1
+    """Numbers an example."""
+    scale: Literal["linear", "log"] = "linear"
+    """f above."""
+    mean: float = 0.0
+    """Subtracted after f."""
+    std: float = 1.0
+    """Divided by after f."""
+
+
+FeatureConfig = IdFeatureConfig | CrossFeatureConfig | BucketFeatureConfig | TimeFeatureConfig | DenseFeatureConfig
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the ids of a feature stand among the positions of its group."""
+
+    feature: str
+    table: str
+    start: int
+    length: int
+    combiner: Combiner
+    weighted: bool
+
+
+@dataclass(frozen=True)
+class FeatureLayout:
+    """Positions of all id features by group, and the order of the dense ones. Made by `feature_layout`."""
+
+    features: tuple[FeatureConfig, ...]
+    groups: tuple[tuple[Slot, ...], ...]
+    """Slots of each group, features of one id first, so that their vectors are neighbours."""
+    num_dense: int
+    """n, dense values of an example."""
+
+    def num_positions(self, group: int) -> int:
+        """P: id positions of an example in a group."""
+        return sum(slot.length for slot in self.groups[group])
+
+    def position_tables(self, group: int, names: Sequence[str]) -> list[int]:
+        """Returns the index in `names`, the tables of the group, of the table at each position."""
+        return [names.index(slot.table) for slot in self.groups[group] for _ in range(slot.length)]
+
+
+class Features(NamedTuple):
+    """The features of a batch."""
+
+    groups: tuple[GroupIds, ...]
+    weights: tuple[np.ndarray | None, ...]
+    """float32 [B, P] of each group, None where no feature of the group has weights."""
+    dense: np.ndarray
+    """float32 [B, n]"""
+
+
+def feature_layout(features: Sequence[FeatureConfig], groups: Sequence[Sequence[str]]) -> FeatureLayout:
+    """Lays out features.
+
+    Args:
+        features: Their declarations.
+        groups: Names of the tables of each group.
+
+    Raises:
+        ValueError: A name is used twice, a table is unknown or used by no feature, boundaries do not ascend.
+    """
+    names = [feature.name for feature in features]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"features need unique names; used more than once: {', '.join(twice)}")
+    known = [table for group in groups for table in group]
+    slots: list[list[Slot]] = [[] for _ in groups]
+    used = set()
+    for feature in features:
+        if isinstance(feature, DenseFeatureConfig):
+            continue
+        if feature.table not in known:
+            raise ValueError(f"feature {feature.name!r} names the table {feature.table!r}; tables there: {', '.join(known)}")
+        if isinstance(feature, BucketFeatureConfig) and list(feature.boundaries) != sorted(set(feature.boundaries)):
+            raise ValueError(f"feature {feature.name!r}: boundaries must ascend, got {feature.boundaries}")
+        used.add(feature.table)
+        group = next(index for index, tables in enumerate(groups) if feature.table in tables)
+        is_list = isinstance(feature, IdFeatureConfig)
+        slots[group].append(
+            Slot(
+                feature=feature.name,
+                table=feature.table,
+                start=0,
+                length=feature.max_length if is_list else 1,
+                combiner=feature.combiner if is_list else "sum",
+                weighted=is_list and feature.weight_column != "",
+            )
+        )
+    if unused := sorted(set(known) - used):
+        raise ValueError(f"tables without a feature: {', '.join(unused)}; remove them or add a feature")
+    placed = tuple(_placed(of_group) for of_group in slots)
+    num_dense = sum(feature.size for feature in features if isinstance(feature, DenseFeatureConfig))
+    return FeatureLayout(tuple(features), placed, num_dense)
+
+
+def _placed(slots: Sequence[Slot]) -> tuple[Slot, ...]:
+    ordered = sorted(slots, key=lambda slot: slot.length > 1 or slot.combiner == "none" or slot.weighted)
+    placed, start = [], 0
+    for slot in ordered:
+        placed.append(Slot(slot.feature, slot.table, start, slot.length, slot.combiner, slot.weighted))
+        start += slot.length
+    return tuple(placed)
+
+
+def featurize(examples: pa.RecordBatch, layout: FeatureLayout) -> Features:
+    """Returns the features of examples.
+
+    Raises:
+        ValueError: A column is missing or of a type that its feature cannot read.
+    """
+    by_name = {feature.name: feature for feature in layout.features}
+    groups, all_weights = [], []
+    for index, slots in enumerate(layout.groups):
+        shape = (examples.num_rows, layout.num_positions(index))
+        ids, valid = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
+        weights = np.ones(shape, np.float32) if any(slot.weighted for slot in slots) else None
+        for slot in slots:
+            feature = by_name[slot.feature]
+            where = slice(slot.start, slot.start + slot.length)
+            if isinstance(feature, IdFeatureConfig) and pa.types.is_list(_column(examples, feature.column, feature.name).type):
+                _fill_list(examples, feature, ids[:, where], valid[:, where], None if weights is None else weights[:, where])
+            else:
+                ids[:, slot.start], valid[:, slot.start] = _single(examples, feature)
+                if weights is not None and slot.weighted:
+                    weights[:, slot.start] = _numbers(examples, feature.weight_column, feature.name)[0]
+        groups.append(GroupIds(ids, valid))
+        all_weights.append(weights)
+    of_dense = [_dense(examples, feature) for feature in layout.features if isinstance(feature, DenseFeatureConfig)]
+    dense = np.concatenate(of_dense, axis=1, dtype=np.float32) if of_dense else np.zeros((examples.num_rows, 0), np.float32)
+    return Features(tuple(groups), tuple(all_weights), dense)
+
+
+def _column(examples: pa.RecordBatch, column: str, feature: str) -> pa.Array:
+    if column not in examples.schema.names:
+        raise ValueError(f"feature {feature!r} needs the column {column!r}; columns there: {', '.join(examples.schema.names)}")
+    return examples.column(column)
+
+
+def _numbers(examples: pa.RecordBatch, column: str, feature: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a column as float64, 0 where it is null, and a mask of what is not null."""
+    array = _column(examples, column, feature)
+    try:
+        values = pc.fill_null(pc.cast(array, pa.float64()), 0.0)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"feature {feature!r} needs numbers in column {column!r}, which is {array.type}: {error}") from None
+    valid = np.asarray(pc.is_valid(array).to_numpy(zero_copy_only=False))
+    return values.to_numpy(zero_copy_only=False), valid & ~np.isnan(values.to_numpy(zero_copy_only=False))
+
+
+def _values_as_ids(array: pa.Array, column: str, feature: str) -> np.ndarray:
+    """Returns the ids of a flat array, int64; what they are where it is null does not matter."""
+    if pa.types.is_dictionary(array.type):
+        array = array.cast(array.type.value_type)
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        return string_ids(array)
+    try:
+        if pa.types.is_uint64(array.type):
+            return pc.fill_null(array, 0).to_numpy(zero_copy_only=False).view(np.int64)
+        return pc.fill_null(pc.cast(array, pa.int64()), 0).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"feature {feature!r} needs int64 or string ids in {column!r}, which is {array.type}: {error}"
+        ) from None
+
+
+def _single(examples: pa.RecordBatch, feature: FeatureConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the one id of each example, int64 [B], and whether there is one."""
+    all_valid = np.ones(examples.num_rows, np.bool_)
+    match feature:
+        case IdFeatureConfig():
+            array = _column(examples, feature.column, feature.name)
+            ids = _values_as_ids(array, feature.column, feature.name)
+            return ids, np.asarray(pc.is_valid(array).to_numpy(zero_copy_only=False))
+        case CrossFeatureConfig():
+            return _crossed(examples, feature), all_valid
+        case BucketFeatureConfig():
+            values, valid = _numbers(examples, feature.column, feature.name)
+            bucket = np.searchsorted(np.asarray(feature.boundaries), values, side="right")
+            return np.where(valid, bucket, MISSING_BUCKET), all_valid
+        case TimeFeatureConfig():
+            times_ms, valid = _numbers(examples, "event_time_ms", feature.name)
+            hours = np.floor(times_ms / 3_600_000 + feature.utc_offset_h).astype(np.int64)
+            unit = hours % 24 if feature.unit == "hour" else (hours // 24 + 3) % 7  # 1970-01-01 was a Thursday.
+            return np.where(valid, unit, MISSING_BUCKET), all_valid
+        case DenseFeatureConfig():
+            raise AssertionError("dense features have no ids")
+
+
+def _crossed(examples: pa.RecordBatch, feature: CrossFeatureConfig) -> np.ndarray:
+    crossed = np.zeros(examples.num_rows, np.uint64)
+    for column in feature.columns:
+        array = _column(examples, column, feature.name)
+        ids = _values_as_ids(array, column, feature.name).view(np.uint64)
+        null = ~np.asarray(pc.is_valid(array).to_numpy(zero_copy_only=False))
+        # The order of columns matters, and a null differs from every value: both are mixed in.
+        crossed = _mixed(_mixed(crossed + np.uint64(0x9E3779B97F4A7C15)) ^ _mixed(ids + null.astype(np.uint64))) ^ null
+    return crossed.view(np.int64)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _fill_list(
+    examples: pa.RecordBatch, feature: IdFeatureConfig, ids: np.ndarray, valid: np.ndarray, weights: np.ndarray | None
+) -> None:
+    """Writes the first ids of each list into `ids`, `valid` and `weights` [B, max_length]; null items are left out."""
+    lists = _column(examples, feature.column, feature.name)
+    offsets = lists.offsets.to_numpy()
+    # A null list may cover values in the buffer: its length is 0 whatever its offsets say.
+    lengths = np.where(np.asarray(pc.is_valid(lists).to_numpy(zero_copy_only=False)), np.diff(offsets), 0)
+    index = offsets[:-1, None] + np.arange(ids.shape[1])
+    there = np.arange(ids.shape[1]) < lengths[:, None]
+    flat = _values_as_ids(lists.values, feature.column, feature.name)
+    not_null = np.asarray(pc.is_valid(lists.values).to_numpy(zero_copy_only=False))
+    where = index[there]
+    ids[there] = flat[where]
+    valid[there] = not_null[where]
+    if weights is None or not feature.weight_column:
+        return
+    beside = _column(examples, feature.weight_column, feature.name)
+    if not pa.types.is_list(beside.type) or not np.array_equal(np.diff(beside.offsets.to_numpy()), np.diff(offsets)):
+        raise ValueError(
+            f"feature {feature.name!r}: the lists of weights in {feature.weight_column!r} must be as long as those of ids in "
+            f"{feature.column!r}"
+        )
+    values = pc.fill_null(pc.cast(beside.values, pa.float32()), 0.0).to_numpy(zero_copy_only=False)
+    weights[there] = values[where - offsets[0] + beside.offsets.to_numpy()[0]]
+
+
+def _dense(examples: pa.RecordBatch, feature: DenseFeatureConfig) -> np.ndarray:
+    """Returns the scaled values, float64 [B, size]."""
+    array = _column(examples, feature.column, feature.name)
+    if pa.types.is_list(array.type):
+        flat = array.flatten()
+        if len(flat) != examples.num_rows * feature.size:
+            raise ValueError(
+                f"feature {feature.name!r}: DenseFeatureConfig.size is {feature.size}, so column {feature.column!r} must hold "
+                f"{examples.num_rows * feature.size:,} numbers in {examples.num_rows:,} lists; it holds {len(flat):,}"
+            )
+        examples = pa.RecordBatch.from_arrays([flat], names=[feature.column])
+    values, valid = _numbers(examples, feature.column, feature.name)
+    if feature.scale == "log":
+        values = np.sign(values) * np.log1p(np.abs(values))
+    return np.where(valid, (values - feature.mean) / feature.std, 0.0).reshape(-1, feature.size)

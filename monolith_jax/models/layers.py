@@ -1,0 +1,109 @@
+"""The pieces that models are made of.
+
+In: vectors of the id positions of a batch [B, P, D] and dense values [B, n]. Out: fields (one vector a feature), and modules
+over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from monolith_jax.features import Slot
+
+ComputeDtype = Literal["float32", "bfloat16"]
+
+
+class ModelInputs(NamedTuple):
+    """What a model sees of a batch."""
+
+    fields: tuple[jax.Array, ...]
+    """Of each group of tables float32 [B, F, D]: one vector a feature (N for a list that is kept)."""
+    dense: jax.Array
+    """float32 [B, n]"""
+
+
+class InputShapes(NamedTuple):
+    """The shapes of `ModelInputs` without the batch."""
+
+    fields: tuple[tuple[int, int], ...]
+    num_dense: int
+
+    @property
+    def flat(self) -> int:
+        """Floats of an example."""
+        return sum(number * dim for number, dim in self.fields) + self.num_dense
+
+
+def num_fields(slots: Sequence[Slot]) -> int:
+    """Returns F, the vectors that `combine` makes of a group's slots."""
+    return sum(slot.length if slot.combiner == "none" else 1 for slot in slots)
+
+
+def combine(slots: Sequence[Slot], vectors: jax.Array, valid: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Combines the vectors of lists.
+
+    Args:
+        slots: The group's slots, those of one unweighted id first.
+        vectors: float32 [B, P, D], zeros where there is no id.
+        valid: bool [B, P].
+        weights: float32 [B, P], or None.
+
+    Returns:
+        float32 [B, F, D].
+    """
+    singles = sum(1 for slot in slots if slot.length == 1 and not slot.weighted)
+    fields = [vectors[:, :singles]]
+    for slot in slots[singles:]:
+        where = slice(slot.start, slot.start + slot.length)
+        of_list = vectors[:, where]
+        if slot.weighted and weights is not None:
+            of_list = of_list * weights[:, where, None]
+        fields.append(_combined(slot, of_list, valid[:, where].astype(jnp.float32).sum(1)[:, None, None]))
+    return jnp.concatenate(fields, axis=1) if len(fields) > 1 else fields[0]
+
+
+def _combined(slot: Slot, of_list: jax.Array, count: jax.Array) -> jax.Array:
+    match slot.combiner:
+        case "none":
+            return of_list
+        case "first":
+            return of_list[:, :1]
+        case "sum":
+            return of_list.sum(1, keepdims=True)
+        case "mean":
+            return of_list.sum(1, keepdims=True) / jnp.maximum(count, 1.0)
+        case "sqrtn":
+            return of_list.sum(1, keepdims=True) / jnp.sqrt(jnp.maximum(count, 1.0))
+
+
+def flat(inputs: ModelInputs) -> jax.Array:
+    """Returns all that is known of an example side by side, [B, flat]."""
+    fields = [field.reshape(field.shape[0], -1) for field in inputs.fields]
+    return jnp.concatenate([*fields, inputs.dense], axis=1)
+
+
+class Mlp(nnx.Module):
+    """Dense layers with relu between them; weights are float32, products in the compute dtype."""
+
+    def __init__(self, sizes: Sequence[int], activate_last: bool, dtype: ComputeDtype, rngs: nnx.Rngs) -> None:
+        """Makes the layers from sizes[0] inputs to sizes[-1] outputs."""
+        self.layers = nnx.List(
+            [
+                nnx.Linear(inputs, outputs, dtype=jnp.dtype(dtype), param_dtype=jnp.float32, rngs=rngs)
+                for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True)
+            ]
+        )
+        self.activate_last = activate_last
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., sizes[0]] to [..., sizes[-1]], in the compute dtype."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x)
+            if self.activate_last or index + 1 < len(self.layers):
+                x = nnx.relu(x)
+        return x

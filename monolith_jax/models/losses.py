@@ -1,0 +1,54 @@
+"""Logits to scores and to one loss over all heads.
+
+In: logits [B, T], labels and masks [B, T]. Out: scores (probabilities, or the expected play ratio) and a scalar loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """One thing that the model predicts."""
+
+    label: str
+    """What: a key of `stream.events.DERIVED_LABELS` (complete, skip, play_ratio, ...) or a column (like, share, ...)."""
+    kind: Literal["binary", "regression"] = "binary"
+    """binary: probability, by cross-entropy. regression: expected value of a label >= 0, by squared error. Play time is
+    predicted as `play_ratio`: expected ratio times duration is an unbiased play time, and long videos do not rule the loss."""
+    loss_weight: float = 1.0
+    """Weight in the sum over the heads."""
+
+
+def scores(logits: jax.Array, heads: Sequence[HeadConfig]) -> jax.Array:
+    """Returns predictions, float32 [B, T]: sigmoid for binary heads, softplus for regression."""
+    binary = jnp.asarray([head.kind == "binary" for head in heads])
+    return jnp.where(binary, jax.nn.sigmoid(logits), jax.nn.softplus(logits))
+
+
+def multi_task_loss(logits: jax.Array, labels: jax.Array, masks: jax.Array, heads: Sequence[HeadConfig]) -> jax.Array:
+    """Returns the sum over heads of weight times mean loss, a float32 scalar.
+
+    The mean is over the whole batch, undefined labels and padding counting 0, so that an example weighs the same in every batch.
+
+    Args:
+        logits: float32 [B, T].
+        labels: float32 [B, T].
+        masks: float32 [B, T], the example's weight where the label is defined, 0 elsewhere.
+        heads: T heads.
+    """
+    losses = []
+    for task, head in enumerate(heads):
+        if head.kind == "binary":
+            of_head = optax.sigmoid_binary_cross_entropy(logits[:, task], labels[:, task])
+        else:
+            of_head = jnp.square(jax.nn.softplus(logits[:, task]) - labels[:, task])
+        losses.append(head.loss_weight * jnp.mean(of_head * masks[:, task]))
+    return jnp.stack(losses).sum()

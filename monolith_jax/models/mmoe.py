@@ -1,0 +1,52 @@
+"""MMoE (Ma et al., KDD 2018): experts shared by all tasks, and for each task a gate over them and a tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from monolith_jax.models.layers import ComputeDtype, InputShapes, Mlp, ModelInputs, flat
+
+
+@dataclass(frozen=True)
+class MMoEConfig:
+    """The sizes of an MMoE."""
+
+    num_experts: int = 4
+    """E"""
+    expert_hidden: tuple[int, ...] = (128, 64)
+    """Units of an expert's layers."""
+    tower_hidden: tuple[int, ...] = (32,)
+    """Units of a task's tower below its logit."""
+    trunk_hidden: tuple[int, ...] = ()
+    """Units of layers below experts and gates, shared by all; none by default."""
+    compute_dtype: ComputeDtype = "float32"
+    """Type of the matrix products; weights, gates, sums and the loss stay float32."""
+
+
+class MMoE(nnx.Module):
+    """Logits of T tasks: tower_t(sum over e of softmax(gate_t(x))_e expert_e(x))."""
+
+    def __init__(self, config: MMoEConfig, shapes: InputShapes, num_tasks: int, rngs: nnx.Rngs) -> None:
+        """Makes experts, gates and towers."""
+        dtype = config.compute_dtype
+        size = config.trunk_hidden[-1] if config.trunk_hidden else shapes.flat
+        self.trunk = Mlp((shapes.flat, *config.trunk_hidden), True, dtype, rngs)
+        self.experts = nnx.List([Mlp((size, *config.expert_hidden), True, dtype, rngs) for _ in range(config.num_experts)])
+        self.gates = nnx.Linear(size, num_tasks * config.num_experts, rngs=rngs)
+        self.towers = nnx.List(
+            [Mlp((config.expert_hidden[-1], *config.tower_hidden, 1), False, dtype, rngs) for _ in range(num_tasks)]
+        )
+
+    def __call__(self, inputs: ModelInputs) -> jax.Array:
+        """Returns logits, float32 [B, T]."""
+        x_BI = self.trunk(flat(inputs))
+        experts_BED = jnp.stack([expert(x_BI) for expert in self.experts], axis=1)
+        gates_BTE = self.gates(x_BI.astype(jnp.float32)).reshape(x_BI.shape[0], len(self.towers), len(self.experts))
+        gates_BTE = jax.nn.softmax(gates_BTE).astype(experts_BED.dtype)
+        mixed_BTD = jnp.einsum("bte,bed->btd", gates_BTE, experts_BED)
+        logits = [tower(mixed_BTD[:, task]) for task, tower in enumerate(self.towers)]
+        return jnp.concatenate(logits, axis=1).astype(jnp.float32)

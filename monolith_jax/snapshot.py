@@ -1,0 +1,208 @@
+"""All state of a run, atomically (the only file that imports orbax).
+
+In: the device's state after a step, and the host's state as it was frozen right after that step's plan. Out: one Orbax
+checkpoint a snapshot, written in the background; it is there whole or not at all. It holds the tables, id maps, dense weights,
+optimizers, the position in the stream, histories, counters, metric accumulators, dead-letter counts and the lengths of the
+run's files, so that a run that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class SnapshotConfig:
+    """When state is saved."""
+
+    period_steps: int = 1000
+    """Steps between snapshots; 0: only at the end of the run, on SIGTERM and at errors of the input."""
+    keep: int = 2
+    """Snapshots kept; older ones are deleted."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a snapshot held."""
+
+    step: int
+    state: Any
+    """The device's state, in the form and place of the example that was given."""
+    host: dict[str, Any]
+    """The planner's state."""
+    extras: dict[str, Any]
+    """Whatever else was saved with it."""
+
+
+class Snapshots:
+    """The snapshots of a run."""
+
+    def __init__(self, config: SnapshotConfig, folder: Path) -> None:
+        """Opens the folder, which is made if need be. Leftovers of interrupted saves are removed."""
+        self._folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def latest(self) -> int | None:
+        """Returns the step of the newest snapshot, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(
+        self, step: int, state: Any, host: Mapping[str, Any], extras: Mapping[str, Any], identity: Mapping[str, Any]
+    ) -> None:
+        """Saves in the background; waits for an earlier save to end first.
+
+        Args:
+            step: Steps done.
+            state: Tree of device arrays.
+            host: The planner's state.
+            extras: Further state: `arrays` (a flat mapping of numpy arrays), the rest JSON-able.
+            identity: The configs that the state belongs to, JSON-able.
+        """
+        meta = {
+            "identity": dict(identity),
+            "host": {name: value for name, value in host.items() if name not in ("maps", "memories")},
+            "extras": {name: value for name, value in extras.items() if name != "arrays"},
+        }
+        arrays = {f"extras/{name}": value for name, value in extras["arrays"].items()}
+        for index, memory in enumerate(host["memories"]):
+            arrays |= {f"memories/{index}/{name}": value for name, value in memory.items()}
+        maps = {str(index): of_group for index, of_group in enumerate(host["maps"])}
+        args = ocp.args.Composite(
+            state=_save_tree(state),
+            maps=_save_tree(maps),
+            arrays=_save_tree({"npz": _npz(arrays)}),
+            meta=ocp.args.JsonSave(meta),
+        )
+        self._manager.save(step, args=args)
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """Returns what a snapshot says of itself: `identity`, `host` and `extras` without their arrays."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, like: Any, identity: Mapping[str, Any]) -> Restored:
+        """Returns a snapshot.
+
+        Args:
+            step: Which one.
+            like: Tree of arrays (or of shapes with shardings) of the state's form.
+            identity: The configs of this run.
+
+        Raises:
+            ValueError: The snapshot belongs to other configs; the message names the differences.
+        """
+        meta = self.read_meta(step)
+        if differing := differences(meta["identity"], dict(identity)):
+            raise ValueError(
+                f"the snapshot of step {step} in {self._folder} is of another config:\n  "
+                + "\n  ".join(differing)
+                + "\nUse another --workdir, or start a new run from this one with TrainConfig.warm_start."
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)),
+            maps=ocp.args.PyTreeRestore(),
+            arrays=ocp.args.PyTreeRestore(),
+        )
+        restored = self._manager.restore(step, args=args)
+        host, extras = self._unpack(meta, restored["maps"], restored["arrays"])
+        return Restored(step, restored["state"], host, extras)
+
+    def restore_plain(self, step: int) -> Restored:
+        """Returns a snapshot as numpy arrays in plain dicts and lists, whatever its config was."""
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(restore_args=self._numpy_args(step)),
+            maps=ocp.args.PyTreeRestore(),
+            arrays=ocp.args.PyTreeRestore(),
+        )
+        restored = self._manager.restore(step, args=args)
+        host, extras = self._unpack(self.read_meta(step), restored["maps"], restored["arrays"])
+        return Restored(step, restored["state"], host, extras)
+
+    def _numpy_args(self, step: int) -> Any:
+        tree = self._manager.item_metadata(step)["state"].tree
+        return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+
+    def _unpack(self, meta: dict[str, Any], maps: Any, packed: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        with np.load(io.BytesIO(np.asarray(packed["npz"]).tobytes())) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        memories: dict[int, dict[str, np.ndarray]] = {}
+        for name, value in arrays.items():
+            if name.startswith("memories/"):
+                _, index, rest = name.split("/", 2)
+                memories.setdefault(int(index), {})[rest] = value
+        host = dict(meta["host"])
+        host["memories"] = [memories[index] for index in sorted(memories)]
+        host["maps"] = [{name: np.asarray(value) for name, value in maps[key].items()} for key in sorted(maps, key=int)]
+        extras = dict(meta["extras"])
+        extras["arrays"] = {name.split("/", 1)[1]: value for name, value in arrays.items() if name.startswith("extras/")}
+        return host, extras
+
+    def wait(self) -> None:
+        """Waits until the snapshot being written is committed.
+
+        Raises:
+            Exception: Whatever the background write met (a full disk, say).
+        """
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the background write, then releases the folder."""
+        self._manager.close()
+
+
+def _save_tree(tree: Any) -> ocp.args.PyTreeSave:
+    args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    return ocp.args.PyTreeSave(tree, save_args=args)
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # pyright: ignore
+    return np.frombuffer(buffer.getvalue(), np.uint8).copy()
+
+
+def differences(saved: Any, ours: Any, name: str = "") -> list[str]:
+    """Returns a line for each leaf in which two JSON-able trees differ."""
+    saved, ours = json.loads(json.dumps(saved)), json.loads(json.dumps(ours))
+    if isinstance(saved, dict) and isinstance(ours, dict):
+        lines = []
+        for key in [*saved, *(key for key in ours if key not in saved)]:
+            lines += differences(saved.get(key), ours.get(key), f"{name}.{key}" if name else key)
+        return lines
+    if isinstance(saved, list) and isinstance(ours, list) and len(saved) == len(ours):
+        return [
+            line for index, pair in enumerate(zip(saved, ours, strict=True)) for line in differences(*pair, f"{name}[{index}]")
+        ]
+    return [] if saved == ours else [f"{name}: {_short(saved)} in the snapshot, {_short(ours)} here"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def find(folder: Path) -> Path:
+    """Returns the snapshots folder of a run folder, or the folder itself if it is one.
+
+    Raises:
+        ValueError: There is no snapshot; the message names the nearest folder that exists.
+    """
+    for candidate in (folder / "snapshots", folder):
+        if candidate.is_dir() and any(child.name.isdigit() for child in candidate.iterdir()):
+            return candidate
+    parent = folder.parent
+    near = difflib.get_close_matches(folder.name, [child.name for child in parent.iterdir()], 1) if parent.is_dir() else []
+    raise ValueError(f"no snapshot in {folder}" + (f"; did you mean {parent / near[0]}?" if near else ""))

@@ -1,0 +1,115 @@
+"""Tables, and the groups in which the device keeps them.
+
+In: `TableConfig`s. Out: groups (tables of equal dim and optimizer share one array `[L, R, W]`, W = weights and optimizer slots
+side by side: one gather and one scatter a step), their arrays, and first values of rows that depend on (seed, table, id) only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from monolith_jax.ids.cuckoo import MapLayout, text_seed
+from monolith_jax.mesh import ROWS, sharding
+from monolith_jax.tables.update import OptimizerConfig, RowLayout, row_layout
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """A name space of ids with vectors of one length."""
+
+    name: str
+    """Name, unique; features refer to it."""
+    max_rows: int
+    """Distinct ids the table can hold. Memory is taken for all of them at the start; ids beyond are refused and counted."""
+    dim: int = 16
+    """D, floats of a vector."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How rows learn; its state lies beside the vector."""
+    init_scale: float = 0.05
+    """New vectors are uniform in [-init_scale, init_scale)."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tables that share one device array."""
+
+    tables: tuple[TableConfig, ...]
+    maps: MapLayout
+    rows: RowLayout
+
+    @property
+    def dim(self) -> int:
+        """D of all tables of the group."""
+        return self.tables[0].dim
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[L, R, W]"""
+        return self.maps.num_shards, self.maps.rows_per_shard, self.rows.width
+
+
+def make_groups(tables: Sequence[TableConfig], num_shards: int) -> tuple[Group, ...]:
+    """Puts tables of equal dim and optimizer into groups, in order of first appearance.
+
+    Raises:
+        ValueError: A name is used twice, a dim is below 1, or the optimizer cannot work per row.
+    """
+    names = [table.name for table in tables]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"tables need unique names; used more than once: {', '.join(twice)}")
+    members: dict[tuple[int, OptimizerConfig], list[TableConfig]] = {}
+    for table in tables:
+        if table.dim < 1:
+            raise ValueError(f"TableConfig.dim of table {table.name!r} must be at least 1, got {table.dim}")
+        members.setdefault((table.dim, table.optimizer), []).append(table)
+    groups = []
+    for (dim, optimizer), of_group in members.items():
+        layout = MapLayout(tuple(table.name for table in of_group), tuple(table.max_rows for table in of_group), num_shards)
+        groups.append(Group(tuple(of_group), layout, row_layout(optimizer, dim)))
+    return tuple(groups)
+
+
+def empty_array(group: Group, mesh: Mesh) -> jax.Array:
+    """Returns the group's array on the mesh, all zeros: rows get their first value when an id takes them."""
+    make = jax.jit(lambda: jnp.zeros(group.shape, jnp.float32), out_shardings=sharding(mesh, ROWS))
+    return make()
+
+
+def table_seeds(group: Group, seed: int) -> np.ndarray:
+    """Returns uint32 [T, 2], from which and an id the first value of a row is made."""
+    seeds = [text_seed(table.name, seed + 1) for table in group.tables]
+    return np.array(seeds, np.uint64).view(np.uint32).reshape(-1, 2)
+
+
+def first_vectors(group: Group, seed: int, ids: jax.Array, tables: jax.Array) -> jax.Array:
+    """Returns the first vectors of rows, float32 [V, D], uniform in [-init_scale, init_scale).
+
+    A hash of (seed, table, id, position), so the same on every backend and whatever the order in which ids came.
+
+    Args:
+        group: The group of the rows.
+        seed: Seed of the run.
+        ids: uint32 [V, 2], low and high halves.
+        tables: int32 [V], index of each id's table in the group.
+    """
+    seeds = jnp.asarray(table_seeds(group, seed))[tables]
+    state = _mixed(_mixed(ids[:, 0] ^ seeds[:, 0]) ^ ids[:, 1])
+    state = _mixed(state ^ seeds[:, 1])
+    positions = jnp.arange(group.dim, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    bits = _mixed(_mixed(state[:, None] + positions[None, :]))
+    unit = (bits >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2.0**-24)
+    scales = jnp.asarray([table.init_scale for table in group.tables], jnp.float32)[tables]
+    return (unit * 2 - 1) * scales[:, None]
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """The 32-bit finaliser of murmur3, a bijection."""
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> jnp.uint32(16))

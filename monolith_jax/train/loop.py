@@ -1,0 +1,108 @@
+"""The loop: planned steps to a trained state.
+
+In: a state, a planner and a compiled step. Out: the state after the last step. At most two steps are in flight: the metrics
+of step t - 2 are waited for before step t is dispatched. A snapshot is saved only when all losses up to its step are numbers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from monolith_jax.planner import Observed, Planned, Planner
+from monolith_jax.train.log import RunLog
+from monolith_jax.train.state import Inputs, TrainState
+from monolith_jax.train.step import Metrics
+
+IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run trains."""
+
+    batch_size: int = 512
+    """B, examples a step over all devices."""
+    steps: int = 0
+    """Steps after which the run ends, those before a restart counted in; 0: at the end of the stream."""
+    seed: int = 0
+    """Seed of the first weights and of the first values of rows."""
+    warm_start: str = ""
+    """Run folder (or snapshots folder) whose tables and matching weights a new run starts from."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Whether TensorBoard files are written too (extra `tensorboard`)."""
+
+
+def run(
+    state: TrainState,
+    planner: Planner,
+    train_step: Callable[[TrainState, Inputs], tuple[TrainState, Metrics]],
+    log: RunLog,
+    save: Callable[[TrainState, dict[str, Any]], None],
+) -> TrainState:
+    """Trains until the planner ends.
+
+    Args:
+        state: State to start from; used up.
+        planner: Yields steps.
+        train_step: From `make_train_step`.
+        log: Gets the metrics of every step, in order.
+        save: Saves a state together with the host state that was frozen after the same step.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        FloatingPointError: A loss was not finite. Nothing was saved since.
+        ValueError: The input cannot be read on. The state up to there was saved.
+    """
+    in_flight: deque[tuple[Planned, Metrics]] = deque()
+    with jax.transfer_guard("disallow"):
+        try:
+            for planned in planner:
+                _drain(in_flight, IN_FLIGHT - 1, log)
+                state, metrics = train_step(state, planned.inputs)
+                in_flight.append((planned, metrics))
+                if planned.frozen is not None:
+                    _drain(in_flight, 0, log)
+                    save(state, planned.frozen)
+        finally:
+            # Also after an error of the input: the steps before it are good and worth keeping.
+            _drain(in_flight, 0, log)
+            if planner.frozen_at_end:
+                save(state, planner.frozen_at_end)
+    return state
+
+
+def _drain(in_flight: deque[tuple[Planned, Metrics]], keep: int, log: RunLog) -> None:
+    while len(in_flight) > keep:
+        planned, metrics = in_flight.popleft()
+        loss, scores = jax.device_get((metrics.loss, metrics.scores))
+        log.step(planned, float(loss), scores)
+
+
+def predict(
+    state: TrainState,
+    planner: Planner,
+    predict_step: Callable[[TrainState, Inputs], jax.Array],
+    observe: Callable[[Observed, np.ndarray], Any],
+) -> None:
+    """Scores all that the planner yields with a state that stays as it is."""
+    in_flight: deque[tuple[Planned, jax.Array]] = deque()
+
+    def drain(keep: int) -> None:
+        while len(in_flight) > keep:
+            planned, scores = in_flight.popleft()
+            observe(planned.observed, jax.device_get(scores))
+
+    for planned in planner:
+        drain(IN_FLIGHT - 1)
+        in_flight.append((planned, predict_step(state, planned.inputs)))
+    drain(0)

@@ -1,0 +1,129 @@
+"""The state of a model on the mesh, and the parts that make it.
+
+In: configs of tables, features, heads and model. Out: `Model` (everything static: graph, groups, layout, optimizer), the first
+`TrainState`, and the shardings of both state and inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from monolith_jax.features import FeatureConfig, FeatureLayout, feature_layout
+from monolith_jax.mesh import BATCH, REPLICATED, ROWS, sharding
+from monolith_jax.models.deepfm import DeepFM, DeepFMConfig
+from monolith_jax.models.layers import InputShapes, num_fields
+from monolith_jax.models.losses import HeadConfig
+from monolith_jax.models.mmoe import MMoE, MMoEConfig
+from monolith_jax.tables.table import Group, TableConfig, empty_array, make_groups
+from monolith_jax.tables.update import OptimizerConfig, make_optimizer
+from monolith_jax.types import GroupPlan
+
+ModelConfig = DeepFMConfig | MMoEConfig
+
+
+class TrainState(NamedTuple):
+    """All that a step changes on the device."""
+
+    step: jax.Array
+    """int32 scalar, steps done."""
+    weights: Any
+    """Dense weights of the model, replicated."""
+    optimizer: Any
+    """State of their optimizer, replicated."""
+    groups: tuple[jax.Array, ...]
+    """Of each group of tables float32 [L, R, W], split over all devices."""
+
+
+class Inputs(NamedTuple):
+    """What the device gets for one step, beside nothing else."""
+
+    plans: tuple[GroupPlan, ...]
+    weights: tuple[jax.Array | np.ndarray | None, ...]
+    """Weights of list items, float32 [B, P] of each group that has some."""
+    dense: jax.Array | np.ndarray
+    """float32 [B, n]"""
+    labels: jax.Array | np.ndarray
+    """float32 [B, T]"""
+    masks: jax.Array | np.ndarray
+    """float32 [B, T], the example's weight where a label is defined."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The static half of a model: what is compiled, not what is learned."""
+
+    graph: nnx.GraphDef
+    groups: tuple[Group, ...]
+    layout: FeatureLayout
+    heads: tuple[HeadConfig, ...]
+    optimizer: OptimizerConfig
+    seed: int
+    mesh: Mesh
+
+    @property
+    def transformation(self) -> optax.GradientTransformation:
+        """The optimizer of the dense weights, with learning rate 1."""
+        return make_optimizer(self.optimizer)
+
+
+def make_model(
+    config: ModelConfig,
+    tables: Sequence[TableConfig],
+    features: Sequence[FeatureConfig],
+    heads: Sequence[HeadConfig],
+    optimizer: OptimizerConfig,
+    seed: int,
+    num_shards: int,
+    mesh: Mesh,
+) -> tuple[Model, Any]:
+    """Returns a model and its first dense weights.
+
+    Raises:
+        ValueError: The configs do not fit together.
+    """
+    if not heads:
+        raise ValueError("Experiment.heads is empty: name at least one HeadConfig, the model has to predict something")
+    groups = make_groups(tables, num_shards)
+    layout = feature_layout(features, [group.maps.names for group in groups])
+    fields = tuple((num_fields(slots), group.dim) for slots, group in zip(layout.groups, groups, strict=True))
+    shapes = InputShapes(fields, layout.num_dense)
+    rngs = nnx.Rngs(seed)
+    match config:
+        case DeepFMConfig():
+            module = DeepFM(config, shapes, len(heads), rngs)
+        case MMoEConfig():
+            module = MMoE(config, shapes, len(heads), rngs)
+    graph, weights = nnx.split(module, nnx.Param)
+    return Model(graph, groups, layout, tuple(heads), optimizer, seed, mesh), nnx.to_pure_dict(weights)
+
+
+def first_state(model: Model, weights: Any) -> TrainState:
+    """Returns the state before the first step: these dense weights, and empty tables."""
+    replicated = sharding(model.mesh, REPLICATED)
+    weights = jax.device_put(weights, replicated)
+    optimizer = jax.jit(model.transformation.init, out_shardings=replicated)(weights)
+    step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
+    return TrainState(step, weights, optimizer, tuple(empty_array(group, model.mesh) for group in model.groups))
+
+
+def state_shardings(model: Model) -> TrainState:
+    """Returns where each part of the state lives, as a prefix tree."""
+    replicated = sharding(model.mesh, REPLICATED)
+    return TrainState(replicated, replicated, replicated, tuple(sharding(model.mesh, ROWS) for _ in model.groups))  # pyright: ignore
+
+
+def input_shardings(model: Model, inputs: Inputs) -> Inputs:
+    """Returns where each part of the inputs goes, as a tree of the same form."""
+    rows, batch = sharding(model.mesh, ROWS), sharding(model.mesh, BATCH)
+    plan = GroupPlan(rows, rows, batch, rows, rows, rows)  # pyright: ignore
+    weights = tuple(None if array is None else batch for array in inputs.weights)
+    return Inputs(tuple(plan for _ in inputs.plans), weights, batch, batch, batch)  # pyright: ignore

@@ -1,0 +1,100 @@
+"""The seams between the stages, and the axis letters of device code.
+
+Words (one meaning each): an *event* is an impression or an action; an *example* is an impression with all that followed it;
+an *id* is a raw 64-bit identity in the name space of one table; a *row* is the position that an id owns in a table; a
+*vector* is the floats at a row; a *plan* tells the device for one step which rows to gather and where they go.
+
+Axis letters: B batch, F features, N list, P id positions of an example, D dim, R rows of a shard, W row width, L shards,
+S devices, V touched rows of a device, T tasks, E experts, K candidates. `x_BD` has shape [B, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+Position = Mapping[str, Any]
+"""Where reading goes on: a small JSON-able mapping of a source's own making. `{}` is the start of the stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """One input row that was set aside."""
+
+    where: str
+    """Where it stood, as a person would look it up: `file.csv:1234` (1-based line), `ratings.parquet#77` (0-based row)."""
+    reason: str
+    """A short, countable class of fault: `negative duration`, `time went backwards`, `duplicate`, ..."""
+    raw: str
+    """The row as it was read, shortened to 500 characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Neighbouring rows of a stream, checked: the good ones as examples, the others with their reason."""
+
+    examples: pa.RecordBatch
+    rejected: tuple[Rejected, ...]
+    position: Position
+    """Where reading goes on after this chunk. `read(position)` yields the same chunks that would have followed."""
+    epoch: int = 0
+    """Which pass over the data this is. Time starts again with each."""
+
+
+class Source(Protocol):
+    """Examples in stream order, readable from any position that it has handed out.
+
+    A source holds no moving state: two reads from one position yield equal chunks. Chunks have at most a few thousand rows,
+    so that memory stays constant however long the stream is.
+    """
+
+    def read(self, position: Position) -> Iterator[Chunk]:
+        """Yields chunks from `position` to the end of the stream.
+
+        Raises:
+            ValueError: The input cannot be read at all (missing file or column, truncated archive).
+        """
+        ...
+
+    @property
+    def num_examples(self) -> int | None:
+        """Examples from start to end where that is cheap to know, else None."""
+        ...
+
+
+class GroupPlan(NamedTuple):
+    """What the device is told about the rows of one group for one step. All int32 but `fresh_ids`; shapes are padded."""
+
+    touched: np.ndarray
+    """[S, V] rows in each device's part of the group, distinct; padding counts up from the part's end."""
+    sent: np.ndarray
+    """[S owners, S slices, U] which of the touched rows an owner sends to a slice of the batch; padding is V."""
+    positions: np.ndarray
+    """[B, P] index into what the slice receives (owner * U + u); S U: a refused id; S U + 1: an empty position."""
+    fresh_rows: np.ndarray
+    """[S, F] rows in each device's part that start afresh in this step, padded like `touched`."""
+    fresh_ids: np.ndarray
+    """uint32 [S, F, 2] low and high half of the ids of the fresh rows."""
+    fresh_tables: np.ndarray
+    """[S, F] index of the table of each fresh row in its group."""
+
+
+class Plan(NamedTuple):
+    """What the host tells the device for one step."""
+
+    groups: tuple[GroupPlan, ...]
+    stats: dict[str, float]
+    """Counts of this step: occurrences, unique, fresh, refused, padding, load."""
+
+
+class GroupIds(NamedTuple):
+    """The ids of a batch that look up one group of tables."""
+
+    ids: np.ndarray
+    """int64 [B, P]"""
+    valid: np.ndarray
+    """bool [B, P], whether the position holds an id."""
