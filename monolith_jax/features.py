@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from monolith_jax.ids.strings import string_ids
+from monolith_jax.stream.events import valid_mask
 from monolith_jax.types import GroupIds
 
 Combiner = Literal["sum", "mean", "sqrtn", "first", "none"]
@@ -84,7 +85,7 @@ class TimeFeatureConfig:
 
 @dataclass(frozen=True)
 class DenseFeatureConfig:
-    """A number, or a vector of them, scaled: (f(value) - mean) / std with f the identity or sign(x) log(1 + |x|). Null gives 0."""
+    """A number or a vector, scaled: (f(value) - mean) / std with f the identity or sign(x) log(1 + |x|). Null gives 0."""
 
     name: str
     """Name of the feature, unique."""
@@ -215,7 +216,7 @@ def featurize(examples: pa.RecordBatch, layout: FeatureLayout) -> Features:
                 _fill_list(examples, feature, ids[:, where], valid[:, where], None if weights is None else weights[:, where])
             else:
                 ids[:, slot.start], valid[:, slot.start] = _single(examples, feature)
-                if weights is not None and slot.weighted:
+                if weights is not None and slot.weighted and isinstance(feature, IdFeatureConfig):
                     weights[:, slot.start] = _numbers(examples, feature.weight_column, feature.name)[0]
         groups.append(GroupIds(ids, valid))
         all_weights.append(weights)
@@ -237,7 +238,7 @@ def _numbers(examples: pa.RecordBatch, column: str, feature: str) -> tuple[np.nd
         values = pc.fill_null(pc.cast(array, pa.float64()), 0.0)
     except pa.ArrowInvalid as error:
         raise ValueError(f"feature {feature!r} needs numbers in column {column!r}, which is {array.type}: {error}") from None
-    valid = np.asarray(pc.is_valid(array).to_numpy(zero_copy_only=False))
+    valid = valid_mask(array)
     return values.to_numpy(zero_copy_only=False), valid & ~np.isnan(values.to_numpy(zero_copy_only=False))
 
 
@@ -264,7 +265,7 @@ def _single(examples: pa.RecordBatch, feature: FeatureConfig) -> tuple[np.ndarra
         case IdFeatureConfig():
             array = _column(examples, feature.column, feature.name)
             ids = _values_as_ids(array, feature.column, feature.name)
-            return ids, np.asarray(pc.is_valid(array).to_numpy(zero_copy_only=False))
+            return ids, valid_mask(array)
         case CrossFeatureConfig():
             return _crossed(examples, feature), all_valid
         case BucketFeatureConfig():
@@ -285,7 +286,7 @@ def _crossed(examples: pa.RecordBatch, feature: CrossFeatureConfig) -> np.ndarra
     for column in feature.columns:
         array = _column(examples, column, feature.name)
         ids = _values_as_ids(array, column, feature.name).view(np.uint64)
-        null = ~np.asarray(pc.is_valid(array).to_numpy(zero_copy_only=False))
+        null = ~valid_mask(array)
         # The order of columns matters, and a null differs from every value: both are mixed in.
         crossed = _mixed(_mixed(crossed + np.uint64(0x9E3779B97F4A7C15)) ^ _mixed(ids + null.astype(np.uint64))) ^ null
     return crossed.view(np.int64)
@@ -304,11 +305,11 @@ def _fill_list(
     lists = _column(examples, feature.column, feature.name)
     offsets = lists.offsets.to_numpy()
     # A null list may cover values in the buffer: its length is 0 whatever its offsets say.
-    lengths = np.where(np.asarray(pc.is_valid(lists).to_numpy(zero_copy_only=False)), np.diff(offsets), 0)
+    lengths = np.where(valid_mask(lists), np.diff(offsets), 0)
     index = offsets[:-1, None] + np.arange(ids.shape[1])
     there = np.arange(ids.shape[1]) < lengths[:, None]
     flat = _values_as_ids(lists.values, feature.column, feature.name)
-    not_null = np.asarray(pc.is_valid(lists.values).to_numpy(zero_copy_only=False))
+    not_null = valid_mask(lists.values)
     where = index[there]
     ids[there] = flat[where]
     valid[there] = not_null[where]

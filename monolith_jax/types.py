@@ -17,6 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
+Array = Any
+"""An array of numpy on the host, of jax on the device."""
+
 Position = Mapping[str, Any]
 """Where reading goes on: a small JSON-able mapping of a source's own making. `{}` is the start of the stream."""
 
@@ -69,17 +72,17 @@ class Source(Protocol):
 class GroupPlan(NamedTuple):
     """What the device is told about the rows of one group for one step. All int32 but `fresh_ids`; shapes are padded."""
 
-    touched: np.ndarray
+    touched: Array
     """[S, V] rows in each device's part of the group, distinct; padding counts up from the part's end."""
-    sent: np.ndarray
+    sent: Array
     """[S owners, S slices, U] which of the touched rows an owner sends to a slice of the batch; padding is V."""
-    positions: np.ndarray
+    positions: Array
     """[B, P] index into what the slice receives (owner * U + u); S U: a refused id; S U + 1: an empty position."""
-    fresh_rows: np.ndarray
+    fresh_rows: Array
     """[S, F] rows in each device's part that start afresh in this step, padded like `touched`."""
-    fresh_ids: np.ndarray
+    fresh_ids: Array
     """uint32 [S, F, 2] low and high half of the ids of the fresh rows."""
-    fresh_tables: np.ndarray
+    fresh_tables: Array
     """[S, F] index of the table of each fresh row in its group."""
 
 

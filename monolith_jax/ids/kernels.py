@@ -151,6 +151,16 @@ def _on_path(queue, node, bucket):
 
 
 @_jit
+def _place_for(keys, meta, start, num_buckets, seed, bucket_a, bucket_b, queue):
+    """Returns a free slot in one of two buckets as line * SLOTS + slot, moving other ids if need be; -1: none was found."""
+    for bucket in (bucket_a, bucket_b):
+        slot = _free_slot(meta, start + bucket)
+        if slot >= 0:
+            return (start + bucket) * SLOTS + slot
+    return _make_room(keys, meta, start, num_buckets, seed, bucket_a, bucket_b, queue)
+
+
+@_jit
 def _take_row(used, word_start, num_rows, cursor):
     """Marks the next free row after `cursor` as used; returns it, or -1. `used` is one shard's bit set, uint32 words."""
     num_words = (num_rows + 31) // 32
@@ -223,7 +233,7 @@ def lookup_or_insert(
         if i + _PREFETCH_DISTANCE < ids.size:
             ahead = i + _PREFETCH_DISTANCE
             line = np.int64(hashes[ahead] >> shard_shift) * lines_per_shard + bucket_offsets[tables[ahead]]
-            _prefetch(address + 64 * (line + first_bucket(hashes[ahead], num_buckets[tables[ahead]])))
+            _prefetch(address + 64 * (line + first_bucket(hashes[ahead], num_buckets[tables[ahead]])))  # pyright: ignore
         key, table, h = ids[i], tables[i], hashes[i]
         shard = np.int64(h >> shard_shift)
         buckets = num_buckets[table]
@@ -248,20 +258,14 @@ def lookup_or_insert(
         if counts[shard, table] >= max_rows[table]:
             at_cap += 1
             continue
-        line = start + bucket_a
-        slot = _free_slot(meta, line)
-        if slot < 0:
-            line = start + bucket_b
-            slot = _free_slot(meta, line)
-        if slot < 0:
-            place = _make_room(keys, meta, start, buckets, seeds[table], bucket_a, bucket_b, queue)
-            if place < 0:
-                no_path += 1
-                continue
-            line, slot = place // SLOTS, place % SLOTS
+        place = _place_for(keys, meta, start, buckets, seeds[table], bucket_a, bucket_b, queue)
+        if place < 0:
+            no_path += 1
+            continue
         row = _take_row(used[shard], word_offsets[table], max_rows[table], cursors[shard, table])
         cursors[shard, table] = row // 32
         counts[shard, table] += 1
+        line, slot = place // SLOTS, place % SLOTS
         keys[line, slot] = key
         meta[line, 8 + slot] = row
         meta[line, 12 + slot] = np.int32(seen_s[i])
@@ -341,79 +345,3 @@ def dedup(ids, valid, position_tables, seen_s, seeds, scratch, inverse, out_ids,
     for i in range(count):
         scratch[places[i]] = -1
     return count
-
-
-@_jit
-def count_routes(inverse, shards, rows, shards_per_device, num_devices, touched_at, sent_at, num_touched, num_sent):
-    """Numbers the rows that each device touches, and those that each slice of the batch asks of each device.
-
-    Args:
-        inverse: int32 [B, P], index of the distinct id at each position, -1 where empty. Slice s is the s-th of S equal parts.
-        shards, rows: int32 [N], where each distinct id lives; row -1: refused.
-        shards_per_device, num_devices: L / S, and S.
-        touched_at: int32 [N] out: position in the owner's list of touched rows.
-        sent_at: int32 [S, N] out: position in the list that the owner sends to slice s, -1 where not asked for.
-        num_touched, num_sent: int64 [S] and [S owners, S slices] out, zeroed by the caller.
-    """
-    for i in range(rows.size):
-        if rows[i] >= 0:
-            owner = shards[i] // shards_per_device
-            touched_at[i] = num_touched[owner]
-            num_touched[owner] += 1
-    slice_size = inverse.shape[0] // num_devices
-    for s in range(num_devices):
-        for i in range(rows.size):
-            sent_at[s, i] = -1
-        for b in range(s * slice_size, (s + 1) * slice_size):
-            for p in range(inverse.shape[1]):
-                i = inverse[b, p]
-                if i >= 0 and rows[i] >= 0 and sent_at[s, i] < 0:
-                    owner = shards[i] // shards_per_device
-                    sent_at[s, i] = num_sent[owner, s]
-                    num_sent[owner, s] += 1
-
-
-@_jit
-def fill_routes(
-    inverse, tables, shards, rows, row_offsets, rows_per_shard, shards_per_device, touched_at, sent_at, touched, sent, positions
-):
-    """Writes the index arrays of a plan.
-
-    Args:
-        inverse, tables, shards, rows, touched_at, sent_at: As in `count_routes`; `tables` int32 [N].
-        row_offsets: int64 [T], where each table's rows start in a shard of the group's array.
-        rows_per_shard: R of the group.
-        shards_per_device: L / S.
-        touched: int32 [S, V] out: rows in the device's part of the group, padded with L / S * R, + 1, ...
-        sent: int32 [S owners, S slices, U] out: index into `touched`, padded with V.
-        positions: int32 [B, P] out: index into what a slice receives, owner * U + i; S U: refused id; S U + 1: empty.
-    """
-    num_devices, _, sent_size = sent.shape
-    touched_size = touched.shape[1]
-    end = shards_per_device * rows_per_shard
-    for device in range(num_devices):
-        for v in range(touched_size):
-            touched[device, v] = end + v
-        for s in range(num_devices):
-            for u in range(sent_size):
-                sent[device, s, u] = touched_size
-    for i in range(rows.size):
-        if rows[i] < 0:
-            continue
-        owner = shards[i] // shards_per_device
-        local = (shards[i] - owner * shards_per_device) * rows_per_shard + row_offsets[tables[i]] + rows[i]
-        touched[owner, touched_at[i]] = local
-        for s in range(num_devices):
-            if sent_at[s, i] >= 0:
-                sent[owner, s, sent_at[s, i]] = touched_at[i]
-    slice_size = inverse.shape[0] // num_devices
-    for b in range(inverse.shape[0]):
-        s = b // slice_size
-        for p in range(inverse.shape[1]):
-            i = inverse[b, p]
-            if i < 0:
-                positions[b, p] = num_devices * sent_size + 1
-            elif rows[i] < 0:
-                positions[b, p] = num_devices * sent_size
-            else:
-                positions[b, p] = (shards[i] // shards_per_device) * sent_size + sent_at[s, i]

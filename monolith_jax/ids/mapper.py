@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from monolith_jax.ids import kernels
+from monolith_jax.ids import kernels, routes
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout, ladder
 from monolith_jax.types import GroupIds, GroupPlan, Plan
 
@@ -39,6 +39,7 @@ class GroupMapper:
         self.maps = IdMaps(layout)
         self._position_tables = np.asarray(position_tables, np.int32)
         self._num_devices = num_devices
+        self._rows_per_device = layout.num_shards // num_devices * layout.rows_per_shard
         self._scratch = np.full(0, -1, np.int32)
         self._touched_size = 0
         self._sent_size = 0
@@ -53,8 +54,9 @@ class GroupMapper:
         """
         inverse, ids, hashes, tables, last_seen_s = self._dedup(batch, seen_s)
         shards, rows, fresh, at_cap, no_path = self.maps.lookup_or_insert(ids, hashes, tables, last_seen_s, insert)
-        touched, sent, positions = self._route(inverse, tables, shards, rows)
-        fresh_rows, fresh_ids, fresh_tables = self._fresh(np.flatnonzero(fresh), ids, tables, shards, rows)
+        owners, local_rows = self._places(tables, shards, rows)
+        touched, sent, positions = self._route(inverse, owners, local_rows)
+        fresh_rows, fresh_ids, fresh_tables = self._fresh(np.flatnonzero(fresh), ids, tables, owners, local_rows)
         num_touched = int(np.count_nonzero(rows >= 0))
         stats = {
             "occurrences": float(np.count_nonzero(batch.valid)),
@@ -67,6 +69,16 @@ class GroupMapper:
             "rows": float(self.maps.num_rows.sum()),
         }
         return GroupPlan(touched, sent, positions, fresh_rows, fresh_ids, fresh_tables), stats
+
+    def _places(self, tables: np.ndarray, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the owning device and the row in its part of the group, -1 where the id was refused."""
+        layout = self.maps.layout
+        shards_per_device = layout.num_shards // self._num_devices
+        owners = shards // shards_per_device
+        local = (
+            (shards - owners * shards_per_device).astype(np.int64) * layout.rows_per_shard + layout.row_offsets[tables] + rows
+        )
+        return owners, np.where(rows >= 0, local, -1)
 
     def _dedup(self, batch: GroupIds, seen_s: np.ndarray) -> tuple[np.ndarray, ...]:
         size = batch.ids.size
@@ -81,41 +93,35 @@ class GroupMapper:
         )  # fmt: skip
         return inverse, ids[:count], hashes[:count], tables[:count], last_seen_s[:count]
 
-    def _route(self, inverse: np.ndarray, tables: np.ndarray, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        num_devices, layout = self._num_devices, self.maps.layout
-        shards_per_device = layout.num_shards // num_devices
-        touched_at = np.empty(rows.size, np.int32)
-        sent_at = np.empty((num_devices, rows.size), np.int32)
+    def _route(self, inverse: np.ndarray, owners: np.ndarray, local_rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        num_devices, number = self._num_devices, owners.size
+        touched_at = np.empty(number, np.int32)
+        sent_at = np.empty((num_devices, number), np.int32)
         num_touched = np.zeros(num_devices, np.int64)
         num_sent = np.zeros((num_devices, num_devices), np.int64)
-        kernels.count_routes(inverse, shards, rows, shards_per_device, num_devices, touched_at, sent_at, num_touched, num_sent)
+        routes.count_routes(inverse, owners, local_rows, num_devices, touched_at, sent_at, num_touched, num_sent)
         self._touched_size = _grown(self._touched_size, int(num_touched.max()))
         self._sent_size = _grown(self._sent_size, int(num_sent.max()))
         touched = np.empty((num_devices, self._touched_size), np.int32)
         sent = np.empty((num_devices, num_devices, self._sent_size), np.int32)
         positions = np.empty(inverse.shape, np.int32)
-        kernels.fill_routes(
-            inverse, tables, shards, rows, layout.row_offsets, layout.rows_per_shard, shards_per_device,
-            touched_at, sent_at, touched, sent, positions,
-        )  # fmt: skip
+        routes.fill_padding(touched, sent, self._rows_per_device)
+        routes.fill_rows(owners, local_rows, touched_at, sent_at, touched, sent)
+        routes.fill_positions(inverse, owners, local_rows, sent_at, self._sent_size, positions)
         return touched, sent, positions
 
     def _fresh(
-        self, which: np.ndarray, ids: np.ndarray, tables: np.ndarray, shards: np.ndarray, rows: np.ndarray
+        self, which: np.ndarray, ids: np.ndarray, tables: np.ndarray, owners: np.ndarray, local_rows: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        num_devices, layout = self._num_devices, self.maps.layout
-        shards_per_device = layout.num_shards // num_devices
-        owners = shards[which] // shards_per_device
-        most = int(np.bincount(owners, minlength=1).max())
+        num_devices = self._num_devices
+        most = int(np.bincount(owners[which], minlength=1).max())
         size = next(size for size in _FRESH_SIZES if size >= most)
-        end = shards_per_device * layout.rows_per_shard
-        fresh_rows = np.tile(np.arange(end, end + size, dtype=np.int32), (num_devices, 1))
+        fresh_rows = np.tile(np.arange(self._rows_per_device, self._rows_per_device + size, dtype=np.int32), (num_devices, 1))
         fresh_ids = np.zeros((num_devices, size, 2), np.uint32)
         fresh_tables = np.zeros((num_devices, size), np.int32)
         for device in range(num_devices):
-            mine = which[owners == device]
-            local = (shards[mine] - device * shards_per_device) * layout.rows_per_shard + rows[mine]
-            fresh_rows[device, : mine.size] = local + layout.row_offsets[tables[mine]]
+            mine = which[owners[which] == device]
+            fresh_rows[device, : mine.size] = local_rows[mine]
             fresh_ids[device, : mine.size] = ids[mine].view(np.uint32).reshape(-1, 2)
             fresh_tables[device, : mine.size] = tables[mine]
         return fresh_rows, fresh_ids, fresh_tables

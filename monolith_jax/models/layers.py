@@ -7,6 +7,7 @@ over them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import jax
@@ -95,7 +96,7 @@ class Mlp(nnx.Module):
         self.layers = nnx.List(
             [
                 nnx.Linear(inputs, outputs, dtype=jnp.dtype(dtype), param_dtype=jnp.float32, rngs=rngs)
-                for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True)
+                for inputs, outputs in pairwise(sizes)
             ]
         )
         self.activate_last = activate_last

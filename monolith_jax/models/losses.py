@@ -5,6 +5,7 @@ In: logits [B, T], labels and masks [B, T]. Out: scores (probabilities, or the e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,9 +23,26 @@ class HeadConfig:
     """What: a key of `stream.events.DERIVED_LABELS` (complete, skip, play_ratio, ...) or a column (like, share, ...)."""
     kind: Literal["binary", "regression"] = "binary"
     """binary: probability, by cross-entropy. regression: expected value of a label >= 0, by squared error. Play time is
-    predicted as `play_ratio`: expected ratio times duration is an unbiased play time, and long videos do not rule the loss."""
+    predicted as `play_ratio`: expected ratio times duration is unbiased, and long videos do not rule the loss."""
+    base_rate: float = 0.5
+    """Mean label that predictions start from: a rare action need not first learn that it is rare."""
     loss_weight: float = 1.0
     """Weight in the sum over the heads."""
+
+
+def offsets(heads: Sequence[HeadConfig]) -> jax.Array:
+    """Returns what is added to the model's logits, float32 [T]: where each head predicts its base rate.
+
+    Raises:
+        ValueError: A base rate that the kind of head cannot predict.
+    """
+    values = []
+    for head in heads:
+        if not 0 < head.base_rate or (head.kind == "binary" and head.base_rate >= 1):
+            raise ValueError(f"HeadConfig.base_rate of {head.label!r} must be above 0 (binary: below 1), got {head.base_rate}")
+        odds = head.base_rate / (1 - head.base_rate) if head.kind == "binary" else math.expm1(head.base_rate)
+        values.append(math.log(odds))
+    return jnp.asarray(values, jnp.float32)
 
 
 def scores(logits: jax.Array, heads: Sequence[HeadConfig]) -> jax.Array:

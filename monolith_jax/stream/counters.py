@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout
-from monolith_jax.stream.events import labels
+from monolith_jax.stream.events import labels, valid_mask
 from monolith_jax.stream.history import rows_of
 
 
@@ -102,7 +102,7 @@ class Counters:
         times_ms = examples.column("event_time_ms").to_numpy()
         for key in self._keys:
             column = examples.column(key.key)
-            there = np.asarray(column.is_valid().to_numpy(zero_copy_only=False))
+            there = valid_mask(column)
             rows = np.full(examples.num_rows, -1, np.int64)
             rows[there] = rows_of(key.maps, column.drop_null().to_numpy(), times_ms)
             lift = np.empty((examples.num_rows, len(config.labels)), np.float32)

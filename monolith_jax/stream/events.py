@@ -73,13 +73,18 @@ DERIVED_LABELS = {
 """Labels computed from times. Every other label is the column of that name: true or above 0 is 1, null is undefined."""
 
 
+def valid_mask(array: pa.Array) -> np.ndarray:
+    """Returns where an array is not null, bool [B]."""
+    return np.asarray(array.is_valid().to_numpy(zero_copy_only=False))
+
+
 def _column_f64(examples: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns a column as float64 and a mask of what is defined."""
     if name not in examples.schema.names:
         known = ", ".join(sorted([*DERIVED_LABELS, *examples.schema.names]))
         raise ValueError(f"label needs the column {name!r}, which the source does not yield; labels and columns there: {known}")
     column = examples.column(name)
-    defined = np.asarray(pc.is_valid(column).to_numpy(zero_copy_only=False))
+    defined = valid_mask(column)
     values = pc.fill_null(pc.cast(column, pa.float64()), 0.0).to_numpy(zero_copy_only=False)
     return values, defined
 

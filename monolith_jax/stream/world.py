@@ -10,7 +10,7 @@ How the world works:
 * Events follow the hours of the day by the sample's activity curve; the world's clock is UTC.
 * `live_users` and `live_videos` are there at any time. Arrivals push the oldest out, so a video lives for
   `live_videos / videos_per_day` days; most of its impressions fall into the first third of its life.
-* Who is active and what is popular: `CANDIDATES` draws from those alive, one of which is taken in proportion to its
+* Who is active and what is popular: a dozen users (two dozen videos) are drawn from those alive, one of which is taken in proportion to its
   hashed log-normal weight. Exposure does not look at tastes, and a user may see a video twice.
 * The taste of a user turns from one hashed vector to the next in `drift_days`. The topic of a video is that of its
   author and noise of its own; its tags are the nearest of `NUM_TAGS` fixed tag vectors.
@@ -33,7 +33,7 @@ HOUR_MS = 3_600_000
 NUM_TAGS = 64
 MAX_TAGS = 3
 """A video has 1 to 3 of the tags."""
-CANDIDATES = 12
+USER_CANDIDATES, VIDEO_CANDIDATES = 12, 24
 VIDEOS_PER_AUTHOR, AUTHORS_AT_A_TIME = 8, 128
 VIDEOS_PER_SOUND, SOUNDS_AT_A_TIME = 4, 256
 
@@ -51,7 +51,7 @@ DURATION_MS = np.array(
 )
 """Quantiles of the duration, log-linear in between. From the sample's impressions with a known duration."""
 
-USER_SPREAD, VIDEO_SPREAD = 1.1, 1.5
+USER_SPREAD, VIDEO_SPREAD = 1.05, 2.2
 """Standard deviation of log activity and log popularity, so that the shares of the top 1 % and 10 % are the sample's."""
 
 SPACES = ("user", "video", "author", "sound", "tag")
@@ -119,9 +119,12 @@ class Shown:
 
 def _mix(values: np.ndarray) -> np.ndarray:
     """Scrambles uint64: a bijection (the finalizer of SplitMix64; Steele et al., OOPSLA 2014, figure 16)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed = values ^ (values >> np.uint64(30))
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 def _unmix(values: np.ndarray) -> np.ndarray:
@@ -199,7 +202,7 @@ def _age_table() -> np.ndarray:
     """
     age = np.linspace(0, 1, 4001)
     mass = np.cumsum((1 - np.exp(-age / 0.02)) * np.exp(-age / 0.3))
-    return np.interp(np.linspace(0, 1, 4097), mass / mass[-1], age)
+    return np.interp(np.linspace(0, 1, 4097), mass / mass[-1], age).astype(np.float32)
 
 
 def event_times(config: SyntheticConfig, number: np.ndarray, jitter: np.ndarray) -> np.ndarray:
@@ -229,23 +232,34 @@ def newest(config: SyntheticConfig, space: str, time_ms: np.ndarray) -> np.ndarr
     return live - 1 + np.floor((time_ms - config.start_ms) * (per_day / DAY_MS)).astype(np.int64)
 
 
+def _popular(seed: int, space: str, index: np.ndarray) -> np.ndarray:
+    """Returns the places of users or videos in a table of 65,536 weights: a shorter hash, as it runs for all candidates."""
+    place = index.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    place += _key(seed, f"weight {space}")
+    place ^= place >> np.uint64(32)
+    place *= np.uint64(0xBF58476D1CE4E5B9)
+    place >>= np.uint64(48)
+    return place.view(np.int64)
+
+
 def _choose(config: SyntheticConfig, space: str, time_ms: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws a live user or video for each time: one of `CANDIDATES`, in proportion to their hashed weights."""
-    share = rng.random((len(time_ms), CANDIDATES), np.float32)
-    if space == "video":
-        at = share * np.float32(4096)
-        low = at.astype(np.int32)
-        table = _age_table().astype(np.float32)
-        share = table[low] + (at - low) * (table[low + 1] - table[low])
-        live, spread = config.live_videos, VIDEO_SPREAD
-    else:
-        live, spread = config.live_users, USER_SPREAD
-    age = np.minimum((share.astype(np.float64) * live).astype(np.int64), live - 1)
-    index = newest(config, space, time_ms)[:, None] - age
-    weight = _weight_table(spread)[hashes(config.seed, f"weight {space}", index) & np.uint64(0xFFFF)]
-    below = np.cumsum(weight, axis=1)
-    picked = (below < rng.random((len(time_ms), 1), np.float32) * below[:, -1:]).sum(axis=1)
-    return index[np.arange(len(index)), np.minimum(picked, CANDIDATES - 1)]
+    """Draws a live user or video for each time: one of a few, in proportion to their hashed weights."""
+    is_user = space == "user"
+    live, candidates = (config.live_users, USER_CANDIDATES) if is_user else (config.live_videos, VIDEO_CANDIDATES)
+    share = rng.random((len(time_ms), candidates), np.float32)
+    if not is_user:
+        share *= np.float32(4096)
+        low = share.astype(np.int32)
+        share -= low
+        share *= np.diff(_age_table())[low]
+        share += _age_table()[low]
+    index = np.multiply(share, -live, dtype=np.float64).astype(np.int64)
+    np.maximum(index, 1 - live, out=index)
+    index += newest(config, space, time_ms)[:, None]
+    below = np.cumsum(_weight_table(USER_SPREAD if is_user else VIDEO_SPREAD)[_popular(config.seed, space, index)], axis=1)
+    rows = np.arange(len(time_ms))
+    picked = (below < rng.random((len(rows), 1), np.float32) * below[:, -1:]).sum(axis=1)
+    return index[rows, np.minimum(picked, candidates - 1)]
 
 
 def draw_shown(config: SyntheticConfig, number: np.ndarray, rng: np.random.Generator) -> Shown:
@@ -265,6 +279,7 @@ def _maker(config: SyntheticConfig, name: str, video: np.ndarray, per: int, widt
 def describe(config: SyntheticConfig, time_ms: np.ndarray, user: np.ndarray, video: np.ndarray) -> Shown:
     """Returns what is shown when `video` is shown to `user` (indexes, int64 [B]) at `time_ms`."""
     seed, dim = config.seed, config.taste_dim
+    time_ms, user, video = (np.asarray(values, np.int64) for values in (time_ms, user, video))
     author = _maker(config, "author", video, VIDEOS_PER_AUTHOR, AUTHORS_AT_A_TIME)
     sound = _maker(config, "sound", video, VIDEOS_PER_SOUND, SOUNDS_AT_A_TIME)
     own = np.float32(math.sqrt(0.3)) * normals(seed, "topic of video", video, dim)
@@ -289,15 +304,15 @@ def taste(config: SyntheticConfig, user: np.ndarray, time_ms: np.ndarray) -> np.
 
 def tags_of(config: SyntheticConfig, shown: Shown) -> tuple[np.ndarray, np.ndarray]:
     """Returns each video's number of tags (1 to 3), int64 [B], and its three nearest tags, the nearest first, [B, 3]."""
-    vectors = normals(config.seed, "tag", np.arange(NUM_TAGS), config.taste_dim)
-    scores = shown.topic @ vectors.T
-    rows = np.arange(len(scores))
-    nearest = np.empty((len(scores), MAX_TAGS), np.int64)
-    for place in range(MAX_TAGS):
-        nearest[:, place] = scores.argmax(axis=1)
-        scores[rows, nearest[:, place]] = -np.inf
+    _, first, place = np.unique(shown.video, return_index=True, return_inverse=True)
+    scores = shown.topic[first] @ normals(config.seed, "tag", np.arange(NUM_TAGS), config.taste_dim).T
+    rows = np.arange(len(first))
+    nearest = np.empty((len(first), MAX_TAGS), np.int64)
+    for rank in range(MAX_TAGS):
+        nearest[:, rank] = scores.argmax(axis=1)
+        scores[rows, nearest[:, rank]] = -np.inf
     count = 1 + (hashes(config.seed, "tag count", shown.video) % np.uint64(MAX_TAGS)).astype(np.int64)
-    return count, nearest
+    return count, nearest[place]
 
 
 def quality(config: SyntheticConfig, shown: Shown) -> np.ndarray:
@@ -306,7 +321,7 @@ def quality(config: SyntheticConfig, shown: Shown) -> np.ndarray:
     It is partly the video's own, partly its author's and sound's, and goes with its popularity.
     """
     seed = config.seed
-    popular = _normal_table()[hashes(seed, "weight video", shown.video) & np.uint64(0xFFFF)]
+    popular = _normal_table()[_popular(seed, "video", shown.video)]
     parts = [normals(seed, f"appeal {n}", index, 1)[:, 0] for n, index in _appeal(shown)]
     return np.float32(0.6) * parts[0] + np.float32(0.5) * parts[1] + np.float32(0.4) * parts[2] + np.float32(0.48) * popular
 

@@ -74,7 +74,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     for name, _ in config.arguments:
         if name not in allowed:
             raise ValueError(f"OptimizerConfig.arguments: optax.{config.name} takes {', '.join(allowed)}; got {name!r}")
-    return make(learning_rate=1.0, **dict(config.arguments))
+    made = make(learning_rate=1.0, **dict(config.arguments))
+    assert isinstance(made, optax.GradientTransformation)
+    return made
 
 
 def _takes_rate(value: Any) -> bool:
@@ -145,4 +147,4 @@ def updated_rows(layout: RowLayout, rows: jax.Array, gradients: jax.Array, rate:
     """
     vectors, state = _unpacked(layout, rows)
     updates, state = jax.vmap(make_optimizer(layout.config).update)(gradients, state, vectors)
-    return _packed(layout, vectors + rate * updates, state)
+    return _packed(layout, vectors + rate * jnp.asarray(updates), state)

@@ -124,8 +124,7 @@ class RunLog:
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of step {self._step} is {loss}; its batch starts at {json.dumps(planned.position)} in the stream. "
-                f"Last good snapshot: {self.last_snapshot}. Look at the batch, lower OptimizerConfig.learning_rate, or go on from "
-                "that snapshot"
+                f"Last good snapshot: {self.last_snapshot}. Look at the batch, or lower OptimizerConfig.learning_rate"
             )
         self._examples += planned.num_examples
         observed = planned.observed

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -25,7 +24,7 @@ from monolith_jax.models.losses import HeadConfig
 from monolith_jax.models.mmoe import MMoE, MMoEConfig
 from monolith_jax.tables.table import Group, TableConfig, empty_array, make_groups
 from monolith_jax.tables.update import OptimizerConfig, make_optimizer
-from monolith_jax.types import GroupPlan
+from monolith_jax.types import Array, GroupPlan
 
 ModelConfig = DeepFMConfig | MMoEConfig
 
@@ -33,13 +32,13 @@ ModelConfig = DeepFMConfig | MMoEConfig
 class TrainState(NamedTuple):
     """All that a step changes on the device."""
 
-    step: jax.Array
+    step: Array
     """int32 scalar, steps done."""
     weights: Any
     """Dense weights of the model, replicated."""
     optimizer: Any
     """State of their optimizer, replicated."""
-    groups: tuple[jax.Array, ...]
+    groups: tuple[Array, ...]
     """Of each group of tables float32 [L, R, W], split over all devices."""
 
 
@@ -47,13 +46,13 @@ class Inputs(NamedTuple):
     """What the device gets for one step, beside nothing else."""
 
     plans: tuple[GroupPlan, ...]
-    weights: tuple[jax.Array | np.ndarray | None, ...]
+    weights: tuple[Array, ...]
     """Weights of list items, float32 [B, P] of each group that has some."""
-    dense: jax.Array | np.ndarray
+    dense: Array
     """float32 [B, n]"""
-    labels: jax.Array | np.ndarray
+    labels: Array
     """float32 [B, T]"""
-    masks: jax.Array | np.ndarray
+    masks: Array
     """float32 [B, T], the example's weight where a label is defined."""
 
 
@@ -115,15 +114,15 @@ def first_state(model: Model, weights: Any) -> TrainState:
     return TrainState(step, weights, optimizer, tuple(empty_array(group, model.mesh) for group in model.groups))
 
 
-def state_shardings(model: Model) -> TrainState:
+def state_shardings(model: Model) -> Any:
     """Returns where each part of the state lives, as a prefix tree."""
     replicated = sharding(model.mesh, REPLICATED)
-    return TrainState(replicated, replicated, replicated, tuple(sharding(model.mesh, ROWS) for _ in model.groups))  # pyright: ignore
+    return TrainState(replicated, replicated, replicated, tuple(sharding(model.mesh, ROWS) for _ in model.groups))
 
 
-def input_shardings(model: Model, inputs: Inputs) -> Inputs:
+def input_shardings(model: Model, inputs: Inputs) -> Any:
     """Returns where each part of the inputs goes, as a tree of the same form."""
     rows, batch = sharding(model.mesh, ROWS), sharding(model.mesh, BATCH)
-    plan = GroupPlan(rows, rows, batch, rows, rows, rows)  # pyright: ignore
+    plan = GroupPlan(rows, rows, batch, rows, rows, rows)
     weights = tuple(None if array is None else batch for array in inputs.weights)
-    return Inputs(tuple(plan for _ in inputs.plans), weights, batch, batch, batch)  # pyright: ignore
+    return Inputs(tuple(plan for _ in inputs.plans), weights, batch, batch, batch)

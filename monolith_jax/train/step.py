@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from monolith_jax.mesh import BATCH, REPLICATED, sharding
 from monolith_jax.models.layers import ModelInputs, combine
-from monolith_jax.models.losses import multi_task_loss, scores
+from monolith_jax.models.losses import multi_task_loss, offsets, scores
 from monolith_jax.tables.lookup import gather_rows, return_gradients, send_vectors, write_fresh_rows, write_rows
 from monolith_jax.tables.update import learning_rate
 from monolith_jax.train.state import Inputs, Model, TrainState, state_shardings
@@ -36,7 +35,7 @@ def forward(model: Model, weights: Any, vectors: tuple[jax.Array, ...], inputs: 
         num_devices, _, size = plan.sent.shape
         fields.append(combine(slots, of_group, plan.positions <= num_devices * size, list_weights))
     module = nnx.merge(model.graph, nnx.State(weights))
-    return module(ModelInputs(tuple(fields), inputs.dense))
+    return module(ModelInputs(tuple(fields), inputs.dense)) + offsets(model.heads)
 
 
 def make_train_step(model: Model) -> Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]:
@@ -92,8 +91,3 @@ def make_predict_step(model: Model) -> Callable[[TrainState, Inputs], jax.Array]
         return scores(forward(model, state.weights, tuple(vectors), inputs), model.heads)
 
     return jax.jit(predict, out_shardings=sharding(model.mesh, BATCH))
-
-
-def is_finite(loss: jax.Array) -> bool:
-    """Returns whether a loss is a number; waits for it."""
-    return bool(jnp.isfinite(loss))
