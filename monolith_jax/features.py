@@ -21,6 +21,9 @@ from monolith_jax.types import GroupIds
 
 Combiner = Literal["sum", "mean", "sqrtn", "first", "none"]
 
+_ARROW_ERRORS = (pa.ArrowInvalid, pa.ArrowNotImplementedError)
+"""What a cast raises: of values, and of types."""
+
 MISSING_BUCKET = -1
 """The id of a bucketised or time feature whose value is null: missing is a value of its own."""
 
@@ -40,7 +43,7 @@ class IdFeatureConfig:
     combiner: Combiner = "sum"
     """How the vectors of a list become one: sum, mean, sqrtn (sum over the root of the count), first; none keeps the list."""
     weight_column: str = ""
-    """Column of weights beside the ids (a list of the same lengths); empty: all 1."""
+    """Column of weights beside the ids (a list of the same lengths), null is 0; empty: all 1."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class DenseFeatureConfig:
     name: str
     """Name of the feature, unique."""
     column: str
-    """Numeric or boolean column, or lists of `size` numbers."""
+    """Numeric or boolean column, or lists of `size` numbers. A list that is null gives zeros."""
     size: int = 1
     """Numbers an example."""
     scale: Literal["linear", "log"] = "linear"
@@ -153,7 +156,7 @@ def feature_layout(features: Sequence[FeatureConfig], groups: Sequence[Sequence[
         groups: Names of the tables of each group.
 
     Raises:
-        ValueError: A name is used twice, a table is unknown or used by no feature, boundaries do not ascend.
+        ValueError: A name is used twice, a table is unknown or used by no feature, or a field is out of its range.
     """
     names = [feature.name for feature in features]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -162,12 +165,11 @@ def feature_layout(features: Sequence[FeatureConfig], groups: Sequence[Sequence[
     slots: list[list[Slot]] = [[] for _ in groups]
     used = set()
     for feature in features:
+        _check_fields(feature)
         if isinstance(feature, DenseFeatureConfig):
             continue
         if feature.table not in known:
             raise ValueError(f"feature {feature.name!r} names the table {feature.table!r}; tables there: {', '.join(known)}")
-        if isinstance(feature, BucketFeatureConfig) and list(feature.boundaries) != sorted(set(feature.boundaries)):
-            raise ValueError(f"feature {feature.name!r}: boundaries must ascend, got {feature.boundaries}")
         used.add(feature.table)
         group = next(index for index, tables in enumerate(groups) if feature.table in tables)
         is_list = isinstance(feature, IdFeatureConfig)
@@ -186,6 +188,18 @@ def feature_layout(features: Sequence[FeatureConfig], groups: Sequence[Sequence[
     placed = tuple(_placed(of_group) for of_group in slots)
     num_dense = sum(feature.size for feature in features if isinstance(feature, DenseFeatureConfig))
     return FeatureLayout(tuple(features), placed, num_dense)
+
+
+def _check_fields(feature: FeatureConfig) -> None:
+    match feature:
+        case IdFeatureConfig() if feature.max_length < 1:
+            raise ValueError(f"feature {feature.name!r}: max_length must be at least 1, got {feature.max_length}")
+        case BucketFeatureConfig() if list(feature.boundaries) != sorted(set(feature.boundaries)):
+            raise ValueError(f"feature {feature.name!r}: boundaries must ascend, got {feature.boundaries}")
+        case DenseFeatureConfig() if feature.size < 1 or not feature.std > 0:
+            raise ValueError(
+                f"feature {feature.name!r}: size must be at least 1 and std above 0, got {feature.size} and {feature.std}"
+            )
 
 
 def _placed(slots: Sequence[Slot]) -> tuple[Slot, ...]:
@@ -217,7 +231,8 @@ def featurize(examples: pa.RecordBatch, layout: FeatureLayout) -> Features:
             else:
                 ids[:, slot.start], valid[:, slot.start] = _single(examples, feature)
                 if weights is not None and slot.weighted and isinstance(feature, IdFeatureConfig):
-                    weights[:, slot.start] = _numbers(examples, feature.weight_column, feature.name)[0]
+                    beside = _column(examples, feature.weight_column, feature.name)
+                    weights[:, slot.start] = _numbers(beside, feature.weight_column, feature.name)[0]
         groups.append(GroupIds(ids, valid))
         all_weights.append(weights)
     of_dense = [_dense(examples, feature) for feature in layout.features if isinstance(feature, DenseFeatureConfig)]
@@ -228,18 +243,21 @@ def featurize(examples: pa.RecordBatch, layout: FeatureLayout) -> Features:
 def _column(examples: pa.RecordBatch, column: str, feature: str) -> pa.Array:
     if column not in examples.schema.names:
         raise ValueError(f"feature {feature!r} needs the column {column!r}; columns there: {', '.join(examples.schema.names)}")
-    return examples.column(column)
+    array = examples.column(column)
+    if pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        return array.cast(pa.list_(array.type.value_type))
+    return array
 
 
-def _numbers(examples: pa.RecordBatch, column: str, feature: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a column as float64, 0 where it is null, and a mask of what is not null."""
-    array = _column(examples, column, feature)
+def _numbers(array: pa.Array, column: str, feature: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a flat array as float64, 0 where it is null or NaN, and a mask of where it is neither."""
     try:
-        values = pc.fill_null(pc.cast(array, pa.float64()), 0.0)
-    except pa.ArrowInvalid as error:
+        # Not `safe`: an int64 above 2^53 loses its last digits, which is no reason to stop.
+        values = pc.cast(array, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    except _ARROW_ERRORS as error:
         raise ValueError(f"feature {feature!r} needs numbers in column {column!r}, which is {array.type}: {error}") from None
-    valid = valid_mask(array)
-    return values.to_numpy(zero_copy_only=False), valid & ~np.isnan(values.to_numpy(zero_copy_only=False))
+    valid = valid_mask(array) & ~np.isnan(values)
+    return np.where(valid, values, 0.0), valid
 
 
 def _values_as_ids(array: pa.Array, column: str, feature: str) -> np.ndarray:
@@ -252,7 +270,7 @@ def _values_as_ids(array: pa.Array, column: str, feature: str) -> np.ndarray:
         if pa.types.is_uint64(array.type):
             return pc.fill_null(array, 0).to_numpy(zero_copy_only=False).view(np.int64)
         return pc.fill_null(pc.cast(array, pa.int64()), 0).to_numpy(zero_copy_only=False)
-    except pa.ArrowInvalid as error:
+    except _ARROW_ERRORS as error:
         raise ValueError(
             f"feature {feature!r} needs int64 or string ids in {column!r}, which is {array.type}: {error}"
         ) from None
@@ -269,11 +287,12 @@ def _single(examples: pa.RecordBatch, feature: FeatureConfig) -> tuple[np.ndarra
         case CrossFeatureConfig():
             return _crossed(examples, feature), all_valid
         case BucketFeatureConfig():
-            values, valid = _numbers(examples, feature.column, feature.name)
+            values, valid = _numbers(_column(examples, feature.column, feature.name), feature.column, feature.name)
             bucket = np.searchsorted(np.asarray(feature.boundaries), values, side="right")
             return np.where(valid, bucket, MISSING_BUCKET), all_valid
         case TimeFeatureConfig():
-            times_ms, valid = _numbers(examples, "event_time_ms", feature.name)
+            times = _column(examples, "event_time_ms", feature.name)
+            times_ms, valid = _numbers(times, "event_time_ms", feature.name)
             hours = np.floor(times_ms / 3_600_000 + feature.utc_offset_h).astype(np.int64)
             unit = hours % 24 if feature.unit == "hour" else (hours // 24 + 3) % 7  # 1970-01-01 was a Thursday.
             return np.where(valid, unit, MISSING_BUCKET), all_valid
@@ -316,27 +335,33 @@ def _fill_list(
     if weights is None or not feature.weight_column:
         return
     beside = _column(examples, feature.weight_column, feature.name)
-    if not pa.types.is_list(beside.type) or not np.array_equal(np.diff(beside.offsets.to_numpy()), np.diff(offsets)):
+    is_list = pa.types.is_list(beside.type)
+    beside_offsets = beside.offsets.to_numpy() if is_list else offsets
+    if not is_list or not np.array_equal(np.where(valid_mask(beside), np.diff(beside_offsets), 0), lengths):
         raise ValueError(
             f"feature {feature.name!r}: the lists of weights in {feature.weight_column!r} must be as long as those of ids in "
             f"{feature.column!r}"
         )
-    values = pc.fill_null(pc.cast(beside.values, pa.float32()), 0.0).to_numpy(zero_copy_only=False)
-    weights[there] = values[where - offsets[0] + beside.offsets.to_numpy()[0]]
+    values, _ = _numbers(beside.values, feature.weight_column, feature.name)
+    weights[there] = values[(beside_offsets[:-1, None] + np.arange(ids.shape[1]))[there]]
 
 
 def _dense(examples: pa.RecordBatch, feature: DenseFeatureConfig) -> np.ndarray:
     """Returns the scaled values, float64 [B, size]."""
     array = _column(examples, feature.column, feature.name)
-    if pa.types.is_list(array.type):
-        flat = array.flatten()
-        if len(flat) != examples.num_rows * feature.size:
-            raise ValueError(
-                f"feature {feature.name!r}: DenseFeatureConfig.size is {feature.size}, so column {feature.column!r} must hold "
-                f"{examples.num_rows * feature.size:,} numbers in {examples.num_rows:,} lists; it holds {len(flat):,}"
-            )
-        examples = pa.RecordBatch.from_arrays([flat], names=[feature.column])
-    values, valid = _numbers(examples, feature.column, feature.name)
+    there = valid_mask(array)
+    is_list = pa.types.is_list(array.type)
+    starts = array.offsets.to_numpy() if is_list else np.arange(examples.num_rows + 1)
+    lengths = np.diff(starts)[there]
+    if (lengths != feature.size).any():
+        raise ValueError(
+            f"feature {feature.name!r}: DenseFeatureConfig.size is {feature.size}, but column {feature.column!r} has an example "
+            f"with {lengths[lengths != feature.size][0]}"
+        )
+    flat, flat_valid = _numbers(array.values if is_list else array, feature.column, feature.name)
+    index = starts[:-1][there][:, None] + np.arange(feature.size)
+    values, valid = np.zeros((examples.num_rows, feature.size)), np.zeros((examples.num_rows, feature.size), np.bool_)
+    values[there], valid[there] = flat[index], flat_valid[index]
     if feature.scale == "log":
         values = np.sign(values) * np.log1p(np.abs(values))
-    return np.where(valid, (values - feature.mean) / feature.std, 0.0).reshape(-1, feature.size)
+    return np.where(valid, (values - feature.mean) / feature.std, 0.0)

@@ -73,7 +73,7 @@ class MapLayout:
         """Rows of each table in one shard, int64 [T].
 
         The mean plus six standard deviations of a binomial: hashing spreads ids unevenly over the shards, and `max_rows`
-        distinct ids must still fit (a shard overflows less than once in 10^8 tables).
+        distinct ids must still fit (a shard overflows less than once in 10^8 times).
         """
         means = [rows / self.num_shards for rows in self.max_rows]
         caps = [math.ceil(mean + 6 * math.sqrt(mean) + 4) for mean in means]
@@ -232,21 +232,34 @@ class IdMaps:
             ValueError: The arrays are of another layout, or contradict themselves.
         """
         mine = {"lines": self._lines, "used": self._used, "counts": self._counts, "cursors": self._cursors}
-        for name, array in mine.items():
-            if state[name].size != array.size or state[name].dtype != array.dtype:
+        layout = self.layout
+        shapes = {name: array.shape for name, array in mine.items()}
+        shapes["lines"] = (layout.num_shards, self._lines_per_shard, kernels.LINE_WORDS)
+        if missing := sorted(set(mine) - set(state)):
+            raise ValueError(f"the state of the id maps of tables {layout.names} lacks {', '.join(missing)}")
+        theirs = {name: np.ascontiguousarray(state[name]) for name in mine}
+        for name, array in theirs.items():
+            if array.shape != shapes[name] or array.dtype != mine[name].dtype:
                 raise ValueError(
-                    f"id maps of tables {self.layout.names}: {name} has {array.size:,} x {array.dtype} here, "
-                    f"{state[name].size:,} x {state[name].dtype} in the snapshot; max_rows or num_shards differ"
+                    f"id maps of tables {layout.names}: {name} is {mine[name].dtype} {shapes[name]} here, "
+                    f"{array.dtype} {array.shape} in the snapshot; max_rows or num_shards differ"
                 )
-        rows = np.asarray(state["lines"]).reshape(-1, kernels.LINE_WORDS)[:, 8:12]
-        bits = int(np.bitwise_count(np.asarray(state["used"])).sum())
-        num_ids, counted = int((rows != 0xFFFFFFFF).sum()), int(state["counts"].sum())
-        if not num_ids == bits == counted:
+        theirs["lines"] = theirs["lines"].reshape(self._lines.shape)
+        words = (layout.caps + 31) // 32
+        sound = kernels.is_sound(
+            layout.seeds, layout.bucket_offsets, layout.num_buckets, layout.word_offsets, layout.caps, layout.shard_shift,
+            theirs["lines"].view(np.uint64), theirs["lines"].view(np.int32), self._lines_per_shard,
+            theirs["used"], theirs["counts"],
+        )  # fmt: skip
+        if not sound or (theirs["cursors"] < 0).any() or (theirs["cursors"] >= words).any():
+            num_ids = int((theirs["lines"].view(np.int32)[:, 8:12] >= 0).sum())
+            bits = int(np.bitwise_count(theirs["used"]).sum())
             raise ValueError(
-                f"id maps of tables {self.layout.names} are damaged: {num_ids:,} ids, {bits:,} used rows, {counted:,} counted"
+                f"id maps of tables {layout.names} are damaged, or of tables of other names: the state has {num_ids:,} ids, "
+                f"{bits:,} used rows and {int(theirs['counts'].sum()):,} counted, and they do not belong together"
             )
         for name, array in mine.items():
-            array[:] = np.asarray(state[name]).reshape(array.shape)
+            array[:] = theirs[name]
 
 
 def ladder(needed: int, smallest: int = 256) -> int:

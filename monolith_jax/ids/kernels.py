@@ -300,6 +300,36 @@ def erase(
 
 
 @_jit
+def is_sound(
+    seeds, bucket_offsets, num_buckets, word_offsets, max_rows, shard_shift, keys, meta, lines_per_shard, used, counts
+):
+    """Returns whether every id stands where it is looked for, with a used row that no other id has, and all are counted."""
+    num_shards, num_tables = counts.shape
+    unclaimed = used.copy()
+    for shard in range(num_shards):
+        for table in range(num_tables):
+            start, buckets, number = shard * lines_per_shard + bucket_offsets[table], num_buckets[table], 0
+            for place in range(buckets * SLOTS):
+                bucket, slot = place // SLOTS, place % SLOTS
+                row = np.int64(meta[start + bucket, 8 + slot])
+                if row < 0:
+                    continue
+                h = mix(keys[start + bucket, slot] ^ seeds[table])
+                if row >= max_rows[table] or np.int64(h >> shard_shift) != shard:
+                    return False
+                if bucket != first_bucket(h, buckets) and bucket != second_bucket(h, buckets):
+                    return False
+                word, bit = word_offsets[table] + row // 32, np.uint32(1) << np.uint32(row % 32)
+                if not unclaimed[shard, word] & bit:
+                    return False
+                unclaimed[shard, word] ^= bit
+                number += 1
+            if number != counts[shard, table]:
+                return False
+    return not unclaimed.any()
+
+
+@_jit
 def dedup(ids, valid, position_tables, seen_s, seeds, scratch, inverse, out_ids, out_hashes, out_tables, out_seen_s, places):
     """Finds the distinct (table, id) of a batch, in order of first appearance.
 

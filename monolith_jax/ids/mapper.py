@@ -32,17 +32,21 @@ class GroupMapper:
             num_devices: S, a divisor of the number of shards.
 
         Raises:
-            ValueError: S does not divide L.
+            ValueError: S does not divide L, or a device would have more rows than int32 can count.
         """
         if layout.num_shards % num_devices:
             raise ValueError(f"{layout.num_shards} shards cannot be divided among {num_devices} devices; use a power of two")
+        self._rows_per_device = layout.num_shards // num_devices * layout.rows_per_shard
+        if self._rows_per_device + _FRESH_SIZES[-1] >= 2**31:
+            raise ValueError(
+                f"a device would hold {self._rows_per_device:,} rows of tables {layout.names}, more than int32 counts; use more "
+                f"than {num_devices} devices or a smaller TableConfig.max_rows"
+            )
         self.maps = IdMaps(layout)
         self._position_tables = np.asarray(position_tables, np.int32)
         self._num_devices = num_devices
-        self._rows_per_device = layout.num_shards // num_devices * layout.rows_per_shard
         self._scratch = np.full(0, -1, np.int32)
-        self._touched_size = 0
-        self._sent_size = 0
+        self._touched_size = self._sent_size = ladder(0)
 
     def plan(self, batch: GroupIds, seen_s: np.ndarray, insert: bool = True) -> tuple[GroupPlan, dict[str, float]]:
         """Returns the plan of one batch and its counts; the maps have the batch's new ids afterwards.
@@ -50,8 +54,13 @@ class GroupMapper:
         Args:
             batch: ids [B, P]; S must divide B.
             seen_s: uint32 [B], event times in seconds.
-            insert: Whether new ids get rows; if not, nothing changes and they read zeros.
+            insert: Whether new ids get rows; if not, no map changes and they read zeros.
+
+        Raises:
+            ValueError: S does not divide B.
         """
+        if batch.ids.shape[0] % self._num_devices:
+            raise ValueError(f"{batch.ids.shape[0]} examples cannot be divided among {self._num_devices} devices")
         inverse, ids, hashes, tables, last_seen_s = self._dedup(batch, seen_s)
         shards, rows, fresh, at_cap, no_path = self.maps.lookup_or_insert(ids, hashes, tables, last_seen_s, insert)
         owners, local_rows = self._places(tables, shards, rows)

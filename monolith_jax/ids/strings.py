@@ -9,6 +9,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 _P1 = np.uint64(0x9E3779B185EBCA87)
 _P2 = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -76,6 +77,8 @@ def _hash_all(data, offsets, out):
 def string_ids(strings: pa.Array) -> np.ndarray:
     """Returns the int64 ids of an Arrow array of strings (null becomes the id of the empty string)."""
     strings = strings.cast(pa.large_string())
+    if strings.null_count:  # A null may cover bytes in the buffer.
+        strings = pc.fill_null(strings, "")
     _, offsets, data = strings.buffers()
     first = (
         np.frombuffer(offsets, np.int64)[strings.offset : strings.offset + len(strings) + 1]

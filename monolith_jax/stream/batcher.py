@@ -21,11 +21,15 @@ class Batch:
     """Neighbouring examples of a stream."""
 
     examples: pa.RecordBatch
-    """At most B of them."""
+    """At most B of them; none, and no columns, where all that was read was set aside."""
     rejected: tuple[Rejected, ...]
     """Rows set aside in the chunks that this batch was the first to read."""
     epoch: int
     """Pass over the data."""
+
+
+MAX_REJECTED = 10_000
+"""A batch is cut when this many rows were set aside while it was filled, so that memory stays bounded."""
 
 
 class _BatchIterator(grain.DatasetIterator[Batch]):
@@ -41,29 +45,38 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         self._chunk: Chunk | None = None
 
     def __next__(self) -> Batch:
+        before = self.get_state()
+        try:
+            batch = self._cut()
+        except Exception:
+            self.set_state(before)  # What was read of the batch is read again: an error loses no example.
+            raise
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    def _cut(self) -> Batch | None:
         pieces: list[pa.RecordBatch] = []
         rejected: list[Rejected] = []
-        missing, epoch = self._batch_size, None
-        while missing:
+        missing, epoch = self._batch_size, 0
+        while missing and len(rejected) < MAX_REJECTED:
             chunk = self._current_chunk()
             if chunk is None or (pieces and chunk.epoch != epoch):
                 break
             if self._row == 0:
                 rejected += chunk.rejected
             piece = chunk.examples.slice(self._row, missing)
+            epoch = chunk.epoch
             if piece.num_rows:
                 pieces.append(piece)
-                epoch = chunk.epoch
                 missing -= piece.num_rows
             self._row += piece.num_rows
             if self._row == chunk.examples.num_rows:
                 self._position, self._row, self._chunk = chunk.position, 0, None
-        if pieces:
-            assert epoch is not None
-            return Batch(pa.concat_batches(pieces), tuple(rejected), epoch)
-        if rejected:
-            return Batch(pa.RecordBatch.from_pylist([]), tuple(rejected), 0)
-        raise StopIteration
+        if not pieces and not rejected:
+            return None
+        examples = pa.concat_batches(pieces) if pieces else pa.RecordBatch.from_pylist([])
+        return Batch(examples, tuple(rejected), epoch)
 
     def _current_chunk(self) -> Chunk | None:
         if self._chunks is None:

@@ -102,7 +102,7 @@ def _layout(config: ColumnsConfig, files: tuple[TableFile, ...]) -> _Layout:
         raise ValueError(
             f"two columns would be called {sorted({ours for ours in seen if seen.count(ours) > 1} or {TIME})}; rename one"
         )
-    wanted = sorted({*names.values(), *([time] if time else []), *(column for column, _ in config.types)})
+    wanted: list[str] = sorted({*names.values(), *([time] if time else []), *(column for column, _ in config.types)})
     for file in files:
         require_columns(file, wanted)
     inferred = infer_kinds(files[0], wanted)

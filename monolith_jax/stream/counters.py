@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout
-from monolith_jax.stream.events import labels, valid_mask
-from monolith_jax.stream.history import rows_of
+from monolith_jax.stream.events import labels
+from monolith_jax.stream.history import ids_of, rows_of, take_over
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class CountersConfig:
     """Which rates are kept."""
 
     keys: tuple[str, ...] = ("user_id", "video_id")
-    """Columns whose ids are counted, int64; null is not counted."""
+    """Columns whose ids are counted, int64 or string; null is not counted."""
     labels: tuple[str, ...] = ("like", "long_view", "complete", "skip")
     """K labels."""
     max_rows: int = 100_000
-    """Ids of each key; later ones have no rates of their own. Costs 8 K + 16 bytes each."""
+    """Ids of each key; later ones have no rates of their own, and their examples are counted. Costs 16 K + 40 bytes each."""
     half_life_s: float = 0.0
     """Event time in which a count loses half its weight; 0: it keeps it."""
     prior_count: float = 5.0
@@ -52,8 +52,10 @@ def _walk(rows, times_s, labels, masks, half_life_s, prior, sums, counts, events
         for k in range(num_labels):
             overall = (total[0, k] + 1.0) / (total[1, k] + 2.0)
             if row >= 0:
-                rate = (sums[row, k] + prior * overall) / (counts[row, k] + prior)
-                out_lift[i, k] = np.log(rate / (1 - rate)) - np.log(overall / (1 - overall))
+                # The negatives by themselves: 1 - rate would lose them, and be 0 at last.
+                positives = sums[row, k] + prior * overall
+                negatives = counts[row, k] - sums[row, k] + prior * (1 - overall)
+                out_lift[i, k] = np.log(positives / negatives) - np.log(overall / (1 - overall))
             else:
                 out_lift[i, k] = 0.0
             total[0, k] += labels[i, k] * masks[i, k]
@@ -74,11 +76,13 @@ class _KeyCounters:
         size, num_labels = 2 * self.layout.rows_per_shard, len(config.labels)
         self.maps = IdMaps(self.layout)
         self.arrays = {
-            "sums": np.zeros((size, num_labels), np.float32),
-            "counts": np.zeros((size, num_labels), np.float32),
-            "events": np.zeros(size, np.float32),
+            # Not float32: adding 1 would have no effect from 2^24 on.
+            "sums": np.zeros((size, num_labels), np.float64),
+            "counts": np.zeros((size, num_labels), np.float64),
+            "events": np.zeros(size, np.float64),
             "last_s": np.zeros(size, np.float64),
             "total": np.zeros((2, num_labels), np.float64),
+            "refused": np.zeros(1, np.int64),
         }
 
 
@@ -86,7 +90,15 @@ class Counters:
     """The counts of all keys."""
 
     def __init__(self, config: CountersConfig) -> None:
-        """Makes empty counts."""
+        """Makes empty counts.
+
+        Raises:
+            ValueError: A field is out of its range.
+        """
+        if config.max_rows < 1 or not config.half_life_s >= 0 or not config.prior_count > 0:
+            raise ValueError(
+                f"CountersConfig: max_rows must be at least 1, half_life_s at least 0 and prior_count above 0, got {config}"
+            )
         self._config = config
         self.reset()
 
@@ -94,20 +106,28 @@ class Counters:
         """Forgets everything."""
         self._keys = [_KeyCounters(key, self._config) for key in self._config.keys]
 
+    @property
+    def num_refused(self) -> int:
+        """Examples so far, summed over keys, whose id has no counts because there are `max_rows` already."""
+        return sum(int(key.arrays["refused"][0]) for key in self._keys)
+
     def extend(self, examples: pa.RecordBatch) -> pa.RecordBatch:
-        """Returns examples with the rates of their ids before them, and counts them."""
+        """Returns examples with the rates of their ids before them, and counts them.
+
+        Raises:
+            ValueError: A column is missing or of a wrong type.
+        """
         config = self._config
         values, masks = labels(examples, config.labels)
         values = np.minimum(values, 1.0)
         times_ms = examples.column("event_time_ms").to_numpy()
         for key in self._keys:
-            column = examples.column(key.key)
-            there = valid_mask(column)
-            rows = np.full(examples.num_rows, -1, np.int64)
-            rows[there] = rows_of(key.maps, column.drop_null().to_numpy(), times_ms)
+            ids, known = ids_of(examples, key.key, "CountersConfig.keys")
+            rows = rows_of(key.maps, ids, known)
             lift = np.empty((examples.num_rows, len(config.labels)), np.float32)
             count = np.empty(examples.num_rows, np.float32)
             state = key.arrays
+            state["refused"] += np.count_nonzero(known & (rows < 0))
             _walk(
                 rows, times_ms / 1000.0, values, masks, config.half_life_s, config.prior_count,
                 state["sums"], state["counts"], state["events"], state["last_s"], state["total"], lift, count,
@@ -126,9 +146,13 @@ class Counters:
         return state
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Takes over what `get_state` returned."""
+        """Takes over what `get_state` returned.
+
+        Raises:
+            ValueError: The state is of another config or damaged.
+        """
         for key in self._keys:
-            mine = {name.split("/", 1)[1]: array for name, array in state.items() if name.split("/", 1)[0] == key.key}
+            prefix = key.key + "/"
+            mine = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
             key.maps.set_state({name[5:]: array for name, array in mine.items() if name.startswith("maps.")})
-            for name, array in key.arrays.items():
-                array[:] = mine[name]
+            take_over(key.arrays, mine, "CountersConfig")

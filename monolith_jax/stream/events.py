@@ -70,7 +70,7 @@ DERIVED_LABELS = {
     "skip": "play_time_ms < 3 s; undefined where the play time is unknown",
     "play_ratio": "play_time_ms / duration_ms, at most 5; undefined where the duration is unknown",
 }
-"""Labels computed from times. Every other label is the column of that name: true or above 0 is 1, null is undefined."""
+"""Labels computed from times. Every other label is the column of that name: true or above 0 is 1, null and NaN are undefined."""
 
 
 def valid_mask(array: pa.Array) -> np.ndarray:
@@ -84,9 +84,13 @@ def _column_f64(examples: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.nda
         known = ", ".join(sorted([*DERIVED_LABELS, *examples.schema.names]))
         raise ValueError(f"label needs the column {name!r}, which the source does not yield; labels and columns there: {known}")
     column = examples.column(name)
-    defined = valid_mask(column)
-    values = pc.fill_null(pc.cast(column, pa.float64()), 0.0).to_numpy(zero_copy_only=False)
-    return values, defined
+    try:
+        # Not `safe`: an int64 above 2^53 loses its last digits, which is no reason to stop.
+        values = pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(f"label needs numbers or booleans in column {name!r}, which is {column.type}: {error}") from None
+    defined = valid_mask(column) & ~np.isnan(values)
+    return np.where(defined, values, 0.0), defined
 
 
 def _derived(examples: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +122,7 @@ def labels(examples: pa.RecordBatch, names: Sequence[str]) -> tuple[np.ndarray, 
         float32 [B, T] labels, and float32 [B, T] masks: 1 where the label is defined, 0 where not (the label is 0 there).
 
     Raises:
-        ValueError: A column that a label needs is not there.
+        ValueError: A column that a label needs is not there, or holds no numbers.
     """
     values = np.zeros((examples.num_rows, len(names)), np.float32)
     masks = np.zeros((examples.num_rows, len(names)), np.float32)

@@ -136,7 +136,7 @@ def read_files(reading: Reading, position: Position, convert: Convert) -> Iterat
                     _refuse_unsorted(file, row, row - first, backwards, trail, reading.how_to_sort)
                     place = {"epoch": epoch, "file": index, "row": row, "byte": raw.after.byte}
                     seen = {"newest_ms": trail.newest_ms, "keys": [list(key) for key in trail.keys], "backwards": backwards}
-                    yield Chunk(examples, rejected, place | seen)
+                    yield Chunk(examples, rejected, place | seen, epoch)
             index, cursor, backwards = index + 1, None, 0
         epoch, index, trail = epoch + 1, 0, Trail()
 

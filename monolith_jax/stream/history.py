@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout
-from monolith_jax.stream.events import labels
+from monolith_jax.ids.strings import string_ids
+from monolith_jax.stream.events import labels, valid_mask
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,19 @@ class HistoryConfig:
     length: int = 20
     """N, items kept of each user."""
     max_users: int = 100_000
-    """Users that have a history; later ones have none, and are counted. Costs length * 17 bytes each."""
+    """Users that have a history; later ones have none, and their examples are counted. Costs length * 17 bytes each."""
     actions: tuple[str, ...] = ("like", "long_view", "complete", "skip")
     """Labels, at most 8, that make up the action bits."""
     user_column: str = "user_id"
-    """Column of the user, int64."""
+    """Column of the user, int64 or string. Null: no history."""
     item_column: str = "video_id"
-    """Column of the items, int64."""
+    """Column of the items, int64 or string (then the history holds the hashes). Null: not remembered."""
 
 
 @numba.njit(cache=True, nogil=True)
-def _walk(users, items, actions, times, ring_items, ring_actions, ring_times, heads, out_items, out_actions, out_lengths):
+def _walk(
+    users, items, remembered, actions, times, ring_items, ring_actions, ring_times, heads, out_items, out_actions, out_lengths
+):
     # In stream order: each example reads its user's ring, then adds itself.
     length = ring_items.shape[1]
     for i in range(users.size):
@@ -51,6 +54,8 @@ def _walk(users, items, actions, times, ring_items, ring_actions, ring_times, he
                 at = out_lengths[i]
                 out_items[i, at], out_actions[i, at] = ring_items[user, place], ring_actions[user, place]
                 out_lengths[i] = at + 1
+        if not remembered[i]:
+            continue
         place = heads[user] % length
         ring_items[user, place], ring_actions[user, place], ring_times[user, place] = items[i], actions[i], times[i]
         heads[user] += 1
@@ -63,10 +68,10 @@ class History:
         """Makes empty rings.
 
         Raises:
-            ValueError: More than 8 actions, or a length below 1.
+            ValueError: More than 8 actions, or no items or users.
         """
-        if len(config.actions) > 8 or config.length < 1:
-            raise ValueError(f"HistoryConfig: at most 8 actions and a length of at least 1, got {config}")
+        if len(config.actions) > 8 or config.length < 1 or config.max_users < 1:
+            raise ValueError(f"HistoryConfig: at most 8 actions, length and max_users of at least 1, got {config}")
         self._config = config
         self._layout = MapLayout(("history." + config.user_column,), (config.max_users,), 2)
         self.reset()
@@ -79,19 +84,32 @@ class History:
         self._actions = np.zeros((size, self._config.length), np.uint8)
         self._times = np.zeros((size, self._config.length), np.int64)
         self._heads = np.zeros(size, np.int64)
+        self._refused = np.zeros(1, np.int64)
+
+    @property
+    def num_refused(self) -> int:
+        """Examples so far whose user has no history because there are `max_users` already."""
+        return int(self._refused[0])
 
     def extend(self, examples: pa.RecordBatch) -> pa.RecordBatch:
-        """Returns examples with their histories, and remembers them."""
+        """Returns examples with their histories, and remembers them.
+
+        Raises:
+            ValueError: A column is missing or of a wrong type.
+        """
         config, number = self._config, examples.num_rows
         values, _ = labels(examples, config.actions)
         bits = (values > 0) @ (1 << np.arange(len(config.actions)))
         times = examples.column("event_time_ms").to_numpy()
-        users = rows_of(self._maps, examples.column(config.user_column).to_numpy(), times)
+        user_ids, known = ids_of(examples, config.user_column, "HistoryConfig.user_column")
+        item_ids, remembered = ids_of(examples, config.item_column, "HistoryConfig.item_column")
+        users = rows_of(self._maps, user_ids, known)
+        self._refused += np.count_nonzero(known & (users < 0))
         items = np.zeros((number, config.length), np.int64)
         actions = np.zeros((number, config.length), np.uint8)
         lengths = np.zeros(number, np.int32)
         _walk(
-            users, examples.column(config.item_column).to_numpy(), bits.astype(np.uint8), times,
+            users, item_ids, remembered, bits.astype(np.uint8), times,
             self._items, self._actions, self._times, self._heads, items, actions, lengths,
         )  # fmt: skip
         there = np.arange(config.length) < lengths[:, None]
@@ -106,21 +124,69 @@ class History:
     def get_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of everything."""
         state = {f"maps.{name}": array for name, array in self._maps.get_state().items()}
-        rings = {"items": self._items, "actions": self._actions, "times": self._times, "heads": self._heads}
-        return state | {name: array.copy() for name, array in rings.items()}
+        return state | {name: array.copy() for name, array in self._arrays().items()}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Takes over what `get_state` returned."""
+        """Takes over what `get_state` returned.
+
+        Raises:
+            ValueError: The state is of another config or damaged.
+        """
         self._maps.set_state({name[5:]: array for name, array in state.items() if name.startswith("maps.")})
-        for mine, name in ((self._items, "items"), (self._actions, "actions"), (self._times, "times"), (self._heads, "heads")):
-            mine[:] = state[name]
+        take_over(self._arrays(), state, "HistoryConfig")
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "items": self._items,
+            "actions": self._actions,
+            "times": self._times,
+            "heads": self._heads,
+            "refused": self._refused,
+        }
 
 
-def rows_of(maps: IdMaps, ids: np.ndarray, times_ms: np.ndarray) -> np.ndarray:
-    """Returns the flat row of each id in the only table of `maps`, int64, -1 where the table is full; new ids get one."""
-    distinct, inverse = np.unique(ids, return_inverse=True)
-    keys = distinct.view(np.uint64)
-    seen_s = np.full(keys.size, int(times_ms.max()) // 1000 if times_ms.size else 0, np.uint32)
-    shards, rows, *_ = maps.lookup_or_insert(keys, maps.hashes_of(keys, 0), np.zeros(keys.size, np.int32), seen_s)
-    flat = np.where(rows >= 0, shards.astype(np.int64) * maps.layout.rows_per_shard + rows, -1)
-    return flat[inverse]
+def take_over(arrays: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray], config: str) -> None:
+    """Copies a state into arrays.
+
+    Raises:
+        ValueError: An array is missing or of another shape; the message names `config`.
+    """
+    for name, array in arrays.items():
+        if name not in state or state[name].shape != array.shape:
+            there = state[name].shape if name in state else "nothing"
+            raise ValueError(f"the state of {name!r} is {there}, expected {array.shape}; was it made with another {config}?")
+    for name, array in arrays.items():
+        array[:] = state[name]
+
+
+def ids_of(examples: pa.RecordBatch, column: str, field: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids in a column, int64 [B] (strings hashed, 0 where null), and where it is not null, bool [B].
+
+    Raises:
+        ValueError: The column is missing or holds no ids; the message names `field`.
+    """
+    if column not in examples.schema.names:
+        raise ValueError(f"{field} is {column!r}, which the source does not yield; there: {', '.join(examples.schema.names)}")
+    array = examples.column(column)
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        return string_ids(array), valid_mask(array)
+    if not pa.types.is_int64(array.type):
+        raise ValueError(f"{field} is {column!r}, which is {array.type}; expected int64 or string")
+    return array.fill_null(0).to_numpy(), valid_mask(array)
+
+
+def rows_of(maps: IdMaps, ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Returns the flat row of each id in the only table of `maps`, int64 [B], -1 where unknown or the table is full.
+
+    New ids get rows in stream order, so that who finds a place does not depend on where batches are cut.
+    """
+    distinct, first, inverse = np.unique(ids[known], return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    keys, number = distinct[order].view(np.uint64), distinct.size
+    none = np.zeros(number, np.uint32)
+    shards, rows, *_ = maps.lookup_or_insert(keys, maps.hashes_of(keys, 0), np.zeros(number, np.int32), none)
+    flat = np.empty(number, np.int64)
+    flat[order] = np.where(rows >= 0, shards.astype(np.int64) * maps.layout.rows_per_shard + rows, -1)
+    out = np.full(ids.size, -1, np.int64)
+    out[known] = flat[inverse]
+    return out

@@ -196,7 +196,7 @@ class MovieLensSource:
                 rejected = (*(set_aside if row == first else ()), *rejected)
                 row = after
                 place = {"epoch": epoch, "row": row, "newest_ms": trail.newest_ms}
-                yield Chunk(examples, rejected, place | {"keys": [list(key) for key in trail.keys]})
+                yield Chunk(examples, rejected, place | {"keys": [list(key) for key in trail.keys]}, epoch)
             epoch, row, trail = epoch + 1, first, validate.Trail()
 
 

@@ -29,7 +29,7 @@ class SideTable:
     ids: np.ndarray
     """int64 [rows], ascending."""
     columns: pa.RecordBatch
-    """The features of these ids, the id column left out."""
+    """The features of these ids, the id column left out. Strings are dictionary-encoded."""
 
 
 def find_one(folder: Path, prefix: str) -> Path:
@@ -72,9 +72,10 @@ def _batches(
                     row = int(np.argmax(mask))
                     raise ValueError(f"{raw.where(row)}: {reason} in a feature file: {raw.raw(row)!r}")
             try:
-                columns[name] = changes[name](column) if name in changes else column
+                column = changes[name](column) if name in changes else column
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{file.name}: column {name!r} before row {raw.after.row}: {error}") from error
+            columns[name] = column.dictionary_encode() if column.type == pa.string() else column  # few texts, many rows
         yield pa.RecordBatch.from_pydict(columns)
 
 
@@ -97,7 +98,7 @@ def load_side_table(
     """
     found = infer_kinds(file, [name for name, kind in kinds.items() if kind is None], None)
     known = {name: kind or found[name] for name, kind in kinds.items()} | {key: pa.int64()}
-    table = pa.Table.from_batches(list(_batches(file, known, changes or {}))).combine_chunks()
+    table = pa.Table.from_batches(list(_batches(file, known, changes or {}))).unify_dictionaries().combine_chunks()
     if table.column(key).null_count:
         raise ValueError(f"{file.name}: {table.column(key).null_count} rows without {key!r}")
     ids = table.column(key).to_numpy()
@@ -121,4 +122,5 @@ def join(table: SideTable, ids: pa.Array) -> dict[str, pa.Array]:
     wanted = ids.to_numpy(zero_copy_only=False)
     at = np.minimum(np.searchsorted(table.ids, wanted), len(table.ids) - 1)
     rows = pa.array(at, mask=table.ids[at] != wanted)
-    return {name: column.take(rows) for name, column in zip(table.columns.schema.names, table.columns.columns, strict=True)}
+    found = {name: table.columns.column(name).take(rows) for name in table.columns.schema.names}
+    return {name: column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column for name, column in found.items()}

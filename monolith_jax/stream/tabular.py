@@ -354,7 +354,7 @@ def _fields(
 def _parquet_rows(file: TableFile, cursor: Cursor, num_rows: int, columns: list[str], end_row: int | None) -> Iterator[RawRows]:
     row, pending, held = cursor.row, list[pa.RecordBatch](), 0
     try:
-        with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=BLOCK_BYTES) as parquet:
+        with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=BLOCK_BYTES, page_checksum_verification=True) as parquet:
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             firsts = np.concatenate([[0], np.cumsum(sizes)])
             end = int(firsts[-1]) if end_row is None else min(end_row, int(firsts[-1]))

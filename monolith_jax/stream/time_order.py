@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from monolith_jax.stream import validate
@@ -29,6 +30,7 @@ from monolith_jax.stream.kinds import narrow
 from monolith_jax.stream.tabular import TableFile, open_table, read_rows, require_columns, start
 
 _TIME = "__time"
+_FARTHEST = 1 << 62  # so that time + 1 is an int64 too
 _PIECE_ROWS = 8192
 _SAMPLES_OF_RUN = 256
 
@@ -133,7 +135,9 @@ def _pieces(
                 times, faults = column.cast(pa.int64()), []
             else:
                 times, faults = validate.convert(column, time_column, pa.int64(), file.name)
-            faults = [*faults, validate.required(times, time_column)]
+            far = pc.or_(pc.less(times, -_FARTHEST), pc.greater(times, _FARTHEST))
+            far = pc.fill_null(far, False).to_numpy(zero_copy_only=False)
+            faults = [*faults, validate.required(times, time_column), (far, f"{time_column} is out of range")]
             batch = pa.RecordBatch.from_arrays([times, *raw.batch.columns], [_TIME, *raw.batch.schema.names])
             batch, rejected = validate.split(batch, faults, raw.where, raw.raw)
             letters.add((*raw.rejected, *rejected))
@@ -169,7 +173,8 @@ def _write_run(batches: list[pa.RecordBatch], path: Path, rows_in_memory: int) -
     times = table.column(_TIME).to_numpy()
     pq.write_table(table, path, row_group_size=_PIECE_ROWS, compression="zstd", use_dictionary=False, write_statistics=False)
     stride = max(rows_in_memory // _SAMPLES_OF_RUN, 1)
-    return _Run(path, np.append(times[::_PIECE_ROWS], times[-1]), times[stride // 2 :: stride], len(times))
+    sample = times[stride // 2 :: stride].copy()  # a view would keep the whole run in memory
+    return _Run(path, np.append(times[::_PIECE_ROWS], times[-1]), sample, len(times))
 
 
 def _in_order(table: pa.Table) -> pa.Table:
@@ -202,7 +207,13 @@ def _rows_between(run: _Run, low: int, high: int) -> Iterator[pa.Table]:
             times = table.column(_TIME).to_numpy()
             begin, stop = np.searchsorted(times, [low, high], side="left")
             if begin < stop:
-                yield table.slice(int(begin), int(stop - begin))
+                yield table.take(pa.array(np.arange(begin, stop)))  # a slice would keep the whole row group in memory
+
+
+def _collected(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    found = list(pieces)
+    if found:
+        yield _in_order(pa.concat_tables(found))
 
 
 def _merge(
@@ -213,10 +224,10 @@ def _merge(
     written: list[Path] = []
     for low, high in _ranges(runs, rows_in_memory):
         pieces = (piece for run in runs for piece in _rows_between(run, low, high))
-        tables = pieces if high == low + 1 else iter([_in_order(pa.concat_tables(found))] if (found := list(pieces)) else [])
+        tables = pieces if high == low + 1 else _collected(pieces)
         path, writer = folder / f"{name}_{len(written):05}.parquet", None
         for table in tables:
-            writer = writer or pq.ParquetWriter(path, schema, compression="zstd")
+            writer = writer or pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
             writer.write_table(_typed(table.drop_columns([_TIME]), schema), row_group_size=1 << 16)
             done += table.num_rows
             progress("sorting", done, total)

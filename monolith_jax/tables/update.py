@@ -27,6 +27,7 @@ _NOT_PER_ROW = {
     "muon": "it needs matrices",
     "amos": "its state depends on the parameter's shape",
 }
+_NOT_LINEAR = {"fromage": "its learning rate does not only scale the update"}
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,31 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Returns the transformation with learning rate 1.
 
     Raises:
-        ValueError: optax has no such optimizer, or it has no such argument.
+        ValueError: optax has no such optimizer, or it has no such argument, or needs one more.
     """
+    if config.name in _NOT_LINEAR:
+        raise ValueError(f"OptimizerConfig.name: optax.{config.name} cannot be used: {_NOT_LINEAR[config.name]}")
     make = getattr(optax, config.name, None)
     if not callable(make) or "learning_rate" not in inspect.signature(make).parameters:
-        known = [name for name in dir(optax) if name.islower() and _takes_rate(getattr(optax, name))]
+        known = [name for name in dir(optax) if name.islower() and name[0] != "_" and _takes_rate(getattr(optax, name))]
         near = difflib.get_close_matches(config.name, known, 1) or known
         raise ValueError(f"OptimizerConfig.name: optax has no optimizer {config.name!r}; did you mean {' or '.join(near)}?")
     allowed = [name for name in inspect.signature(make).parameters if name != "learning_rate"]
     for name, _ in config.arguments:
         if name not in allowed:
             raise ValueError(f"OptimizerConfig.arguments: optax.{config.name} takes {', '.join(allowed)}; got {name!r}")
-    made = make(learning_rate=1.0, **dict(config.arguments))
+    try:
+        made = make(learning_rate=1.0, **dict(config.arguments))
+    except TypeError as error:
+        raise ValueError(f"OptimizerConfig.arguments: optax.{config.name}: {error}") from None
     assert isinstance(made, optax.GradientTransformation)
-    return made
+
+    def update(gradients: Any, state: Any, weights: Any) -> tuple[Any, Any]:
+        # optax takes Python floats to the power of integer counts, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return made.update(gradients, state, weights)
+
+    return optax.GradientTransformation(made.init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _takes_rate(value: Any) -> bool:

@@ -52,7 +52,7 @@ def test_bad_rows_are_set_aside(tmp_path: Path) -> None:
     lines = [
         "uid,item,liked,ts,price",
         *(f"{i},a,1,{T0 + i},{i}" for i in range(8192)),
-        f"x,a,1,{T0},1",
+        f"x,a,1,{T0 + 9000},1",
         f"2,b,5,{T0 + 9000},1",
     ]
     lines += [f"3,c,1,{T0 + 9000},many", f"4,,1,{T0 + 9000},1", "5,e,1,1e300,1", f"6,f,1,{T0 + 9001},1", f"6,f,1,{T0 + 9001},1"]

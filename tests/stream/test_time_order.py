@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch import sort
@@ -19,8 +19,9 @@ def sorted_rows(output: Path) -> list[dict]:
     return [row for path in sorted(output.glob("log_*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
+@settings(deadline=None)
 @given(
-    st.lists(st.one_of(st.integers(-50, 50), st.sampled_from([7, -(2**63), 2**63 - 1])), min_size=1, max_size=80),
+    st.lists(st.one_of(st.integers(-50, 50), st.sampled_from([7, -(2**62), 2**62])), min_size=1, max_size=80),
     st.integers(1, 30),
 )
 def test_equals_a_stable_sort(times: list[int], rows_in_memory: int) -> None:
@@ -61,9 +62,9 @@ def test_csv_keeps_all_columns_in_the_type_of_all_values(tmp_path: Path) -> None
 
 
 def test_a_time_that_most_rows_share_needs_no_memory(tmp_path: Path) -> None:
-    times = np.full(200_000, 5)
+    times = np.full(500_000, 5)
     times[::1000] = 3
-    pq.write_table(pa.table({"t": times, "n": np.arange(len(times))}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"t": times, "n": np.arange(len(times))}), tmp_path / "a.parquet", row_group_size=20_000)
     before = pa.total_allocated_bytes()
     peak = 0
 
@@ -77,14 +78,13 @@ def test_a_time_that_most_rows_share_needs_no_memory(tmp_path: Path) -> None:
     rows = pa.concat_tables([pq.read_table(path) for path in sorted((tmp_path / "out").glob("log_*"))])
     order = np.argsort(times, kind="stable")
     assert np.array_equal(rows.column("n").to_numpy(), order)
-    assert peak < 200_000 * 24 / 2  # half of all rows in memory
+    assert peak < 500_000 * 24 / 4  # a quarter of all rows
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     peaks = []
-    for num_rows in (100_000, 400_000):
+    for num_rows in (120_000, 480_000):
         path, out = tmp_path / f"{num_rows}.csv", tmp_path / str(num_rows)
         pa_csv.write_csv(pa.table({"t": rng.permutation(num_rows), "n": np.arange(num_rows)}), path)
         seen = [0]

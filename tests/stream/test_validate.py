@@ -11,6 +11,7 @@ def faulty(faults: list[tuple[np.ndarray, str]]) -> dict[int, str]:
     return {int(row): reason for mask, reason in faults for row in np.flatnonzero(mask)}
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(st.integers(-(2**65), 2**65).map(str), st.sampled_from(["", "x", "1.5", " 7 ", "8.0", "nan", "-"])),
@@ -64,7 +65,7 @@ def test_single_checks() -> None:
 ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(100, 130), st.booleans()), max_size=30)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(ROWS, st.integers(0, 10), st.booleans())
 def test_order_of_one_chunk_agrees_with_a_slow_model(
     rows: list[tuple[int, int, int, bool]], allowed: int, strings: bool
@@ -89,6 +90,7 @@ def test_order_of_one_chunk_agrees_with_a_slow_model(
     assert {(int(u), int(v)) for u, v in trail.keys} == {(u, v) for u, v, time in seen if time == newest}
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 1)), max_size=24), st.integers(1, 5))
 def test_in_a_stream_in_order_chunks_do_not_matter(steps: list[tuple[int, int, int]], size: int) -> None:
     users, videos = np.array([s[0] for s in steps], np.int64), np.array([s[1] for s in steps], np.int64)
