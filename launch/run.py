@@ -22,7 +22,7 @@ from monolith_jax.evaluate.prequential import Prequential
 from monolith_jax.evaluate.report import closing_table
 from monolith_jax.experiment import Experiment, SourceConfig, to_gin
 from monolith_jax.ids.mapper import GroupMapper, Mapper
-from monolith_jax.mesh import make_mesh, num_devices
+from monolith_jax.mesh import make_mesh, num_devices, split_cpu
 from monolith_jax.planner import Memory, Planner
 from monolith_jax.snapshot import SnapshotConfig, Snapshots, find
 from monolith_jax.stream.batcher import batches
@@ -114,7 +114,7 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
         FloatingPointError: A loss was not finite.
     """
     console = console or Console()
-    jax.config.update("jax_num_cpu_devices", experiment.mesh.cpu_devices)
+    split_cpu(experiment.mesh)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(tempfile.gettempdir()) / f"monolith_jax_xla_{os.getuid()}")
     jax.config.update("jax_compilation_cache_dir", cache)
     parts = assemble(experiment)
@@ -133,14 +133,14 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
     measures = Prequential(experiment.prequential, [(head.label, head.kind) for head in experiment.heads])
     log = RunLog(workdir, measures, config.log_every, total, config.tensorboard, console)
     who = identity(experiment)
-    state = _begin(parts, snapshots, planner, log, who, config.warm_start, console)
-    (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
 
     def save(state: TrainState, frozen: Mapping[str, Any]) -> None:
         snapshots.save(log.steps, state, frozen, log.get_state(), who)
         log.last_snapshot = f"step {log.steps} in {workdir / 'snapshots'}"
 
     try:
+        state = _begin(parts, snapshots, planner, log, who, config.warm_start, console)
+        (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
         with log, _stopped_by_sigterm(planner) as stopped:
             state = run(state, planner, make_train_step(parts.model), log, save)
     finally:
@@ -169,7 +169,7 @@ def _begin(
         return restored.state
     if not warm_start:
         return parts.state
-    old = Snapshots(SnapshotConfig(), find(Path(warm_start)))
+    old = Snapshots(SnapshotConfig(), find(Path(warm_start)), read_only=True)
     latest = old.latest()
     assert latest is not None, "find() returned a folder without a snapshot"
     state, lines = take_over(

@@ -355,8 +355,8 @@ def _dense(examples: pa.RecordBatch, feature: DenseFeatureConfig) -> np.ndarray:
     lengths = np.diff(starts)[there]
     if (lengths != feature.size).any():
         raise ValueError(
-            f"feature {feature.name!r}: DenseFeatureConfig.size is {feature.size}, but column {feature.column!r} has an example "
-            f"with {lengths[lengths != feature.size][0]}"
+            f"feature {feature.name!r}: DenseFeatureConfig.size is {feature.size}, but column {feature.column!r} has an "
+            f"example with {lengths[lengths != feature.size][0]}"
         )
     flat, flat_valid = _numbers(array.values if is_list else array, feature.column, feature.name)
     index = starts[:-1][there][:, None] + np.arange(feature.size)

@@ -33,6 +33,14 @@ class MeshConfig:
     """Virtual devices a CPU host is split into. One a core is fastest for large batches."""
 
 
+def split_cpu(config: MeshConfig) -> None:
+    """Splits a CPU host into virtual devices. Once jax has started its devices, those stay as they are."""
+    try:
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    except RuntimeError:
+        return
+
+
 def make_mesh(config: MeshConfig) -> Mesh:
     """Returns the mesh of a run.
 

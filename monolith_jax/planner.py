@@ -153,19 +153,28 @@ class Planner:
         self._batches.close()
 
     def _run(self) -> None:
-        error = None
+        frozen, error = {}, None
         try:
-            while not self._stop.is_set() and not (self._max_steps and self._step >= self._max_steps):
-                position = self._batches.get_state()
-                batch = next(self._batches, None)
-                if batch is None:
-                    break
-                self._dead_letters.add(batch.rejected)
-                if batch.examples.num_rows:
-                    self._put(self._plan(batch.examples, batch.epoch, position))
-        except Exception as raised:  # Every error is the consumer's to see.
+            error = self._plan_all()
+            frozen = self.get_state()
+        except Exception as raised:  # Every error is the consumer's to see; the host's state may be half way through a plan.
             error = raised
-        self._put(_End(self.get_state() if error is None or isinstance(error, ValueError) else {}, error))
+        self._put(_End(frozen, error))
+
+    def _plan_all(self) -> Exception | None:
+        """Plans to the end. Returns the error at which the input cannot be read on: all before it is whole and can be kept."""
+        while not self._stop.is_set() and not (self._max_steps and self._step >= self._max_steps):
+            position = self._batches.get_state()
+            try:
+                batch = next(self._batches, None)
+            except (ValueError, OSError) as error:
+                return error
+            if batch is None:
+                return None
+            self._dead_letters.add(batch.rejected)
+            if batch.examples.num_rows:
+                self._put(self._plan(batch.examples, batch.epoch, position))
+        return None
 
     def _put(self, item: Planned | _End) -> None:
         while not self._abandon.is_set():

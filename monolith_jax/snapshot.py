@@ -49,10 +49,19 @@ class Restored:
 class Snapshots:
     """The snapshots of a run."""
 
-    def __init__(self, config: SnapshotConfig, folder: Path) -> None:
-        """Opens the folder, which is made if need be. Leftovers of interrupted saves are removed."""
+    def __init__(self, config: SnapshotConfig, folder: Path, read_only: bool = False) -> None:
+        """Opens the folder, which is made if need be. Leftovers of interrupted saves are removed.
+
+        Args:
+            config: How many are kept.
+            folder: Where they are.
+            read_only: Leaves the folder as it is: another process may be writing there.
+        """
         self._folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, cleanup_tmp_directories=True)
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
@@ -182,11 +191,23 @@ def differences(saved: Any, ours: Any, name: str = "") -> list[str]:
         for key in [*saved, *(key for key in ours if key not in saved)]:
             lines += differences(saved.get(key), ours.get(key), f"{name}.{key}" if name else key)
         return lines
+    if (saved_named := _named(saved)) is not None and (ours_named := _named(ours)) is not None:
+        return differences(saved_named, ours_named, name)
     if isinstance(saved, list) and isinstance(ours, list) and len(saved) == len(ours):
         return [
             line for index, pair in enumerate(zip(saved, ours, strict=True)) for line in differences(*pair, f"{name}[{index}]")
         ]
     return [] if saved == ours else [f"{name}: {_short(saved)} in the snapshot, {_short(ours)} here"]
+
+
+def _named(value: Any) -> dict[str, Any] | None:
+    """Returns a list of configs by name, so that one added or left out is told by its name; None for all else."""
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        return None
+    names = [part.get("name", part.get("label")) for part in value]
+    if None in names or len(set(names)) != len(names):
+        return None
+    return dict(zip(names, value, strict=True))
 
 
 def _short(value: Any) -> str:

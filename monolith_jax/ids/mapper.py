@@ -17,7 +17,8 @@ from monolith_jax.types import GroupIds, GroupPlan, Plan
 
 _FRESH_SIZES = tuple(4**k for k in range(3, 14))
 _ROOM = 1.05
-"""A padded size that must grow takes this much more than was needed, so that it seldom grows again."""
+"""A padded size that must grow takes this much more than was needed (and half as much again as it was): each size is a
+compilation of the step."""
 
 
 class GroupMapper:
@@ -39,8 +40,8 @@ class GroupMapper:
         self._rows_per_device = layout.num_shards // num_devices * layout.rows_per_shard
         if self._rows_per_device + _FRESH_SIZES[-1] >= 2**31:
             raise ValueError(
-                f"a device would hold {self._rows_per_device:,} rows of tables {layout.names}, more than int32 counts; use more "
-                f"than {num_devices} devices or a smaller TableConfig.max_rows"
+                f"a device would hold {self._rows_per_device:,} rows of tables {layout.names}, more than int32 counts; use "
+                f"more than {num_devices} devices or a smaller TableConfig.max_rows"
             )
         self.maps = IdMaps(layout)
         self._position_tables = np.asarray(position_tables, np.int32)
@@ -184,4 +185,4 @@ class Mapper:
 
 
 def _grown(size: int, needed: int) -> int:
-    return size if needed <= size else ladder(int(needed * _ROOM))
+    return size if needed <= size else ladder(max(int(needed * _ROOM), size + size // 2))

@@ -57,7 +57,7 @@ def combine(slots: Sequence[Slot], vectors: jax.Array, valid: jax.Array, weights
     Returns:
         float32 [B, F, D].
     """
-    singles = sum(1 for slot in slots if slot.length == 1 and not slot.weighted)
+    singles = sum(1 for slot in slots if slot.length == 1 and slot.combiner != "none" and not slot.weighted)
     fields = [vectors[:, :singles]]
     for slot in slots[singles:]:
         where = slice(slot.start, slot.start + slot.length)
@@ -106,5 +106,28 @@ class Mlp(nnx.Module):
         for index, layer in enumerate(self.layers):
             x = layer(x)
             if self.activate_last or index + 1 < len(self.layers):
+                x = nnx.relu(x)
+        return x
+
+
+class StackedMlp(nnx.Module):
+    """N Mlps of equal sizes, computed together: few large products instead of many small ones."""
+
+    def __init__(self, number: int, sizes: Sequence[int], activate_last: bool, dtype: ComputeDtype, rngs: nnx.Rngs) -> None:
+        """Makes N times the layers from sizes[0] inputs to sizes[-1] outputs."""
+        initial = nnx.initializers.lecun_normal(batch_axis=0)
+        kernels = [initial(rngs.params(), (number, *pair), jnp.float32) for pair in pairwise(sizes)]
+        self.kernels = nnx.List([nnx.Param(kernel) for kernel in kernels])
+        self.biases = nnx.List([nnx.Param(jnp.zeros((number, size), jnp.float32)) for size in sizes[1:]])
+        self.activate_last = activate_last
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps one input for all, [B, I], or one each, [B, N, I], to [B, N, O], in the compute dtype."""
+        x = x.astype(self.dtype)
+        for index, (kernel, bias) in enumerate(zip(self.kernels, self.biases, strict=True)):
+            weights_NIO = kernel[...].astype(self.dtype)
+            x = jnp.einsum("bi,nio->bno" if x.ndim == 2 else "bni,nio->bno", x, weights_NIO) + bias[...].astype(self.dtype)
+            if self.activate_last or index + 1 < len(self.kernels):
                 x = nnx.relu(x)
         return x

@@ -54,7 +54,7 @@ def scores(logits: jax.Array, heads: Sequence[HeadConfig]) -> jax.Array:
 def multi_task_loss(logits: jax.Array, labels: jax.Array, masks: jax.Array, heads: Sequence[HeadConfig]) -> jax.Array:
     """Returns the sum over heads of weight times mean loss, a float32 scalar.
 
-    The mean is over the whole batch, undefined labels and padding counting 0, so that an example weighs the same in every batch.
+    The mean is over the whole batch, undefined labels and padding counting 0, so an example weighs the same in every batch.
 
     Args:
         logits: float32 [B, T].

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from monolith_jax.models.layers import ComputeDtype, InputShapes, Mlp, ModelInputs, flat
+from monolith_jax.models.layers import ComputeDtype, InputShapes, Mlp, ModelInputs, StackedMlp, flat
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,14 @@ class MMoE(nnx.Module):
         dtype = config.compute_dtype
         size = config.trunk_hidden[-1] if config.trunk_hidden else shapes.flat
         self.trunk = Mlp((shapes.flat, *config.trunk_hidden), True, dtype, rngs)
-        self.experts = nnx.List([Mlp((size, *config.expert_hidden), True, dtype, rngs) for _ in range(config.num_experts)])
-        self.gates = nnx.Linear(size, num_tasks * config.num_experts, rngs=rngs)
-        self.towers = nnx.List(
-            [Mlp((config.expert_hidden[-1], *config.tower_hidden, 1), False, dtype, rngs) for _ in range(num_tasks)]
-        )
+        self.experts = StackedMlp(config.num_experts, (size, *config.expert_hidden), True, dtype, rngs)
+        self.gates = StackedMlp(num_tasks, (size, config.num_experts), False, "float32", rngs)
+        self.towers = StackedMlp(num_tasks, (config.expert_hidden[-1], *config.tower_hidden, 1), False, dtype, rngs)
 
     def __call__(self, inputs: ModelInputs) -> jax.Array:
         """Returns logits, float32 [B, T]."""
         x_BI = self.trunk(flat(inputs))
-        experts_BED = jnp.stack([expert(x_BI) for expert in self.experts], axis=1)
-        gates_BTE = self.gates(x_BI.astype(jnp.float32)).reshape(x_BI.shape[0], len(self.towers), len(self.experts))
-        gates_BTE = jax.nn.softmax(gates_BTE).astype(experts_BED.dtype)
+        experts_BED = self.experts(x_BI)
+        gates_BTE = jax.nn.softmax(self.gates(x_BI)).astype(experts_BED.dtype)
         mixed_BTD = jnp.einsum("bte,bed->btd", gates_BTE, experts_BED)
-        logits = [tower(mixed_BTD[:, task]) for task, tower in enumerate(self.towers)]
-        return jnp.concatenate(logits, axis=1).astype(jnp.float32)
+        return self.towers(mixed_BTD)[:, :, 0].astype(jnp.float32)

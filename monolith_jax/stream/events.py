@@ -70,7 +70,7 @@ DERIVED_LABELS = {
     "skip": "play_time_ms < 3 s; undefined where the play time is unknown",
     "play_ratio": "play_time_ms / duration_ms, at most 5; undefined where the duration is unknown",
 }
-"""Labels computed from times. Every other label is the column of that name: true or above 0 is 1, null and NaN are undefined."""
+"""Labels computed from times. Every other label is the column of that name: above 0 or true is 1, null or NaN undefined."""
 
 
 def valid_mask(array: pa.Array) -> np.ndarray:

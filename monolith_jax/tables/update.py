@@ -128,8 +128,9 @@ def row_layout(config: OptimizerConfig, dim: int) -> RowLayout:
 
 def _packed(layout: RowLayout, vectors: jax.Array, state: Any) -> jax.Array:
     # Integers (counts) are exact in float32 up to 2^24.
-    leaves = [leaf.reshape(vectors.shape[0], -1).astype(jnp.float32) for leaf in jax.tree.leaves(state)]
-    return jnp.concatenate([vectors, *leaves], axis=1)
+    leaves = zip(jax.tree.leaves(state), layout.shapes, strict=True)
+    flat = [leaf.reshape(vectors.shape[0], math.prod(shape)).astype(jnp.float32) for leaf, shape in leaves]
+    return jnp.concatenate([vectors, *flat], axis=1)
 
 
 def _unpacked(layout: RowLayout, rows: jax.Array) -> tuple[jax.Array, Any]:

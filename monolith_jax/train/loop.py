@@ -61,9 +61,10 @@ def run(
 
     Raises:
         FloatingPointError: A loss was not finite. Nothing was saved since.
-        ValueError: The input cannot be read on. The state up to there was saved.
+        ValueError, OSError: The input cannot be read on. The state up to there was saved.
     """
     in_flight: deque[tuple[Planned, Metrics]] = deque()
+    unreadable: Exception | None = None
     with jax.transfer_guard("disallow"):
         try:
             for planned in planner:
@@ -73,11 +74,16 @@ def run(
                 if planned.frozen is not None:
                     _drain(in_flight, 0, log)
                     save(state, planned.frozen)
-        finally:
-            # Also after an error of the input: the steps before it are good and worth keeping.
-            _drain(in_flight, 0, log)
-            if planner.frozen_at_end:
-                save(state, planner.frozen_at_end)
+        except (ValueError, OSError) as error:
+            if not planner.frozen_at_end:
+                raise
+            # The input cannot be read on; the steps before are good and worth keeping.
+            unreadable = error
+        _drain(in_flight, 0, log)
+        if planner.frozen_at_end:
+            save(state, planner.frozen_at_end)
+    if unreadable is not None:
+        raise unreadable
     return state
 
 

@@ -2,11 +2,14 @@
 
 In: a restored snapshot of any config, and the new model with its first state. Out: the state with the old values in it, the id
 maps that go with it, and a line for every table and weight. A table matches by name and dim (optimizer slots only where the
-optimizer is the same too), a dense weight by path and shape. `max_rows` may differ: ids are inserted anew, latest seen first.
+optimizer has the same name and arguments; its learning rate may differ), a dense weight by path and shape. `max_rows` may
+differ: ids are inserted anew, latest seen first.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +21,7 @@ from monolith_jax.ids.mapper import Mapper
 from monolith_jax.mesh import REPLICATED, ROWS, sharding
 from monolith_jax.snapshot import Restored
 from monolith_jax.tables.table import Group
+from monolith_jax.tables.update import first_rows
 from monolith_jax.train.state import Model, TrainState
 
 
@@ -82,10 +86,8 @@ def _take_table(group: Group, index: int, maps: IdMaps, array: np.ndarray, sourc
     )
     kept = new_rows >= 0
     values = source["array"][shards[kept], old_maps.layout.row_offsets[source["position"]] + rows[kept]]
-    same_optimizer = values.shape[1] == group.rows.width and source["optimizer"] == _plain(group.tables[index].optimizer)
+    same_optimizer = _state_kind(source["optimizer"]) == _state_kind(_plain(group.tables[index].optimizer))
     if not same_optimizer:
-        from monolith_jax.tables.update import first_rows
-
         values = np.asarray(first_rows(group.rows, jax.numpy.asarray(values[:, : group.dim])))
     array[new_shards[kept], group.maps.row_offsets[index] + new_rows[kept]] = values
     left = f", {np.count_nonzero(~kept):,} did not fit" if not kept.all() else ""
@@ -94,10 +96,12 @@ def _take_table(group: Group, index: int, maps: IdMaps, array: np.ndarray, sourc
 
 
 def _plain(config: Any) -> Any:
-    import dataclasses
-    import json
-
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _state_kind(optimizer: Mapping[str, Any]) -> Any:
+    """Returns what an optimizer's slots depend on: not its learning rate."""
+    return optimizer["name"], optimizer["arguments"]
 
 
 def _take_weights(weights: Any, old: Any, lines: list[str]) -> Any:
