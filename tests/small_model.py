@@ -1,14 +1,13 @@
 """A small model over made-up examples: lists, weights and every combiner, two groups of tables."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 import pyarrow as pa
 
-from monolith_jax.features import DenseFeatureConfig, Features, FeatureConfig, IdFeatureConfig, featurize
+from monolith_jax.features import DenseFeatureConfig, FeatureConfig, Features, IdFeatureConfig, featurize
 from monolith_jax.ids.mapper import GroupMapper, Mapper
 from monolith_jax.mesh import MeshConfig, make_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
@@ -83,13 +82,16 @@ def make_examples(number: int, seed: int = 0, num_ids: int = 60) -> pa.RecordBat
     def ids(size: int) -> list[int]:
         return [int(one) * 7919 - 100 for one in rng.integers(0, num_ids, size)]
 
-    tags = [ids(rng.integers(0, 6)) for _ in range(number)]
+    def few(most: int) -> int:
+        return int(rng.integers(0, most + 1))
+
+    tags = [ids(few(5)) for _ in range(number)]
     columns = {
         "event_time_ms": pa.array(1_000_000 * (seed + 1) + np.arange(number)),
         "user_id": pa.array(ids(number)),
         "last": pa.array([None if rng.random() < 0.3 else one for one in ids(number)]),
-        "pinned": pa.array([ids(rng.integers(0, 3)) for _ in range(number)], pa.list_(pa.int64())),
-        "seen": pa.array([ids(rng.integers(0, 6)) for _ in range(number)], pa.list_(pa.int64())),
+        "pinned": pa.array([ids(few(2)) for _ in range(number)], pa.list_(pa.int64())),
+        "seen": pa.array([ids(few(5)) for _ in range(number)], pa.list_(pa.int64())),
         "tag": pa.array(tags, pa.list_(pa.int64())),
         "tag_weight": pa.array([rng.normal(size=len(one)).tolist() for one in tags], pa.list_(pa.float32())),
         "age": pa.array(rng.normal(size=number)),
@@ -112,7 +114,6 @@ class SmallSource:
     """Number of the chunk at which reading fails."""
     rejects: bool = False
     """Whether each chunk sets a row aside."""
-    overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_examples(self) -> int:

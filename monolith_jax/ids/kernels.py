@@ -90,6 +90,17 @@ def _find(keys, meta, line, key):
 
 
 @_inline
+def _locate(keys, meta, start, num_buckets, h, key):
+    """Returns line and slot of an id among the lines of its table and shard, which begin at `start`; slot -1: not there."""
+    line = start + first_bucket(h, num_buckets)
+    slot = _find(keys, meta, line, key)
+    if slot < 0:
+        line = start + second_bucket(h, num_buckets)
+        slot = _find(keys, meta, line, key)
+    return line, slot
+
+
+@_inline
 def _free_slot(meta, line):
     for slot in range(SLOTS):
         if meta[line, 8 + slot] < 0:
@@ -151,8 +162,9 @@ def _on_path(queue, node, bucket):
 
 
 @_jit
-def _place_for(keys, meta, start, num_buckets, seed, bucket_a, bucket_b, queue):
-    """Returns a free slot in one of two buckets as line * SLOTS + slot, moving other ids if need be; -1: none was found."""
+def _place_for(keys, meta, start, num_buckets, seed, h, queue):
+    """Returns a free slot for a hash as line * SLOTS + slot, moving other ids if need be; -1: none was found."""
+    bucket_a, bucket_b = first_bucket(h, num_buckets), second_bucket(h, num_buckets)
     for bucket in (bucket_a, bucket_b):
         slot = _free_slot(meta, start + bucket)
         if slot >= 0:
@@ -188,11 +200,7 @@ def lookup(hashes, ids, table, bucket_offsets, num_buckets, shard_shift, keys, m
     for i in range(ids.size):
         shard = np.int64(hashes[i] >> shard_shift)
         start = shard * lines_per_shard + bucket_offsets[table]
-        line = start + first_bucket(hashes[i], buckets)
-        slot = _find(keys, meta, line, ids[i])
-        if slot < 0:
-            line = start + second_bucket(hashes[i], buckets)
-            slot = _find(keys, meta, line, ids[i])
+        line, slot = _locate(keys, meta, start, buckets, hashes[i], ids[i])
         rows[i, 0] = shard
         rows[i, 1] = meta[line, 8 + slot] if slot >= 0 else -1
 
@@ -239,14 +247,7 @@ def lookup_or_insert(
         buckets = num_buckets[table]
         start = shard * lines_per_shard + bucket_offsets[table]
         shards[i] = shard
-        bucket_a = first_bucket(h, buckets)
-        bucket_b = bucket_a
-        line = start + bucket_a
-        slot = _find(keys, meta, line, key)
-        if slot < 0:
-            bucket_b = second_bucket(h, buckets)
-            line = start + bucket_b
-            slot = _find(keys, meta, line, key)
+        line, slot = _locate(keys, meta, start, buckets, h, key)
         if slot >= 0:
             rows[i], fresh[i] = meta[line, 8 + slot], False
             if insert and seen_s[i] > np.uint32(meta[line, 12 + slot]):
@@ -258,7 +259,7 @@ def lookup_or_insert(
         if counts[shard, table] >= max_rows[table]:
             at_cap += 1
             continue
-        place = _place_for(keys, meta, start, buckets, seeds[table], bucket_a, bucket_b, queue)
+        place = _place_for(keys, meta, start, buckets, seeds[table], h, queue)
         if place < 0:
             no_path += 1
             continue
@@ -283,11 +284,7 @@ def erase(
         h = hashes[i]
         shard = np.int64(h >> shard_shift)
         start = shard * lines_per_shard + bucket_offsets[table]
-        line = start + first_bucket(h, buckets)
-        slot = _find(keys, meta, line, ids[i])
-        if slot < 0:
-            line = start + second_bucket(h, buckets)
-            slot = _find(keys, meta, line, ids[i])
+        line, slot = _locate(keys, meta, start, buckets, h, ids[i])
         rows[i, 0] = shard
         rows[i, 1] = -1
         if slot < 0:

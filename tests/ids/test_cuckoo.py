@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,9 @@ from monolith_jax.ids.cuckoo import MAX_LOAD, IdMaps, MapLayout, ladder, text_se
 EDGES = (-1, 0, 1, -(2**63), 2**63 - 1, 2**62)
 
 
-def put(maps: IdMaps, ids: list[int] | np.ndarray, table: int = 0, seen_s: int = 0, insert: bool = True):  # noqa: ANN201
+def put(
+    maps: IdMaps, ids: list[int] | np.ndarray, table: int = 0, seen_s: int = 0, insert: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
     """Returns shards, rows, fresh, at_cap, no_path."""
     keys = np.asarray(ids, np.int64).view(np.uint64)
     tables = np.full(keys.size, table, np.int32)
@@ -195,7 +199,7 @@ def test_looking_up_changes_nothing() -> None:
     maps = IdMaps(MapLayout(("user", "video"), (20, 20), 2))
     put(maps, [*EDGES], 1, seen_s=5)
     before = maps.get_state()
-    shards, rows, fresh, at_cap, no_path = put(maps, [*EDGES, 88, 89], 1, seen_s=9, insert=False)
+    _, rows, fresh, at_cap, no_path = put(maps, [*EDGES, 88, 89], 1, seen_s=9, insert=False)
     assert (rows >= 0).tolist() == [True] * 6 + [False] * 2 and not fresh.any() and at_cap == no_path == 0
     maps.lookup(np.array([88, -1]), 0)
     maps.erase(np.array([88]), 1)
@@ -267,7 +271,7 @@ DAMAGE = (
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__.strip("_"))
-def test_a_damaged_state_is_refused(damage) -> None:  # noqa: ANN001
+def test_a_damaged_state_is_refused(damage: Callable[..., None]) -> None:
     layout = MapLayout(("user", "video"), (40, 40), 2)
     maps = IdMaps(layout)
     put(maps, list(range(20)))
@@ -314,6 +318,16 @@ def test_a_state_of_another_layout_is_refused(layout: MapLayout) -> None:
 def test_layouts_that_cannot_be(fields: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MapLayout(*fields)
+
+
+@pytest.mark.parametrize("num_buckets", [2, 3, 8, 1000])
+def test_every_id_has_two_buckets(num_buckets: int) -> None:
+    firsts = []
+    for h in np.random.default_rng(0).integers(0, 2**64, 2000, np.uint64):
+        first, second = kernels.first_bucket(h, num_buckets), kernels.second_bucket(h, num_buckets)
+        assert 0 <= first < num_buckets and 0 <= second < num_buckets and first != second
+        firsts.append(first)
+    assert len(set(firsts)) > 0.8 * num_buckets
 
 
 def test_seeds_depend_on_the_name_alone() -> None:

@@ -103,5 +103,5 @@ def test_empty_array_is_split_over_the_devices() -> None:
 def test_meshes_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match=r"num_devices is 16, but there are 8 cpu devices; MeshConfig.cpu_devices"):
         make_mesh(MeshConfig(num_devices=16, num_shards=16))
-    with pytest.raises(ValueError, match="3 devices do not divide MeshConfig.num_shards = 64"):
+    with pytest.raises(ValueError, match=r"3 devices do not divide MeshConfig\.num_shards = 64"):
         make_mesh(MeshConfig(num_devices=3))
