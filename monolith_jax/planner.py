@@ -117,7 +117,8 @@ class Planner:
         self._insert = insert
         self._step = 0
         self._epoch = 0
-        self._queue: Queue[Planned | _End] = Queue(maxsize=AHEAD)
+        # The plan that waits for room in the queue is one of those ahead.
+        self._queue: Queue[Planned | _End] = Queue(maxsize=AHEAD - 1)
         self._stop, self._abandon = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.frozen_at_end: dict[str, Any] | None = None

@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 CHUNK_BYTES = 64 * 2**20
+_NPZ_ROW = 2**20
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,9 @@ class Snapshots:
             read_only: Leaves the folder as it is: another process may be writing there.
         """
         self._folder = folder.absolute()
-        if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True)
-        else:
-            options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep, create=not read_only, cleanup_tmp_directories=not read_only
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
@@ -99,7 +99,7 @@ class Snapshots:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Returns what a snapshot says of itself: `identity`, `host` and `extras` without their arrays."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return self._read(step, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, step: int, like: Any, identity: Mapping[str, Any]) -> Restored:
         """Returns a snapshot.
@@ -110,7 +110,7 @@ class Snapshots:
             identity: The configs of this run.
 
         Raises:
-            ValueError: The snapshot belongs to other configs; the message names the differences.
+            ValueError: The snapshot belongs to other configs (the message names the differences), or cannot be read.
         """
         meta = self.read_meta(step)
         if differing := differences(meta["identity"], dict(identity)):
@@ -125,7 +125,7 @@ class Snapshots:
             maps=ocp.args.PyTreeRestore(),
             arrays=ocp.args.PyTreeRestore(),
         )
-        restored = self._manager.restore(step, args=args)
+        restored = self._read(step, args)
         host, extras = self._unpack(meta, restored["maps"], restored["arrays"])
         return Restored(step, restored["state"], host, extras)
 
@@ -136,17 +136,25 @@ class Snapshots:
             maps=ocp.args.PyTreeRestore(),
             arrays=ocp.args.PyTreeRestore(),
         )
-        restored = self._manager.restore(step, args=args)
+        restored = self._read(step, args)
         host, extras = self._unpack(self.read_meta(step), restored["maps"], restored["arrays"])
         return Restored(step, restored["state"], host, extras)
+
+    def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        try:
+            return self._manager.restore(step, args=args)
+        except Exception as error:  # orbax raises whatever it meets, a bare Exception among them
+            raise ValueError(
+                f"the snapshot in {self._folder / str(step)} cannot be read: files are missing or damaged, or another model's. "
+                f"Remove that folder to go on from the snapshot before it. {type(error).__name__}: {error}"
+            ) from error
 
     def _numpy_args(self, step: int) -> Any:
         tree = self._manager.item_metadata(step)["state"].tree
         return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
 
     def _unpack(self, meta: dict[str, Any], maps: Any, packed: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        with np.load(io.BytesIO(np.asarray(packed["npz"]).tobytes())) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        arrays = _from_npz(np.asarray(packed["npz"]))
         memories: dict[int, dict[str, np.ndarray]] = {}
         for name, value in arrays.items():
             if name.startswith("memories/"):
@@ -178,9 +186,21 @@ def _save_tree(tree: Any) -> ocp.args.PyTreeSave:
 
 
 def _npz(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns arrays as one, uint8 [n, 1 MiB]: eight bytes of length, an npz file, padding.
+
+    Orbax cuts large arrays into chunks whose sizes divide the array's: a large prime length would become chunks of one byte.
+    """
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # pyright: ignore
-    return np.frombuffer(buffer.getvalue(), np.uint8).copy()
+    data = buffer.getvalue()
+    raw = np.frombuffer(len(data).to_bytes(8, "little") + data, np.uint8)
+    return np.pad(raw, (0, -raw.size % _NPZ_ROW)).reshape(-1, _NPZ_ROW)
+
+
+def _from_npz(raw: np.ndarray) -> dict[str, np.ndarray]:
+    data = raw.tobytes()
+    with np.load(io.BytesIO(data[8 : 8 + int.from_bytes(data[:8], "little")])) as archive:
+        return {name: archive[name] for name in archive.files}
 
 
 def differences(saved: Any, ours: Any, name: str = "") -> list[str]:
@@ -192,7 +212,11 @@ def differences(saved: Any, ours: Any, name: str = "") -> list[str]:
             lines += differences(saved.get(key), ours.get(key), f"{name}.{key}" if name else key)
         return lines
     if (saved_named := _named(saved)) is not None and (ours_named := _named(ours)) is not None:
-        return differences(saved_named, ours_named, name)
+        lines = differences(saved_named, ours_named, name)
+        if set(saved_named) == set(ours_named) and list(saved_named) != list(ours_named):
+            # The order decides which rows and weights are whose.
+            lines.append(f"{name}: {', '.join(saved_named)} in the snapshot, in the order {', '.join(ours_named)} here")
+        return lines
     if isinstance(saved, list) and isinstance(ours, list) and len(saved) == len(ours):
         return [
             line for index, pair in enumerate(zip(saved, ours, strict=True)) for line in differences(*pair, f"{name}[{index}]")

@@ -40,7 +40,7 @@ class PrequentialConfig:
     max_examples: int = 2**20
     """Examples of a period held at once, at 8 + 8 T bytes each (8 + 12 T with optimal scores), T heads. A period with more is
     digested in parts: its AUC is then within the stated bound of the exact one, and GAUC groups are (part, user)."""
-    max_scores: int = 2**18
+    max_scores: int = 2**16
     """Distinct scores of a head held for the AUC of the whole run, 24 bytes each, and as many for the optimal scores."""
 
     def __post_init__(self) -> None:

@@ -82,7 +82,7 @@ class MapLayout:
     @property
     def rows_per_shard(self) -> int:
         """R: rows of all tables in one shard."""
-        return int(self.caps.sum())
+        return _many_divisors(int(self.caps.sum()))
 
     @cached_property
     def row_offsets(self) -> np.ndarray:
@@ -137,7 +137,7 @@ class IdMaps:
         """Allocates empty maps: 16 bytes a slot."""
         self.layout = layout
         num_shards, num_tables = layout.num_shards, len(layout.names)
-        self._lines_per_shard = int(layout.num_buckets.sum())
+        self._lines_per_shard = _many_divisors(int(layout.num_buckets.sum()))
         self._lines = _aligned_lines(num_shards * self._lines_per_shard)
         self._used = np.zeros((num_shards, int(((layout.caps + 31) // 32).sum())), np.uint32)
         self._counts = np.zeros((num_shards, num_tables), np.int32)
@@ -260,6 +260,11 @@ class IdMaps:
             )
         for name, array in mine.items():
             array[:] = theirs[name]
+
+
+def _many_divisors(size: int) -> int:
+    # Snapshots are cut into chunks whose sizes divide the array's: a large prime would be cut into single rows.
+    return size if size < 2**14 else -(-size // 1024) * 1024
 
 
 def ladder(needed: int, smallest: int = 256) -> int:
