@@ -13,18 +13,14 @@ from pathlib import Path
 
 import jax
 
+from monolith_jax.mesh import MeshConfig, split_cpu
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def prepare(cpu_devices: int) -> None:
-    """Splits the CPU into virtual devices, turns the compile cache on and keeps freed memory.
-
-    Args:
-        cpu_devices: Virtual devices of a CPU host.
-    """
-    # A process that has computed already keeps the devices it has.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
+def prepare(mesh: MeshConfig) -> None:
+    """Splits the CPU into virtual devices, turns the compile cache on and keeps freed memory."""
+    split_cpu(mesh)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(tempfile.gettempdir()) / f"monolith_jax_xla_{os.getuid()}")
     jax.config.update("jax_compilation_cache_dir", cache)
     _keep_freed_memory()

@@ -7,22 +7,20 @@ and a closing table. A folder that holds a snapshot goes on from it.
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
-import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
+from launch.process import prepare
 from monolith_jax.evaluate.prequential import Prequential
 from monolith_jax.evaluate.report import closing_table
 from monolith_jax.experiment import Experiment, SourceConfig, to_gin
 from monolith_jax.ids.mapper import GroupMapper, Mapper
-from monolith_jax.mesh import make_mesh, num_devices, split_cpu
+from monolith_jax.mesh import make_mesh, num_devices
 from monolith_jax.planner import Memory, Planner
 from monolith_jax.snapshot import SnapshotConfig, Snapshots, find
 from monolith_jax.stream.batcher import batches
@@ -114,9 +112,7 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
         FloatingPointError: A loss was not finite.
     """
     console = console or Console()
-    split_cpu(experiment.mesh)
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(tempfile.gettempdir()) / f"monolith_jax_xla_{os.getuid()}")
-    jax.config.update("jax_compilation_cache_dir", cache)
+    prepare(experiment.mesh)
     parts = assemble(experiment)
     workdir.mkdir(parents=True, exist_ok=True)
     source = open_source(experiment.source)

@@ -183,6 +183,7 @@ def _lanes(batch_size: int, max_rows: int, optimizer: str, device_counts: Sequen
     features: list[Any] = [IdFeatureConfig(name=f"id{f}", column=f"id{f}", table=f"id{f}") for f in range(NUM_FEATURES)]
     features += [DenseFeatureConfig(name=f"dense{v}", column=f"dense{v}") for v in range(NUM_DENSE)]
     pool = make_pool(batch_size)
+    letters = DeadLetters(Path(tempfile.gettempdir()) / "bench_step_dead_letters.jsonl")
     lanes: list[Lane] = []
     for count in device_counts:
         mesh = make_mesh(MeshConfig(num_devices=count))
@@ -196,7 +197,7 @@ def _lanes(batch_size: int, max_rows: int, optimizer: str, device_counts: Sequen
                 batches(pool, batch_size),
                 (),
                 mapper,
-                DeadLetters(Path(tempfile.gettempdir()) / "bench_step_dead_letters.jsonl"),
+                letters,
                 batch_size,
             )
 
@@ -221,11 +222,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, help="counted steps of a turn (default 10)")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="device counts that are tried (default 1 2)")
     arguments = parser.parse_args(argv)
-    import jax
     from rich.console import Console
     from rich.table import Table
 
-    jax.config.update("jax_num_cpu_devices", max(arguments.devices))
+    from launch.process import prepare
+    from monolith_jax.mesh import MeshConfig
+
+    prepare(MeshConfig(cpu_devices=max(arguments.devices)))
     console = Console()
     lanes = _lanes(arguments.batch_size, arguments.max_rows, arguments.optimizer, arguments.devices)
     for lane in lanes:

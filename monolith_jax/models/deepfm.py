@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from monolith_jax.models.layers import ComputeDtype, InputShapes, Mlp, ModelInputs, flat
+from monolith_jax.models.layers import ComputeDtype, InputShapes, Mlp, ModelInputs, flat, pairs
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,5 @@ class DeepFM(nnx.Module):
     def __call__(self, inputs: ModelInputs) -> jax.Array:
         """Returns logits, float32 [B, T]."""
         fields = jnp.concatenate(inputs.fields, axis=1)
-        factors = fields[:, :, 1:]
-        total = factors.sum(1)
-        pairs = 0.5 * ((total * total).sum(1) - (factors * factors).sum((1, 2)))
-        wide = fields[:, :, 0].sum(1) + pairs
+        wide = fields[:, :, 0].sum(1) + pairs(fields[:, :, 1:]).sum(1)
         return self.deep(flat(inputs)).astype(jnp.float32) + wide[:, None] * self.wide[...]

@@ -88,6 +88,12 @@ def flat(inputs: ModelInputs) -> jax.Array:
     return jnp.concatenate([*fields, inputs.dense], axis=1)
 
 
+def pairs(fields: jax.Array) -> jax.Array:
+    """Returns the sum over all pairs of fields [B, F, D] of their elementwise products, [B, D], in time linear in F."""
+    total = fields.sum(1)
+    return 0.5 * (total * total - (fields * fields).sum(1))
+
+
 class Mlp(nnx.Module):
     """Dense layers with relu between them; weights are float32, products in the compute dtype."""
 

@@ -37,6 +37,8 @@ class ColumnsConfig:
 
     paths: tuple[str, ...]
     """Files or glob patterns, in stream order; the files of a pattern in name order. `.parquet`, else CSV, plain or `.gz`."""
+    folder: str = ""
+    """Where relative paths start; "" is the working folder."""
     columns: tuple[tuple[str, str], ...] = ()
     """(column in the file, column of the example)."""
     keep_others: bool = True
@@ -75,7 +77,8 @@ class _Layout:
 
 def _open_files(config: ColumnsConfig) -> tuple[TableFile, ...]:
     paths: list[str] = []
-    for pattern in config.paths:
+    for path in config.paths:
+        pattern = str(Path(config.folder) / path) if config.folder else path
         found = (
             sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) and not Path(pattern).exists() else [pattern]
         )

@@ -19,7 +19,6 @@ from monolith_jax.tables.update import learning_rate
 from monolith_jax.train.state import Inputs, Model, TrainState, state_shardings
 from monolith_jax.types import GroupPlan
 
-
 Groups = tuple[Any, ...]
 """An array for each group of tables."""
 Plans = tuple[GroupPlan, ...]
