@@ -241,7 +241,7 @@ def featurize(examples: pa.RecordBatch, layout: FeatureLayout) -> Features:
 
 
 def _column(examples: pa.RecordBatch, column: str, feature: str) -> pa.Array:
-    if column not in examples.schema.names:
+    if examples.schema.get_field_index(column) < 0:
         raise ValueError(f"feature {feature!r} needs the column {column!r}; columns there: {', '.join(examples.schema.names)}")
     array = examples.column(column)
     if pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
@@ -267,6 +267,8 @@ def _values_as_ids(array: pa.Array, column: str, feature: str) -> np.ndarray:
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
         return string_ids(array)
     try:
+        if pa.types.is_int64(array.type) and not array.null_count:
+            return array.to_numpy()
         if pa.types.is_uint64(array.type):
             return pc.fill_null(array, 0).to_numpy(zero_copy_only=False).view(np.int64)
         return pc.fill_null(pc.cast(array, pa.int64()), 0).to_numpy(zero_copy_only=False)
@@ -349,6 +351,9 @@ def _fill_list(
 def _dense(examples: pa.RecordBatch, feature: DenseFeatureConfig) -> np.ndarray:
     """Returns the scaled values, float64 [B, size]."""
     array = _column(examples, feature.column, feature.name)
+    if feature.size == 1 and not pa.types.is_list(array.type):
+        values, valid = _numbers(array, feature.column, feature.name)
+        return _scaled(feature, values, valid)[:, None]
     there = valid_mask(array)
     is_list = pa.types.is_list(array.type)
     starts = array.offsets.to_numpy() if is_list else np.arange(examples.num_rows + 1)
@@ -362,6 +367,10 @@ def _dense(examples: pa.RecordBatch, feature: DenseFeatureConfig) -> np.ndarray:
     index = starts[:-1][there][:, None] + np.arange(feature.size)
     values, valid = np.zeros((examples.num_rows, feature.size)), np.zeros((examples.num_rows, feature.size), np.bool_)
     values[there], valid[there] = flat[index], flat_valid[index]
+    return _scaled(feature, values, valid)
+
+
+def _scaled(feature: DenseFeatureConfig, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
     if feature.scale == "log":
         values = np.sign(values) * np.log1p(np.abs(values))
     return np.where(valid, (values - feature.mean) / feature.std, 0.0)

@@ -62,7 +62,9 @@ class Snapshots:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, create=not read_only, cleanup_tmp_directories=not read_only
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        trees = {name: ocp.PyTreeCheckpointHandler() for name in ("state", "maps", "arrays")}
+        handlers = {**trees, "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """Returns the step of the newest snapshot, None where there is none."""

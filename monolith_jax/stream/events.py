@@ -75,6 +75,8 @@ DERIVED_LABELS = {
 
 def valid_mask(array: pa.Array) -> np.ndarray:
     """Returns where an array is not null, bool [B]."""
+    if not array.null_count:
+        return np.ones(len(array), np.bool_)
     return np.asarray(array.is_valid().to_numpy(zero_copy_only=False))
 
 
