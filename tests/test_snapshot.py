@@ -99,9 +99,10 @@ def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
 
 
 def test_plain_restore_needs_no_example(tmp_path: Path) -> None:
-    snapshots = saved(tmp_path, 3)
-    restored = snapshots.restore_plain(3)
-    snapshots.close()
+    saved(tmp_path, 3).close()
+    reader = Snapshots(SnapshotConfig(), tmp_path, read_only=True)
+    restored = reader.restore_plain(3)
+    reader.close()
     state = make_state(3)
     assert len(restored.state["groups"]) == 12
     for one, other in zip(restored.state["groups"], state.groups, strict=True):

@@ -166,25 +166,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache, folder = workdir / "xla", workdir / "killed"
     seconds, differences = _control(workdir, steps, cache)
     print(f"uninterrupted: {steps} steps, {seconds:.1f} s of training; a second run {'differs' if differences else 'is equal'}")
-    print(f"{'run':>4}  {'killed at':>9}  {'rows written':>12}  {'went on from':>12}  {'equal':>5}  {'elapsed':>8}")
+    print(f"{'run':>4}  {'killed at':>9}  {'at step':>7}  {'went on from':>12}  {'equal':>5}  {'elapsed':>8}")
     rng = random.Random(arguments.seed)
     results: list[dict[str, Any]] = []
     while len(results) < arguments.times:
         after_s = rng.random() * seconds
         if not kill_once(folder, steps, cache, after_s):
             continue  # It was faster this time, and had ended.
-        written = len(rows_of(folder))
+        reached = max((row["step"] for row in rows_of(folder) if row["kind"] == "step"), default=0)
         text = finish(start(folder, steps, cache))
         went_on = int(text.partition("snapshot of step ")[2].split("\n")[0].replace(",", "") or 0)
         found = compare(workdir / "whole", folder)
-        results.append({"after_s": round(after_s, 2), "rows": written, "from": went_on, "differences": found})
-        row = f"{len(results):>4}  {after_s:>7.2f} s  {written:>12}  {went_on:>12}  {'no' if found else 'yes':>5}"
+        results.append({"at": reached, "from": went_on, "differences": found})
+        row = f"{len(results):>4}  {after_s:>7.2f} s  {reached:>7}  {went_on:>12}  {'no' if found else 'yes':>5}"
         print(f"{row}  {time.monotonic() - began:>6.0f} s", flush=True)
         for difference in found[:5]:
             print(f"      {difference}")
     equal = sum(not one["differences"] for one in results)
     summary = {"kills": len(results), "equal": equal, "uninterrupted_runs_equal": not differences, "steps": steps}
-    summary |= {"snapshot_every": OVERRIDES["SnapshotConfig.period_steps"], "went_on_from": [one["from"] for one in results]}
+    summary |= {"snapshot_every": OVERRIDES["SnapshotConfig.period_steps"], "killed_at_step": [one["at"] for one in results]}
+    summary |= {"went_on_from": [one["from"] for one in results]}
     print(json.dumps(summary | {"seconds": round(time.monotonic() - began, 1)}))
     return 0 if equal == len(results) and not differences else 1
 

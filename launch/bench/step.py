@@ -233,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lanes = _lanes(arguments.batch_size, arguments.max_rows, arguments.optimizer, arguments.devices)
     for lane in lanes:
         lane.turn(2 * POOL)  # Compile, and meet every id once.
-        lane.step_ms.clear(), lane.cpu_ms.clear()
+        lane.step_ms.clear()
+        lane.cpu_ms.clear()
     for number in range(arguments.rounds):
         for lane in lanes if number % 2 == 0 else lanes[::-1]:
             lane.turn(arguments.steps)

@@ -17,7 +17,7 @@ from monolith_jax.models.losses import multi_task_loss, offsets, scores
 from monolith_jax.tables.lookup import gather_rows, return_gradients, send_vectors, write_fresh_rows, write_rows
 from monolith_jax.tables.update import learning_rate
 from monolith_jax.train.state import Inputs, Model, TrainState, state_shardings
-from monolith_jax.types import GroupPlan
+from monolith_jax.types import Array, GroupPlan
 
 Groups = tuple[Any, ...]
 """An array for each group of tables."""
@@ -27,9 +27,9 @@ Plans = tuple[GroupPlan, ...]
 class Metrics(NamedTuple):
     """What a step tells."""
 
-    loss: jax.Array
+    loss: Array
     """float32 scalar"""
-    scores: jax.Array
+    scores: Array
     """float32 [B, T]"""
 
 
