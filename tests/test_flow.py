@@ -108,16 +108,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    totals, text = run(tmp_path, "TrainConfig.batch_size = 128", "SyntheticConfig.num_examples = 10_000", steps=60)
+    totals, text = run(tmp_path, "SyntheticConfig.num_examples = 10_000", "SnapshotConfig.period_steps = 50", steps=120)
     losses = [row["loss"] for row in rows(tmp_path, "step")]
-    assert len(losses) == 60
-    assert np.mean(losses[-15:]) < 0.97 * np.mean(losses[:15])
+    assert len(losses) == 120
+    assert np.mean(losses[-30:]) < 0.97 * np.mean(losses[:30])
     complete = totals["complete"]
-    assert complete["examples"] == 60 * 128
+    assert complete["examples"] == 120 * 64
     assert 0.55 < complete["auc"] < complete["optimal_auc"] + 0.02
-    assert "complete" in text and "60 steps, 7,680 examples" in text
+    assert "complete" in text and "120 steps, 7,680 examples" in text
     assert {"config.gin", "metrics.jsonl", "snapshots"} <= {child.name for child in tmp_path.iterdir()}
-    assert load([tmp_path / "config.gin"]).train.batch_size == 128
+    assert load([tmp_path / "config.gin"]).train.batch_size == 64
 
 
 def test_to_the_end_of_the_stream(tmp_path: Path) -> None:

