@@ -9,6 +9,8 @@ to save it gets a frozen copy of it as it was right after one plan, on that plan
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,6 +157,9 @@ class Planner:
 
     def _run(self) -> None:
         frozen, error = {}, None
+        with contextlib.suppress(OSError):
+            # On a CPU host it shares the cores with the devices' threads, which wait for one another: it takes their gaps.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
         try:
             error = self._plan_all()
             frozen = self.get_state()

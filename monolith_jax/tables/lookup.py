@@ -6,7 +6,8 @@ its owner. Each function is one `jax.shard_map` over all devices:
     owner: gather touched rows -> pick what each slice asked for -> all_to_all -> slice: put vectors where the ids stood
     slice: sum gradients of equal ids -> all_to_all -> owner: sum over slices -> update -> write each touched row once
 
-Padding indices lie beyond the end: reads give 0 and writes are dropped. Gradients are taken with respect to the vectors, never
+Padding indices lie beyond the end. What they read on the way is never looked at, positions without an id read 0, and writes to
+them are dropped. Gradients are taken with respect to the vectors, never
 the table, so the cost of a step grows with the distinct ids of the batch, not with the table.
 """
 
@@ -43,7 +44,7 @@ def gather_rows(mesh: Mesh, array: jax.Array, plan: GroupPlan) -> jax.Array:
     """Returns the touched rows, [S, V, W], split like the array."""
 
     def local(array: jax.Array, touched: jax.Array) -> jax.Array:
-        return _flat(array).at[touched[0]].get(mode="fill", fill_value=0, unique_indices=True)[None]
+        return _flat(array).at[touched[0]].get(mode="clip", unique_indices=True)[None]
 
     return jax.shard_map(local, mesh=mesh, in_specs=(ROWS, ROWS), out_specs=ROWS, check_vma=False)(array, plan.touched)
 
@@ -52,7 +53,7 @@ def send_vectors(mesh: Mesh, group: Group, rows: jax.Array, plan: GroupPlan) -> 
     """Returns the vectors at the id positions of the batch, [B, P, D]; zeros where there is no id or it was refused."""
 
     def local(rows: jax.Array, sent: jax.Array, positions: jax.Array) -> jax.Array:
-        vectors = rows[0, :, : group.dim].at[sent[0]].get(mode="fill", fill_value=0)
+        vectors = rows[0, :, : group.dim].at[sent[0]].get(mode="clip")
         received = jax.lax.all_to_all(vectors, (SHARD, MODEL), 0, 0)
         return _flat(received).at[positions].get(mode="fill", fill_value=0)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from monolith_jax.mesh import BATCH, REPLICATED, ROWS, sharding
@@ -33,14 +34,20 @@ class Metrics(NamedTuple):
     """float32 [B, T]"""
 
 
-def forward(model: Model, weights: Any, vectors: tuple[jax.Array, ...], inputs: Inputs) -> jax.Array:
-    """Returns logits [B, T] from the vectors at the id positions, [B, P, D] of each group."""
-    fields = []
-    for slots, of_group, plan, list_weights in zip(model.layout.groups, vectors, inputs.plans, inputs.weights, strict=True):
-        num_devices, _, size = plan.sent.shape
-        fields.append(combine(slots, of_group, plan.positions <= num_devices * size, list_weights))
+def forward(model: Model, weights: Any, vectors: Groups, valid: Groups, inputs: Inputs) -> jax.Array:
+    """Returns logits [B, T].
+
+    Args:
+        model: The model.
+        weights: Its dense weights.
+        vectors: Of each group the vectors at the id positions, [B, P, D].
+        valid: Of each group whether there is an id, bool [B, P].
+        inputs: The inputs; the plans are not looked at.
+    """
+    parts = zip(model.layout.groups, vectors, valid, inputs.weights, strict=True)
+    fields = tuple(combine(slots, of_group, there, list_weights) for slots, of_group, there, list_weights in parts)
     module = nnx.merge(model.graph, nnx.State(weights))
-    return module(ModelInputs(tuple(fields), inputs.dense)) + offsets(model.heads)
+    return module(ModelInputs(fields, inputs.dense)) + offsets(model.heads)
 
 
 def make_train_step(model: Model) -> Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]:
@@ -53,8 +60,10 @@ def make_train_step(model: Model) -> Callable[[TrainState, Inputs], tuple[TrainS
 
     def step(state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
         groups = fresh(state.groups, inputs.plans)
-        rows, vectors = read(groups, inputs.plans)
-        number, weights, optimizer, metrics, gradients = learn(state.step, state.weights, state.optimizer, vectors, inputs)
+        rows, vectors, valid = read(groups, inputs.plans)
+        # Without the plans, whose padded sizes change: the towers are compiled once.
+        seen = inputs._replace(plans=())
+        number, weights, optimizer, metrics, gradients = learn(state.step, state.weights, state.optimizer, vectors, valid, seen)
         groups = write(groups, rows, gradients, state.step, inputs.plans)
         return TrainState(number, weights, optimizer, groups), metrics
 
@@ -71,30 +80,40 @@ def _make_fresh(model: Model) -> Callable[..., Groups]:
     return jax.jit(fresh, donate_argnums=0, out_shardings=state_shardings(model).groups)
 
 
-def make_read(model: Model) -> Callable[..., tuple[Groups, Groups]]:
-    """Returns what gathers the touched rows [S, V, W] of each group and brings their vectors to the batch [B, P, D]."""
+def make_read(model: Model) -> Callable[..., tuple[Groups, Groups, Groups]]:
+    """Returns what gathers the touched rows [S, V, W] of each group and brings their vectors to the batch [B, P, D].
 
-    def read(arrays: Groups, plans: Plans) -> tuple[Groups, Groups]:
+    The third result is whether there is an id at each position, bool [B, P].
+    """
+
+    def read(arrays: Groups, plans: Plans) -> tuple[Groups, Groups, Groups]:
         rows = tuple(gather_rows(model.mesh, array, plan) for array, plan in zip(arrays, plans, strict=True))
         parts = zip(model.groups, rows, plans, strict=True)
-        return rows, tuple(send_vectors(model.mesh, group, of_group, plan) for group, of_group, plan in parts)
+        vectors = tuple(send_vectors(model.mesh, group, of_group, plan) for group, of_group, plan in parts)
+        return rows, vectors, tuple(plan.positions <= plan.sent.shape[0] * plan.sent.shape[2] for plan in plans)
 
-    return jax.jit(read, out_shardings=(sharding(model.mesh, ROWS), sharding(model.mesh, BATCH)))
+    batch = sharding(model.mesh, BATCH)
+    return jax.jit(read, out_shardings=(sharding(model.mesh, ROWS), batch, batch))
 
 
 def _make_learn(model: Model) -> Callable[..., tuple[jax.Array, Any, Any, Metrics, Groups]]:
     """Returns the forward and backward pass of the towers, with the update of their weights."""
 
-    def loss_and_logits(weights: Any, vectors: Groups, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        logits = forward(model, weights, vectors, inputs)
+    def loss_and_logits(weights: Any, vectors: Groups, valid: Groups, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        logits = forward(model, weights, vectors, valid, inputs)
         return multi_task_loss(logits, inputs.labels, inputs.masks, model.heads), logits
 
-    def learn(number: jax.Array, weights: Any, optimizer: Any, vectors: Groups, inputs: Inputs) -> tuple[Any, ...]:
+    def learn(
+        number: jax.Array, weights: Any, optimizer: Any, vectors: Groups, valid: Groups, inputs: Inputs
+    ) -> tuple[Any, ...]:
         value_and_grad = jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True)
-        (loss, logits), (of_weights, of_vectors) = value_and_grad(weights, vectors, inputs)
+        (loss, logits), (of_weights, of_vectors) = value_and_grad(weights, vectors, valid, inputs)
         updates, optimizer = model.transformation.update(of_weights, optimizer, weights)
         rate = learning_rate(model.optimizer, number)
         weights = jax.tree.map(lambda weight, update: weight + rate * update, weights, updates)
+        # A good loss can still lead to weights that are no numbers; those must not reach a snapshot.
+        total = sum(jnp.sum(weight) for weight in jax.tree.leaves(weights))
+        loss = jnp.where(jnp.isfinite(total), loss, jnp.nan)
         return number + 1, weights, optimizer, Metrics(loss, scores(logits, model.heads)), of_vectors
 
     replicated, batch = sharding(model.mesh, REPLICATED), sharding(model.mesh, BATCH)
@@ -120,8 +139,13 @@ def make_predict_step(model: Model) -> Callable[[TrainState, Inputs], jax.Array]
     """Returns what scores a batch [B, T] and changes nothing. Ids without a row read zeros."""
     read = make_read(model)
 
-    def predict(weights: Any, vectors: Groups, inputs: Inputs) -> jax.Array:
-        return scores(forward(model, weights, vectors, inputs), model.heads)
+    def predict(weights: Any, vectors: Groups, valid: Groups, inputs: Inputs) -> jax.Array:
+        return scores(forward(model, weights, vectors, valid, inputs), model.heads)
 
     compiled = jax.jit(predict, out_shardings=sharding(model.mesh, BATCH))
-    return lambda state, inputs: compiled(state.weights, read(state.groups, inputs.plans)[1], inputs)
+
+    def step(state: TrainState, inputs: Inputs) -> jax.Array:
+        _, vectors, valid = read(state.groups, inputs.plans)
+        return compiled(state.weights, vectors, valid, inputs._replace(plans=()))
+
+    return step
