@@ -117,7 +117,14 @@ def _number(value: Any, form: str = ".4f") -> str:
 
 def _table(title: str, *names: str) -> Table:
     table = Table(
-        title=title, title_justify="left", caption_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        show_edge=False,
     )
     for position, name in enumerate(names):
         table.add_column(name, justify="right" if position else "left", no_wrap=not position)
@@ -137,7 +144,7 @@ def closing_table(totals: Mapping[str, Row] | Iterable[Row], tests: Iterable[Row
     table = _table(
         "Quality, scored before training on it" + (" (online), and on held-out sources" if tests else ""),
         *(("head", "on") if tests else ("head",)),
-        *("examples", "AUC", "optimal\nAUC", "GAUC", "learned", "log-loss", "cali-\nbration"),
+        *("examples", "AUC", "best\nAUC", "GAUC", "learned", "log-loss", "calib."),
         *(("RMSE",) if regression else ()),
     )
     heads = list(dict.fromkeys(row["head"] for row in (*rows, *tests)))
