@@ -195,6 +195,7 @@ def _finish(
         "seconds": round(log.seconds, 1),
         "rows": int(sum(group.maps.num_rows.sum() for group in parts.mapper.groups)),
         "rejected": dead_letters.counts,
+        "without_history_or_counters": sum(memory.num_refused for memory in parts.memories),
     }
     log.write([*totals.values(), *tests, summary])
     console.print(closing_table(totals, tests))

@@ -35,6 +35,11 @@ AHEAD = 2
 class Memory(Protocol):
     """What adds columns to examples from those before them: histories, counters."""
 
+    @property
+    def num_refused(self) -> int:
+        """Examples that came too late to get a place."""
+        ...
+
     def extend(self, examples: pa.RecordBatch) -> pa.RecordBatch: ...  # noqa: D102
     def reset(self) -> None: ...  # noqa: D102
     def get_state(self) -> dict[str, np.ndarray]: ...  # noqa: D102

@@ -23,6 +23,8 @@ BATCH_SIZE = 16
 class Counted:
     """A memory that numbers the examples it has seen."""
 
+    num_refused = 0
+
     def __init__(self) -> None:
         self.seen = 0
         self.resets: list[int] = []

@@ -20,7 +20,7 @@ import numpy as np
 from monolith_jax.ids import kernels
 
 MAX_LOAD = 0.85
-"""Ids over slots when a shard is at its cap; insertion slows down above (16M/s at 0.8, 6M/s at 0.9 on one core)."""
+"""Ids over slots when a shard is at its cap; insertion slows down quickly above."""
 
 MIN_BUCKETS = 8
 """Tiny tables get this many buckets a shard: with fewer, a few unlucky ids can have no place below the cap."""
