@@ -19,3 +19,11 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("MONOLITH_JAX_DATA names no folder of sample data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices() -> None:
+    """Starts jax with eight devices before a test that trains in this process could start it with fewer."""
+    import jax
+
+    assert len(jax.devices()) == 8
