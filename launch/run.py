@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from launch.process import prepare
 from monolith_jax.evaluate.prequential import Prequential
 from monolith_jax.evaluate.report import closing_table
 from monolith_jax.experiment import Experiment, SourceConfig, to_gin
-from monolith_jax.ids.mapper import GroupMapper, Mapper
+from monolith_jax.ids.mapper import GroupMapper, Mapper, Rule
+from monolith_jax.ids.threads import make_threads
 from monolith_jax.mesh import make_mesh, num_devices
 from monolith_jax.planner import Memory, Planner
 from monolith_jax.snapshot import SnapshotConfig, Snapshots, find
@@ -31,6 +32,8 @@ from monolith_jax.stream.history import History
 from monolith_jax.stream.kuairand import KuaiRandConfig, KuaiRandSource
 from monolith_jax.stream.movielens import MovieLensConfig, MovieLensSource
 from monolith_jax.stream.synthetic import SyntheticConfig, SyntheticSource
+from monolith_jax.tables.table import TableConfig
+from monolith_jax.train.grow import can_grow, restore_grown
 from monolith_jax.train.log import RunLog
 from monolith_jax.train.loop import predict, run
 from monolith_jax.train.state import Model, TrainState, first_state, make_model
@@ -92,8 +95,15 @@ def assemble(experiment: Experiment) -> Parts:
         experiment.model, experiment.tables, experiment.features, experiment.heads,
         experiment.dense_optimizer, experiment.train.seed, experiment.mesh.num_shards, mesh,
     )  # fmt: skip
+    threads = make_threads(experiment.mapper)
     mappers = [
-        GroupMapper(group.maps, model.layout.position_tables(index, group.maps.names), num_devices(mesh))
+        GroupMapper(
+            group.maps,
+            model.layout.position_tables(index, group.maps.names),
+            num_devices(mesh),
+            [Rule(table.admission, table.ttl_s) for table in group.tables],
+            threads,
+        )
         for index, group in enumerate(model.groups)
     ]
     memories: list[Memory] = []
@@ -135,7 +145,7 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
         log.last_snapshot = f"step {log.steps} in {workdir / 'snapshots'}"
 
     try:
-        state = _begin(parts, snapshots, planner, log, who, config.warm_start, console)
+        state = _begin(parts, snapshots, planner, log, who, experiment.tables, config.warm_start, console)
         (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
         with log, _stopped_by_sigterm(planner) as stopped:
             state = run(state, planner, make_train_step(parts.model), log, save)
@@ -152,12 +162,23 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
 
 
 def _begin(
-    parts: Parts, snapshots: Snapshots, planner: Planner, log: RunLog, who: Mapping[str, Any], warm_start: str, console: Console
+    parts: Parts,
+    snapshots: Snapshots,
+    planner: Planner,
+    log: RunLog,
+    who: Mapping[str, Any],
+    tables: Sequence[TableConfig],
+    warm_start: str,
+    console: Console,
 ) -> TrainState:
     """Returns the state to start from: the newest snapshot, a warm start, or nothing learned yet."""
     step = snapshots.latest()
     if step is not None:
-        restored = snapshots.restore(step, parts.state, who)
+        if can_grow(snapshots.read_meta(step)["identity"], who):
+            restored = restore_grown(snapshots, step, parts.model, parts.state, parts.mapper, tables)
+            console.print("tables take their new sizes and rules; every id keeps its row", highlight=False)
+        else:
+            restored = snapshots.restore(step, parts.state, who)
         planner.set_state(restored.host)
         log.set_state(restored.extras)
         log.last_snapshot = f"step {step}"

@@ -28,6 +28,8 @@ from monolith_jax.features import (
     IdFeatureConfig,
     TimeFeatureConfig,
 )
+from monolith_jax.ids.admission import AdmissionConfig
+from monolith_jax.ids.threads import MapperConfig
 from monolith_jax.mesh import MeshConfig
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.losses import HeadConfig
@@ -49,7 +51,7 @@ CONFIGS: tuple[type, ...] = (
     *(SyntheticConfig, KuaiRandConfig, MovieLensConfig, ColumnsConfig),
     *(HistoryConfig, CountersConfig),
     *(IdFeatureConfig, CrossFeatureConfig, BucketFeatureConfig, TimeFeatureConfig, DenseFeatureConfig),
-    *(TableConfig, OptimizerConfig),
+    *(TableConfig, AdmissionConfig, MapperConfig, OptimizerConfig),
     *(DeepFMConfig, MMoEConfig, HeadConfig),
     *(TrainConfig, SnapshotConfig, MeshConfig, PrequentialConfig),
 )
@@ -82,6 +84,8 @@ class Experiment:
     """Batch size, length and start of the run."""
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     """When state is saved."""
+    mapper: MapperConfig = field(default_factory=MapperConfig)
+    """How the host maps ids to rows; results do not depend on it."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """The devices, and how tables are split over them."""
     prequential: PrequentialConfig = field(default_factory=PrequentialConfig)

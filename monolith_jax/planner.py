@@ -27,7 +27,7 @@ from monolith_jax.ids.strings import string_ids
 from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.stream.events import labels
 from monolith_jax.train.state import Inputs, Model, input_shardings
-from monolith_jax.types import GroupIds
+from monolith_jax.types import FreedRows, GroupIds
 
 AHEAD = 2
 
@@ -71,6 +71,8 @@ class Planned:
     num_examples: int
     epoch: int
     stats: dict[str, float]
+    freed: tuple[FreedRows, ...]
+    """The rows of each group that this plan took from their ids."""
     position: dict[str, Any]
     """Where the batch starts in the stream, for error messages."""
     frozen: dict[str, Any] | None
@@ -124,6 +126,7 @@ class Planner:
         self._insert = insert
         self._step = 0
         self._epoch = 0
+        self._now_ms = self._shift_ms = 0
         # The plan that waits for room in the queue is one of those ahead.
         self._queue: Queue[Planned | _End] = Queue(maxsize=AHEAD - 1)
         self._stop, self._abandon = threading.Event(), threading.Event()
@@ -198,19 +201,32 @@ class Planner:
         if epoch != self._epoch:
             for memory in self._memories:
                 memory.reset()
-            self._epoch = epoch
         for memory in self._memories:
             examples = memory.extend(examples)
         features = featurize(examples, self._model.layout)
         observed = observe(examples, [head.label for head in self._model.heads], self._group_column)
         features, observed = _padded(features, observed, self._batch_size)
-        plan = self._mapper.plan(features.groups, observed.event_time_ms, insert=self._insert)
+        times_ms = self._advance_time(observed.event_time_ms[: examples.num_rows], epoch)
+        times_ms = np.pad(times_ms, (0, self._batch_size - times_ms.size), mode="edge")
+        plan = self._mapper.plan(features.groups, times_ms, self._now_ms, self._step, self._insert)
         inputs = Inputs(plan.groups, features.weights, features.dense, observed.labels, observed.masks)
         inputs = jax.device_put(inputs, input_shardings(self._model, inputs))
         self._step += 1
         freeze = self._freeze_every and self._step % self._freeze_every == 0
         frozen = self.get_state() if freeze else None
-        return Planned(inputs, observed, examples.num_rows, epoch, plan.stats, position, frozen)
+        return Planned(inputs, observed, examples.num_rows, epoch, plan.stats, plan.freed, position, frozen)
+
+    def _advance_time(self, event_time_ms: np.ndarray, epoch: int) -> np.ndarray:
+        """Moves the time on; returns when ids count as seen.
+
+        The time is the highest median of a batch, never going back: a few events from the future expire nothing, and are seen
+        now. A further pass over the data goes on in time where the last one ended.
+        """
+        median = int(np.median(event_time_ms))
+        if epoch != self._epoch:
+            self._shift_ms, self._epoch = self._now_ms - median, epoch
+        self._now_ms = max(self._now_ms, median + self._shift_ms)
+        return np.minimum(event_time_ms + self._shift_ms, self._now_ms)
 
     def get_state(self) -> dict[str, Any]:
         """Returns a copy of all host state: `maps` and `memories` are arrays, the rest is small and JSON-able."""
@@ -221,6 +237,7 @@ class Planner:
             "dead_letters": self._dead_letters.get_state(),
             "step": self._step,
             "epoch": self._epoch,
+            "time": [self._now_ms, self._shift_ms],
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -232,6 +249,7 @@ class Planner:
         self._batches.set_state(state["stream"])
         self._dead_letters.set_state(state["dead_letters"])
         self._step, self._epoch = state["step"], state["epoch"]
+        self._now_ms, self._shift_ms = state["time"]
 
 
 def observe(examples: pa.RecordBatch, names: Sequence[str], group_column: str) -> Observed:

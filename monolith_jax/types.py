@@ -86,12 +86,27 @@ class GroupPlan(NamedTuple):
     """[S, F] index of the table of each fresh row in its group."""
 
 
+class FreedRows(NamedTuple):
+    """The ids of a group whose rows this plan took from them. The next plan may give the rows to others."""
+
+    ids: np.ndarray
+    """int64 [N]"""
+    tables: np.ndarray
+    """int32 [N], index of each id's table in the group."""
+    shards: np.ndarray
+    """int32 [N]"""
+    rows: np.ndarray
+    """int32 [N], row in the shard's table."""
+
+
 class Plan(NamedTuple):
     """What the host tells the device for one step."""
 
     groups: tuple[GroupPlan, ...]
+    freed: tuple[FreedRows, ...]
+    """Of each group; not for the device."""
     stats: dict[str, float]
-    """Counts of this step: occurrences, unique, fresh, refused, padding, load."""
+    """Counts of this step, as `ids.mapper` says."""
 
 
 class GroupIds(NamedTuple):

@@ -18,6 +18,8 @@ from functools import cached_property
 import numpy as np
 
 from monolith_jax.ids import kernels
+from monolith_jax.ids.lines import LINE_WORDS, SLOTS, Distinct, Maps, Tables
+from monolith_jax.ids.threads import ShardThreads
 
 MAX_LOAD = 0.85
 """Ids over slots when a shard is at its cap; insertion slows down quickly above."""
@@ -51,6 +53,8 @@ class MapLayout:
     """Distinct ids that each table must be able to hold."""
     num_shards: int
     """L, a power of two."""
+    max_load: float = MAX_LOAD
+    """Ids over slots when a shard is at its cap."""
 
     def __post_init__(self) -> None:
         """Checks the sizes.
@@ -82,7 +86,7 @@ class MapLayout:
     @property
     def rows_per_shard(self) -> int:
         """R: rows of all tables in one shard."""
-        return _many_divisors(int(self.caps.sum()))
+        return many_divisors(int(self.caps.sum()))
 
     @cached_property
     def row_offsets(self) -> np.ndarray:
@@ -92,7 +96,7 @@ class MapLayout:
     @cached_property
     def num_buckets(self) -> np.ndarray:
         """Buckets of each table in one shard, int64 [T]."""
-        needed = np.ceil(self.caps / (MAX_LOAD * kernels.SLOTS)).astype(np.int64)
+        needed = np.ceil(self.caps / (self.max_load * SLOTS)).astype(np.int64)
         return np.maximum(needed, MIN_BUCKETS)
 
     @cached_property
@@ -111,20 +115,25 @@ class MapLayout:
         """Hash seed of each table, uint64 [T]."""
         return np.array([text_seed(name) for name in self.names], np.uint64)
 
-    @property
-    def shard_shift(self) -> np.uint64:
-        """How far a hash is shifted to leave its shard, uint64. (A shift by 64 is undefined, hence at least two shards.)"""
-        return np.uint64(64 - (self.num_shards.bit_length() - 1))
+    @cached_property
+    def lines_per_shard(self) -> int:
+        """Lines of all tables in one shard."""
+        return many_divisors(int(self.num_buckets.sum()))
+
+    @cached_property
+    def tables(self) -> Tables:
+        """The sizes as the kernels take them. (A shift by 64 is undefined, hence at least two shards.)"""
+        shift = np.uint64(64 - (self.num_shards.bit_length() - 1))
+        sizes = (self.seeds, self.bucket_offsets, self.num_buckets, self.word_offsets, self.caps)
+        return Tables(*sizes, self.lines_per_shard, shift)
 
 
-def _aligned_lines(num_lines: int) -> np.ndarray:
-    """Returns zeroed uint32 [num_lines, 16] whose lines are cache lines."""
-    raw = np.empty(num_lines * 64 + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    lines = raw[start : start + num_lines * 64].view(np.uint32).reshape(num_lines, kernels.LINE_WORDS)
-    lines[:] = 0
-    lines[:, 8:12] = 0xFFFFFFFF
-    return lines
+def aligned_lines(num_lines: int) -> np.ndarray:
+    """Returns uint32 [num_lines, 16], not yet touched, whose lines are cache lines (and its huge pages whole ones)."""
+    align = 2**21 if num_lines * 64 > 2**22 else 64
+    raw = np.empty(num_lines * 64 + align, np.uint8)
+    start = -raw.ctypes.data % align
+    return raw[start : start + num_lines * 64].view(np.uint32).reshape(num_lines, LINE_WORDS)
 
 
 class IdMaps:
@@ -133,97 +142,107 @@ class IdMaps:
     Not thread safe: one caller at a time.
     """
 
-    def __init__(self, layout: MapLayout) -> None:
-        """Allocates empty maps: 16 bytes a slot."""
+    def __init__(self, layout: MapLayout, threads: ShardThreads | None = None) -> None:
+        """Allocates empty maps: 16 bytes a slot. Each shard's pages are first touched by the thread that will use them."""
         self.layout = layout
         num_shards, num_tables = layout.num_shards, len(layout.names)
-        self._lines_per_shard = _many_divisors(int(layout.num_buckets.sum()))
-        self._lines = _aligned_lines(num_shards * self._lines_per_shard)
-        self._used = np.zeros((num_shards, int(((layout.caps + 31) // 32).sum())), np.uint32)
-        self._counts = np.zeros((num_shards, num_tables), np.int32)
-        self._cursors = np.zeros((num_shards, num_tables), np.int32)
-        self._queue = np.zeros((kernels.QUEUE, 3), np.int64)
+        num_words = int(((layout.caps + 31) // 32).sum())
+        lines = aligned_lines(num_shards * layout.lines_per_shard)
+        used = np.empty((num_shards, num_words), np.uint32)
+
+        def touch(first: int, last: int) -> None:
+            mine = lines[first * layout.lines_per_shard : last * layout.lines_per_shard]
+            mine[:] = 0
+            mine[:, 8:12] = 0xFFFFFFFF
+            used[first:last] = 0
+
+        (threads or ShardThreads(1, ())).run(touch, num_shards)
+        counts, cursors = (np.zeros((num_shards, num_tables), np.int32) for _ in range(2))
+        self.arrays = Maps(lines, used, counts, cursors)
 
     @property
     def num_rows(self) -> np.ndarray:
         """Ids in each table, int64 [T]."""
-        return self._counts.sum(0, dtype=np.int64)
+        return self.arrays.counts.sum(0, dtype=np.int64)
 
     def lookup_or_insert(
-        self, ids: np.ndarray, hashes: np.ndarray, tables: np.ndarray, seen_s: np.ndarray, insert: bool = True
+        self, ids: np.ndarray, table: int, seen_s: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
-        """Finds or makes the rows of distinct ids.
+        """Finds or makes the rows of distinct ids of one table.
 
         Args:
-            ids: uint64 [N], distinct within their table.
-            hashes: uint64 [N], from `kernels.dedup` or `hashes_of`.
-            tables: int32 [N], indexes into the layout's names.
-            seen_s: uint32 [N], event times in seconds.
-            insert: False: nothing is changed, ids without a row get -1.
+            ids: int64 or uint64 [N], distinct.
+            table: Index into the layout's names.
+            seen_s: uint32 [N], event times in seconds; the stored one becomes the larger of both.
 
         Returns:
             shards int32 [N], rows int32 [N] in the shard's table (-1: refused), fresh bool [N], and how many ids were
             refused because of the cap, and because no path to a free slot was found.
         """
-        layout = self.layout
-        shards = np.empty(ids.size, np.int32)
-        rows = np.empty(ids.size, np.int32)
-        fresh = np.empty(ids.size, np.bool_)
-        at_cap, no_path = kernels.lookup_or_insert(
-            hashes, ids, tables, seen_s, layout.seeds, layout.bucket_offsets, layout.num_buckets, layout.word_offsets,
-            layout.caps, layout.shard_shift, self._lines.view(np.uint64), self._lines.view(np.int32), self._lines_per_shard,
-            self._used, self._counts, self._cursors, self._queue, insert, shards, rows, fresh,
+        number = ids.size
+        hashes = self.hashes_of(ids, table)
+        rows, fresh = np.empty(number, np.int32), np.empty(number, np.bool_)
+        distinct = Distinct(
+            np.zeros(1, np.int64), np.array([number]), hashes, np.full(number, table, np.int32),
+            np.ones(number, np.int32), np.ascontiguousarray(seen_s), rows, fresh,
         )  # fmt: skip
-        return shards, rows, fresh, at_cap, no_path
+        refused = np.zeros((*self.arrays.counts.shape, 2), np.int64)
+        kernels.find(self.layout.tables, self.arrays.lines, distinct, 0, 1, True)
+        kernels.insert(self.layout.tables, self.arrays, distinct, 0, 1, refused)
+        shards = (hashes >> self.layout.tables.shard_shift).astype(np.int32)
+        return shards, rows, fresh, int(refused[:, :, 0].sum()), int(refused[:, :, 1].sum())
 
     def hashes_of(self, ids: np.ndarray, table: int) -> np.ndarray:
-        """Returns the hashes of uint64 ids [N] of one table."""
+        """Returns the hashes of int64 or uint64 ids [N] of one table."""
         hashes = np.empty(ids.size, np.uint64)
-        kernels.hash_ids(ids, self.layout.seeds[table], hashes)
+        kernels.hash_ids(np.ascontiguousarray(ids).view(np.uint64), self.layout.seeds[table], hashes)
         return hashes
 
-    def lookup(self, ids: np.ndarray, table: int) -> np.ndarray:
-        """Returns shard and row of ids of one table, int32 [N, 2]; row -1 where an id has none. Changes nothing."""
-        ids = np.ascontiguousarray(ids).view(np.uint64)
-        layout = self.layout
-        out = np.empty((ids.size, 2), np.int32)
-        kernels.lookup(
-            self.hashes_of(ids, table), ids, table, layout.bucket_offsets, layout.num_buckets, layout.shard_shift,
-            self._lines.view(np.uint64), self._lines.view(np.int32), self._lines_per_shard, out,
-        )  # fmt: skip
-        return out
+    def lookup(self, ids: np.ndarray, table: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns shards and rows of ids of one table, int32 [N] each; row -1 where an id has none. Changes nothing."""
+        shards, rows = np.empty(ids.size, np.int32), np.empty(ids.size, np.int32)
+        keys = np.ascontiguousarray(ids).view(np.uint64)
+        kernels.lookup(keys, table, self.layout.tables, self.arrays.lines, shards, rows)
+        return shards, rows
 
-    def erase(self, ids: np.ndarray, table: int) -> np.ndarray:
-        """Removes ids of one table; returns shard and freed row of each, int32 [N, 2], row -1 where an id had none."""
-        ids = np.ascontiguousarray(ids).view(np.uint64)
-        layout = self.layout
-        out = np.empty((ids.size, 2), np.int32)
-        kernels.erase(
-            self.hashes_of(ids, table), ids, table, layout.bucket_offsets, layout.num_buckets, layout.word_offsets,
-            layout.shard_shift, self._lines.view(np.uint64), self._lines.view(np.int32), self._lines_per_shard,
-            self._used, self._counts, out,
-        )  # fmt: skip
-        return out
+    def erase(self, ids: np.ndarray, table: int) -> tuple[np.ndarray, np.ndarray]:
+        """Removes ids of one table; returns shards and freed rows, int32 [N] each, row -1 where an id had none."""
+        shards, rows = np.empty(ids.size, np.int32), np.empty(ids.size, np.int32)
+        kernels.erase(np.ascontiguousarray(ids).view(np.uint64), table, self.layout.tables, self.arrays, shards, rows)
+        return shards, rows
+
+    def ids_of(self, hashes: np.ndarray, tables: np.ndarray) -> np.ndarray:
+        """Returns the ids, uint64 [N], of hashes uint64 [N] in tables int32 [N]."""
+        ids = np.empty(hashes.size, np.uint64)
+        kernels.unhash(hashes, self.layout.seeds, tables, ids)
+        return ids
 
     def entries(self, table: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Returns ids (int64), shards, rows and last-seen seconds of all ids of a table, in the order of their slots."""
         start = int(self.layout.bucket_offsets[table])
-        lines = self._lines.reshape(self.layout.num_shards, self._lines_per_shard, kernels.LINE_WORDS)
-        lines = lines[:, start : start + int(self.layout.num_buckets[table])]
+        lines = self._lines_by_shard()[:, start : start + int(self.layout.num_buckets[table])]
         rows = lines[:, :, 8:12].astype(np.uint32).view(np.int32)
         shard, bucket, slot = np.nonzero(rows >= 0)
-        ids = np.ascontiguousarray(lines[:, :, :8]).view(np.int64)[shard, bucket, slot]
+        hashes = np.ascontiguousarray(lines[:, :, :8]).view(np.uint64)[shard, bucket, slot]
+        ids = self.ids_of(hashes, np.full(hashes.size, table, np.int32)).view(np.int64)
         return ids, shard.astype(np.int32), rows[shard, bucket, slot], lines[:, :, 12:16][shard, bucket, slot]
 
+    def _lines_by_shard(self) -> np.ndarray:
+        return self.arrays.lines.reshape(self.layout.num_shards, self.layout.lines_per_shard, LINE_WORDS)
+
     def get_state(self) -> dict[str, np.ndarray]:
-        """Returns a copy of everything, uint32 and int32 arrays with the shards as leading axis."""
-        shape = (self.layout.num_shards, self._lines_per_shard, kernels.LINE_WORDS)
-        return {
-            "lines": self._lines.reshape(shape).copy(),
-            "used": self._used.copy(),
-            "counts": self._counts.copy(),
-            "cursors": self._cursors.copy(),
-        }
+        """Returns a copy of everything, uint32 and int32 arrays with the shards as leading axis, and checksums."""
+        copies = {name: array.copy() for name, array in self._state().items()}
+        return {**copies, "checksums": self._checksums(copies["lines"])}
+
+    def _checksums(self, lines: np.ndarray) -> np.ndarray:
+        """Returns checksums of lines and seeds, uint32 [L, 2]: hashes alone do not show whether a bit fell over."""
+        sums = np.empty(self.layout.num_shards, np.uint64)
+        kernels.checksum(lines.reshape(sums.size, -1).view(np.uint64), self.layout.seeds, sums)
+        return sums.view(np.uint32).reshape(-1, 2)
+
+    def _state(self) -> dict[str, np.ndarray]:
+        return {**self.arrays._asdict(), "lines": self._lines_by_shard()}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Takes over what `get_state` returned.
@@ -231,38 +250,49 @@ class IdMaps:
         Raises:
             ValueError: The arrays are of another layout, or contradict themselves.
         """
-        mine = {"lines": self._lines, "used": self._used, "counts": self._counts, "cursors": self._cursors}
-        layout = self.layout
-        shapes = {name: array.shape for name, array in mine.items()}
-        shapes["lines"] = (layout.num_shards, self._lines_per_shard, kernels.LINE_WORDS)
-        if missing := sorted(set(mine) - set(state)):
+        mine, layout = self._state(), self.layout
+        if missing := sorted({*mine, "checksums"} - set(state)):
             raise ValueError(f"the state of the id maps of tables {layout.names} lacks {', '.join(missing)}")
         theirs = {name: np.ascontiguousarray(state[name]) for name in mine}
         for name, array in theirs.items():
-            if array.shape != shapes[name] or array.dtype != mine[name].dtype:
+            if array.shape != mine[name].shape or array.dtype != mine[name].dtype:
                 raise ValueError(
-                    f"id maps of tables {layout.names}: {name} is {mine[name].dtype} {shapes[name]} here, "
+                    f"id maps of tables {layout.names}: {name} is {mine[name].dtype} {mine[name].shape} here, "
                     f"{array.dtype} {array.shape} in the snapshot; max_rows or num_shards differ"
                 )
-        theirs["lines"] = theirs["lines"].reshape(self._lines.shape)
+        lines = aligned_lines(self.arrays.lines.shape[0])
+        lines[:] = theirs["lines"].reshape(lines.shape)
+        maps = Maps(lines, theirs["used"], theirs["counts"], theirs["cursors"])
         words = (layout.caps + 31) // 32
-        sound = kernels.is_sound(
-            layout.seeds, layout.bucket_offsets, layout.num_buckets, layout.word_offsets, layout.caps, layout.shard_shift,
-            theirs["lines"].view(np.uint64), theirs["lines"].view(np.int32), self._lines_per_shard,
-            theirs["used"], theirs["counts"],
-        )  # fmt: skip
-        if not sound or (theirs["cursors"] < 0).any() or (theirs["cursors"] >= words).any():
-            num_ids = int((theirs["lines"].view(np.int32)[:, 8:12] >= 0).sum())
-            bits = int(np.bitwise_count(theirs["used"]).sum())
+        same = np.array_equal(self._checksums(theirs["lines"]), state["checksums"])
+        in_reach = (maps.cursors >= 0).all() and (maps.cursors < words).all()
+        if not same or not in_reach or not kernels.is_sound(layout.tables, maps):
+            num_ids = int((lines.view(np.int32)[:, 8:12] >= 0).sum())
+            bits = int(np.bitwise_count(maps.used).sum())
             raise ValueError(
                 f"id maps of tables {layout.names} are damaged, or of tables of other names: the state has {num_ids:,} ids, "
-                f"{bits:,} used rows and {int(theirs['counts'].sum()):,} counted, and they do not belong together"
+                f"{bits:,} used rows and {int(maps.counts.sum()):,} counted, its checksums are "
+                f"{'right' if same else 'wrong'}, and they do not belong together"
             )
-        for name, array in mine.items():
-            array[:] = theirs[name]
+        for array, theirs_of_it in zip(self.arrays, maps, strict=True):
+            array[:] = theirs_of_it
+
+    def grow_from(self, smaller: IdMaps) -> None:
+        """Takes over the ids of maps of the same tables, none of them larger, into these empty ones.
+
+        Every id keeps its shard and its row in the shard's table.
+        """
+        assert not self.num_rows.any() and (self.layout.caps >= smaller.layout.caps).all()
+        for table in range(len(self.layout.names)):
+            ids, _, rows, seen_s = smaller.entries(table)
+            keys = self.hashes_of(ids, table)
+            found = kernels.place(self.layout.tables, self.arrays, table, keys, rows, np.ascontiguousarray(seen_s))
+            assert found, "a larger map has no place for an id"
+        self.arrays.cursors[:] = smaller.arrays.cursors
 
 
-def _many_divisors(size: int) -> int:
+def many_divisors(size: int) -> int:
+    """Returns a size at least as large that an array of a snapshot can have."""
     # Snapshots are cut into chunks whose sizes divide the array's: a large prime would be cut into single rows.
     return size if size < 2**14 else -(-size // 1024) * 1024
 

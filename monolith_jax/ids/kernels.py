@@ -1,106 +1,145 @@
-"""The numba kernels of the id maps: functions over plain arrays, GIL released, one writer at a time.
+"""The numba kernels of the id maps: functions over the arrays of `lines`, each shard written by one thread at a time.
 
-In: ids as uint64 and the byte layout below. Out: rows in shards, and the index arrays of a plan.
-
-Layout (the contract; another backend may replace these kernels). A *line* is 64 bytes, 16 words of uint32:
-words 0-7 are four ids (uint64, little endian), words 8-11 their rows in the shard's table (int32, -1: the slot is empty),
-words 12-15 when each id was last seen (uint32 seconds of event time). Emptiness is the row's, so every id is legal.
-An id may live in two buckets of its table and shard, a bucket being one line. Lines of all tables of a shard are neighbours:
-`lines[shard, bucket_offset[table] + bucket]`.
-
-hash = mix(id ^ seed of the table), a bijection (Stafford's variant 13 of the 64-bit murmur3 finaliser). Its top bits are
-the shard, its low 32 bits choose the first bucket, the high half of a second product the other one, both by
-multiply-shift (Lemire 2019, "Fast random integer generation in an interval"), so that any number of buckets will do.
+In: ids or their hashes. Out: rows in shards. The GIL is released.
 """
 
 from __future__ import annotations
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-SLOTS = 4
-LINE_WORDS = 16
+from monolith_jax.ids.lines import (
+    ABSENT,
+    SLOTS,
+    first_bucket,
+    inline,
+    jit,
+    load,
+    mix,
+    prefetch,
+    second_bucket,
+    slot_of,
+    store,
+    unmix,
+)
+
 QUEUE = 256
 """Buckets that the search for a free slot visits before an insertion is given up."""
 
-_M1 = np.uint64(0xBF58476D1CE4E5B9)
-_M2 = np.uint64(0x94D049BB133111EB)
-_M3 = np.uint64(0x9E3779B97F4A7C15)
-_S27 = np.uint64(27)
-_S30 = np.uint64(30)
-_S31 = np.uint64(31)
-_S32 = np.uint64(32)
-_LOW32 = np.uint64(0xFFFFFFFF)
-
-_PREFETCH_DISTANCE = 48
-
-_jit = numba.njit(cache=True, nogil=True, boundscheck=False)
-_inline = numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+_AHEAD = 96
+"""Ids of a block. The lines of a block are asked for while the block before is worked on."""
 
 
-@intrinsic
-def _prefetch(typing_context, address):
-    """Asks for the cache line at an int64 address."""
+@jit
+def lookup(ids, table, tables, lines, shards, rows):
+    """Writes shard and row of uint64 `ids` [N] of one table into int32 `shards` and `rows` [N]; row ABSENT: the id has none.
 
-    def codegen(context, builder, signature, arguments):
-        pointer = ir.PointerType(ir.IntType(8))
-        int32 = ir.IntType(32)
-        signature_ir = ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])
-        function = cgutils.get_or_insert_function(builder.module, signature_ir, "llvm.prefetch.p0")
-        builder.call(function, [builder.inttoptr(arguments[0], pointer), int32(0), int32(3), int32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@_inline
-def mix(x):
-    """Returns the hash of a uint64, a bijection of the 64-bit integers."""
-    x = (x ^ (x >> _S30)) * _M1
-    x = (x ^ (x >> _S27)) * _M2
-    return x ^ (x >> _S31)
-
-
-@_inline
-def first_bucket(h, num_buckets):
-    """Returns the bucket that an id is looked for first."""
-    return np.int64(((h & _LOW32) * np.uint64(num_buckets)) >> _S32)
-
-
-@_inline
-def second_bucket(h, num_buckets):
-    """Returns the other bucket, never the first one where there are two."""
-    bucket = np.int64((((h * _M3) >> _S32) * np.uint64(num_buckets)) >> _S32)
-    if bucket == first_bucket(h, num_buckets):
-        bucket += 1
-        if bucket == num_buckets:
-            bucket = 0
-    return bucket
-
-
-@_inline
-def _find(keys, meta, line, key):
-    for slot in range(SLOTS):
-        if keys[line, slot] == key and meta[line, 8 + slot] >= 0:
-            return slot
-    return -1
-
-
-@_inline
-def _locate(keys, meta, start, num_buckets, h, key):
-    """Returns line and slot of an id among the lines of its table and shard, which begin at `start`; slot -1: not there."""
-    line = start + first_bucket(h, num_buckets)
-    slot = _find(keys, meta, line, key)
-    if slot < 0:
-        line = start + second_bucket(h, num_buckets)
-        slot = _find(keys, meta, line, key)
-    return line, slot
+    Blocks of ids go through three steps, one block apart, so that no id waits for memory: hash, and ask for the line of the
+    first bucket; look there, and ask for the second line of those that are not there; look there.
+    """
+    seed, buckets, offset = tables.seeds[table], tables.num_buckets[table], tables.bucket_offsets[table]
+    shift, per_shard = tables.shard_shift, tables.lines_per_shard
+    address, number = np.int64(lines.ctypes.data), ids.size
+    hashes = np.empty((3, _AHEAD), np.uint64)
+    lines_1 = np.empty((3, _AHEAD), np.int64)
+    lines_2 = np.empty((3, _AHEAD), np.int64)
+    missing = np.empty((2, _AHEAD + 1), np.int64)
+    num_missing = 0
+    now, before, last = 0, 2, 1
+    for block in range((number + _AHEAD - 1) // _AHEAD + 2):
+        first = block * _AHEAD
+        size = max(min(_AHEAD, number - first), 0)
+        for j in range(size):
+            h = mix(ids[first + j] ^ seed)
+            hashes[now, j] = h
+            shard = np.int64(h >> shift)
+            start = address + 64 * (shard * per_shard + offset)
+            lines_1[now, j] = start + 64 * first_bucket(h, buckets)
+            lines_2[now, j] = start + 64 * second_bucket(h, buckets)
+            shards[first + j] = shard
+        for j in range(size, _AHEAD):
+            lines_1[now, j] = address
+        if block == 0:
+            for j in range(_AHEAD):
+                prefetch(lines_1[now, j])
+        was_missing, num_missing = num_missing, 0
+        first -= _AHEAD
+        side = block & 1
+        for j in range(min(_AHEAD, number - first) if block > 0 else 0):
+            prefetch(lines_1[now, j])
+            line = lines_1[before, j]
+            slot = slot_of(line, hashes[before, j])
+            rows[first + j] = load(line + 32 + 4 * (slot & 3)) | -np.int32(slot >> 2)
+            missing[side, num_missing] = j
+            num_missing += slot >> 2
+        for m in range(num_missing):
+            prefetch(lines_2[before, missing[side, m]])
+        for m in range(was_missing):
+            j = missing[1 - side, m]
+            line = lines_2[last, j]
+            slot = slot_of(line, hashes[last, j])
+            rows[first - _AHEAD + j] = load(line + 32 + 4 * (slot & 3)) | -np.int32(slot >> 2)
+        now, before, last = last, now, before
 
 
-@_inline
+@inline
+def start_of(tables, table, h):
+    """Returns the first line of a hash's table and shard."""
+    return np.int64(h >> tables.shard_shift) * tables.lines_per_shard + tables.bucket_offsets[table]
+
+
+@inline
+def _seen(line, slot, seen_s, touch):
+    """Returns the row in a slot, and keeps the later one of its time and `seen_s`."""
+    at = line + 48 + 4 * slot
+    if touch and seen_s > np.uint32(load(at)):
+        store(at, np.int32(seen_s))
+    return load(line + 32 + 4 * slot)
+
+
+@jit
+def find(tables, lines, distinct, from_range, to_range, touch):
+    """Writes the rows of distinct ids, ABSENT where they have none; with `touch` their last-seen becomes the later time.
+
+    Returns:
+        How many ids needed a look into their second bucket.
+    """
+    starts, numbers, hashes, of, seen_s = distinct.starts, distinct.numbers, distinct.hashes, distinct.tables, distinct.seen_s
+    rows, num_buckets = distinct.rows, tables.num_buckets
+    address = np.int64(lines.ctypes.data)
+    missing = np.empty(2 * _AHEAD, np.int64)
+    second_looks = 0
+    for r in range(from_range, to_range):
+        start, end = starts[r], starts[r] + numbers[r]
+        num_missing = 0
+        for i in range(start, min(start + _AHEAD, end)):
+            prefetch(address + 64 * (start_of(tables, of[i], hashes[i]) + first_bucket(hashes[i], num_buckets[of[i]])))
+        for first in range(start, end + _AHEAD, _AHEAD):
+            was_missing, num_missing = num_missing, 0
+            side = _AHEAD * (((first - start) // _AHEAD) & 1)
+            for i in range(first, min(first + _AHEAD, end)):
+                if i + _AHEAD < end:
+                    ahead, table = hashes[i + _AHEAD], of[i + _AHEAD]
+                    prefetch(address + 64 * (start_of(tables, table, ahead) + first_bucket(ahead, num_buckets[table])))
+                h, table = hashes[i], of[i]
+                line = address + 64 * (start_of(tables, table, h) + first_bucket(h, num_buckets[table]))
+                slot = slot_of(line, h)
+                if slot < SLOTS:
+                    rows[i] = _seen(line, slot, seen_s[i], touch)
+                else:
+                    prefetch(address + 64 * (start_of(tables, table, h) + second_bucket(h, num_buckets[table])))
+                    missing[side + num_missing] = i
+                    num_missing += 1
+            for m in range(was_missing):
+                i = missing[_AHEAD - side + m]
+                line = address + 64 * (start_of(tables, of[i], hashes[i]) + second_bucket(hashes[i], num_buckets[of[i]]))
+                slot = slot_of(line, hashes[i])
+                rows[i] = _seen(line, slot, seen_s[i], touch) if slot < SLOTS else ABSENT
+            second_looks += was_missing
+    return second_looks
+
+
+@inline
 def _free_slot(meta, line):
     for slot in range(SLOTS):
         if meta[line, 8 + slot] < 0:
@@ -108,48 +147,7 @@ def _free_slot(meta, line):
     return -1
 
 
-@_inline
-def _move(keys, meta, from_line, from_slot, to_line, to_slot):
-    keys[to_line, to_slot] = keys[from_line, from_slot]
-    meta[to_line, 8 + to_slot] = meta[from_line, 8 + from_slot]
-    meta[to_line, 12 + to_slot] = meta[from_line, 12 + from_slot]
-    meta[from_line, 8 + from_slot] = -1
-
-
-@_jit
-def _make_room(keys, meta, start, num_buckets, seed, bucket_a, bucket_b, queue):
-    """Frees a slot in one of two full buckets by moving ids to their other bucket; returns line * SLOTS + slot or -1.
-
-    Breadth first, so the path is a shortest one. `queue` is int64 [QUEUE, 3] scratch: bucket, parent, slot in the parent.
-    """
-    queue[0, 0], queue[0, 1], queue[0, 2] = bucket_a, -1, -1
-    queue[1, 0], queue[1, 1], queue[1, 2] = bucket_b, -1, -1
-    head, tail = 0, 2
-    while head < tail:
-        bucket = queue[head, 0]
-        line = start + bucket
-        for slot in range(SLOTS):
-            h = mix(keys[line, slot] ^ seed)
-            other = first_bucket(h, num_buckets)
-            if other == bucket:
-                other = second_bucket(h, num_buckets)
-            free = _free_slot(meta, start + other)
-            if free >= 0:
-                node, to_line, to_slot, from_slot = head, start + other, free, slot
-                while node >= 0:
-                    from_line = start + queue[node, 0]
-                    _move(keys, meta, from_line, from_slot, to_line, to_slot)
-                    to_line, to_slot, from_slot = from_line, from_slot, queue[node, 2]
-                    node = queue[node, 1]
-                return to_line * SLOTS + to_slot
-            if tail < QUEUE and not _on_path(queue, head, other):
-                queue[tail, 0], queue[tail, 1], queue[tail, 2] = other, head, slot
-                tail += 1
-        head += 1
-    return np.int64(-1)
-
-
-@_inline
+@inline
 def _on_path(queue, node, bucket):
     # A bucket met twice on one path would have its slot moved twice.
     found = False
@@ -161,18 +159,56 @@ def _on_path(queue, node, bucket):
     return found
 
 
-@_jit
-def _place_for(keys, meta, start, num_buckets, seed, h, queue):
+@jit
+def _make_room(keys, meta, start, num_buckets, bucket_a, bucket_b, queue):
+    """Frees a slot in one of two full buckets by moving ids to their other bucket; returns line * SLOTS + slot or -1.
+
+    Breadth first, so the path is a shortest one. `queue` is int64 [QUEUE, 3] scratch: bucket, parent, slot in the parent.
+    """
+    queue[0, 0], queue[0, 1], queue[0, 2] = bucket_a, -1, -1
+    queue[1, 0], queue[1, 1], queue[1, 2] = bucket_b, -1, -1
+    head, tail = 0, 2
+    while head < tail:
+        bucket = queue[head, 0]
+        for slot in range(SLOTS):
+            h = keys[start + bucket, slot]
+            other = first_bucket(h, num_buckets)
+            if other == bucket:
+                other = second_bucket(h, num_buckets)
+            free = _free_slot(meta, start + other)
+            if free >= 0:
+                node, to_line, to_slot, from_slot = head, start + other, free, slot
+                while node >= 0:
+                    from_line = start + queue[node, 0]
+                    keys[to_line, to_slot] = keys[from_line, from_slot]
+                    meta[to_line, 8 + to_slot] = meta[from_line, 8 + from_slot]
+                    meta[to_line, 12 + to_slot] = meta[from_line, 12 + from_slot]
+                    meta[from_line, 8 + from_slot] = -1
+                    to_line, to_slot, from_slot = from_line, from_slot, queue[node, 2]
+                    node = queue[node, 1]
+                return to_line * SLOTS + to_slot
+            if tail < QUEUE and not _on_path(queue, head, other):
+                queue[tail, 0], queue[tail, 1], queue[tail, 2] = other, head, slot
+                tail += 1
+        head += 1
+    return np.int64(-1)
+
+
+@inline
+def _place_for(keys, meta, start, num_buckets, h, queue):
     """Returns a free slot for a hash as line * SLOTS + slot, moving other ids if need be; -1: none was found."""
     bucket_a, bucket_b = first_bucket(h, num_buckets), second_bucket(h, num_buckets)
-    for bucket in (bucket_a, bucket_b):
-        slot = _free_slot(meta, start + bucket)
-        if slot >= 0:
-            return (start + bucket) * SLOTS + slot
-    return _make_room(keys, meta, start, num_buckets, seed, bucket_a, bucket_b, queue)
+    line = start + bucket_a
+    slot = _free_slot(meta, line)
+    if slot < 0:
+        line = start + bucket_b
+        slot = _free_slot(meta, line)
+    if slot < 0:
+        return _make_room(keys, meta, start, num_buckets, bucket_a, bucket_b, queue)
+    return line * SLOTS + slot
 
 
-@_jit
+@jit
 def _take_row(used, word_start, num_rows, cursor):
     """Marks the next free row after `cursor` as used; returns it, or -1. `used` is one shard's bit set, uint32 words."""
     num_words = (num_rows + 31) // 32
@@ -193,182 +229,159 @@ def _take_row(used, word_start, num_rows, cursor):
     return np.int64(-1)
 
 
-@_jit
-def lookup(hashes, ids, table, bucket_offsets, num_buckets, shard_shift, keys, meta, lines_per_shard, rows):
-    """Writes shard and row of each id of one table into int32 `rows` [N, 2]; row -1 where the id has none."""
-    buckets = num_buckets[table]
-    for i in range(ids.size):
-        shard = np.int64(hashes[i] >> shard_shift)
-        start = shard * lines_per_shard + bucket_offsets[table]
-        line, slot = _locate(keys, meta, start, buckets, hashes[i], ids[i])
-        rows[i, 0] = shard
-        rows[i, 1] = meta[line, 8 + slot] if slot >= 0 else -1
-
-
-@_jit
-def hash_ids(ids, seed, hashes):
-    """Writes the hashes of uint64 `ids` [N] of one table."""
-    for i in range(ids.size):
-        hashes[i] = mix(ids[i] ^ seed)
-
-
-@_jit
-def lookup_or_insert(
-    hashes, ids, tables, seen_s, seeds, bucket_offsets, num_buckets, word_offsets, max_rows, shard_shift,
-    keys, meta, lines_per_shard, used, counts, cursors, queue, insert, shards, rows, fresh,
-):  # fmt: skip
-    """Finds or makes the row of each distinct (table, id).
+@jit
+def insert(tables, maps, distinct, from_range, to_range, refused):
+    """Gives rows to the distinct ids that are ABSENT; those that stay so are counted.
 
     Args:
-        hashes, ids: uint64 [N], distinct within their table.
-        tables: int32 [N], index of each id's table.
-        seen_s: uint32 [N], event time of each id in seconds; the stored one becomes the larger of both.
-        seeds, bucket_offsets, num_buckets, word_offsets, max_rows: per table [T]; `max_rows` is the cap of one shard.
-        shard_shift: 64 - log2 L, as uint64.
-        keys, meta: uint64 [L * lines, 8] and int32 [L * lines, 16] views of the lines.
-        lines_per_shard: Lines of all tables in one shard.
-        used, counts, cursors: per shard [L, ...]: bit set of used rows, rows in use, where the search for a free row starts.
-        queue: int64 [QUEUE, 3] scratch.
-        insert: Whether ids without a row get one, and times are kept; if not, nothing is changed.
-        shards, rows, fresh: int32, int32, bool [N] out: shard, row in the shard's table (-1: refused), whether it is new.
-
-    Returns:
-        Ids refused because their shard is at its cap, and ids refused because no path to a free slot was found.
+        tables, maps, distinct: Sizes, maps, ids with their rows as `find` left them. The rows of ids that are fresh are set.
+        from_range, to_range: Ranges of ids to work on; two threads must not work on one shard.
+        refused: int64 [L, T, 2] out, added to: ids whose table and shard is at its cap; ids for which no path to a free slot
+            was found.
     """
-    at_cap, no_path = 0, 0
-    address = np.int64(keys.ctypes.data)
+    starts, numbers, hashes, of, rows = distinct.starts, distinct.numbers, distinct.hashes, distinct.tables, distinct.rows
+    keys, meta, counts, cursors = maps.lines.view(np.uint64), maps.lines.view(np.int32), maps.counts, maps.cursors
+    address = np.int64(maps.lines.ctypes.data)
+    queue = np.empty((QUEUE, 3), np.int64)
+    for r in range(from_range, to_range):
+        end = starts[r] + numbers[r]
+        for i in range(starts[r], end):
+            if i + 12 < end and rows[i + 12] == ABSENT:
+                h, table = hashes[i + 12], of[i + 12]
+                prefetch(address + 64 * (start_of(tables, table, h) + first_bucket(h, tables.num_buckets[table])))
+            distinct.fresh[i] = False
+            if rows[i] != ABSENT:
+                continue
+            h, table = hashes[i], of[i]
+            shard, start, buckets = np.int64(h >> tables.shard_shift), start_of(tables, table, h), tables.num_buckets[table]
+            if counts[shard, table] >= tables.caps[table]:
+                refused[shard, table, 0] += 1
+                continue
+            found = _place_for(keys, meta, start, buckets, h, queue)
+            if found < 0:
+                refused[shard, table, 1] += 1
+                continue
+            line, slot = found // SLOTS, found % SLOTS
+            row = _take_row(maps.used[shard], tables.word_offsets[table], tables.caps[table], cursors[shard, table])
+            cursors[shard, table] = row // 32
+            counts[shard, table] += 1
+            keys[line, slot] = h
+            meta[line, 8 + slot] = row
+            meta[line, 12 + slot] = np.int32(distinct.seen_s[i])
+            rows[i] = row
+            distinct.fresh[i] = True
+
+
+@jit
+def erase(ids, table, tables, maps, shards, rows):
+    """Removes uint64 `ids` [N] of one table; writes shards and freed rows into int32 [N] arrays, ABSENT: had none."""
+    meta, address = maps.lines.view(np.int32), np.int64(maps.lines.ctypes.data)
+    buckets = tables.num_buckets[table]
     for i in range(ids.size):
-        if i + _PREFETCH_DISTANCE < ids.size:
-            ahead = i + _PREFETCH_DISTANCE
-            line = np.int64(hashes[ahead] >> shard_shift) * lines_per_shard + bucket_offsets[tables[ahead]]
-            _prefetch(address + 64 * (line + first_bucket(hashes[ahead], num_buckets[tables[ahead]])))  # pyright: ignore
-        key, table, h = ids[i], tables[i], hashes[i]
-        shard = np.int64(h >> shard_shift)
-        buckets = num_buckets[table]
-        start = shard * lines_per_shard + bucket_offsets[table]
-        shards[i] = shard
-        line, slot = _locate(keys, meta, start, buckets, h, key)
-        if slot >= 0:
-            rows[i], fresh[i] = meta[line, 8 + slot], False
-            if insert and seen_s[i] > np.uint32(meta[line, 12 + slot]):
-                meta[line, 12 + slot] = np.int32(seen_s[i])
-            continue
-        rows[i], fresh[i] = -1, False
-        if not insert:
-            continue
-        if counts[shard, table] >= max_rows[table]:
-            at_cap += 1
-            continue
-        place = _place_for(keys, meta, start, buckets, seeds[table], h, queue)
-        if place < 0:
-            no_path += 1
-            continue
-        row = _take_row(used[shard], word_offsets[table], max_rows[table], cursors[shard, table])
-        cursors[shard, table] = row // 32
-        counts[shard, table] += 1
-        line, slot = place // SLOTS, place % SLOTS
-        keys[line, slot] = key
-        meta[line, 8 + slot] = row
-        meta[line, 12 + slot] = np.int32(seen_s[i])
-        rows[i], fresh[i] = row, True
-    return at_cap, no_path
+        h = mix(ids[i] ^ tables.seeds[table])
+        line = start_of(tables, table, h) + first_bucket(h, buckets)
+        slot = slot_of(address + 64 * line, h)
+        if slot == SLOTS:
+            line = start_of(tables, table, h) + second_bucket(h, buckets)
+            slot = slot_of(address + 64 * line, h)
+        shards[i] = np.int64(h >> tables.shard_shift)
+        rows[i] = ABSENT
+        if slot < SLOTS:
+            row = meta[line, 8 + slot]
+            meta[line, 8 + slot] = -1
+            maps.used[shards[i], tables.word_offsets[table] + row // 32] &= ~(np.uint32(1) << np.uint32(row % 32))
+            maps.counts[shards[i], table] -= 1
+            rows[i] = row
 
 
-@_jit
-def erase(
-    hashes, ids, table, bucket_offsets, num_buckets, word_offsets, shard_shift, keys, meta, lines_per_shard, used, counts, rows
-):
-    """Removes ids of one table; writes shard and freed row of each into int32 `rows` [N, 2], row -1 where there was none."""
-    buckets = num_buckets[table]
-    for i in range(ids.size):
-        h = hashes[i]
-        shard = np.int64(h >> shard_shift)
-        start = shard * lines_per_shard + bucket_offsets[table]
-        line, slot = _locate(keys, meta, start, buckets, h, ids[i])
-        rows[i, 0] = shard
-        rows[i, 1] = -1
-        if slot < 0:
-            continue
-        row = meta[line, 8 + slot]
-        meta[line, 8 + slot] = -1
-        used[shard, word_offsets[table] + row // 32] &= ~(np.uint32(1) << np.uint32(row % 32))
-        counts[shard, table] -= 1
-        rows[i, 1] = row
+@jit
+def checksum(words, seeds, sums):
+    """Writes a checksum of the lines of each shard, uint64 [L, words], and of the tables' seeds, into uint64 `sums` [L]."""
+    start = np.uint64(0)
+    for seed in seeds:
+        start = mix(start ^ seed)
+    for shard in range(words.shape[0]):
+        h = start
+        for k in range(words.shape[1]):
+            h = (h ^ words[shard, k]) * _ODD
+            h ^= h >> np.uint64(32)
+        sums[shard] = h
 
 
-@_jit
-def is_sound(
-    seeds, bucket_offsets, num_buckets, word_offsets, max_rows, shard_shift, keys, meta, lines_per_shard, used, counts
-):
-    """Returns whether every id stands where it is looked for, with a used row that no other id has, and all are counted."""
-    num_shards, num_tables = counts.shape
-    unclaimed = used.copy()
+@jit
+def is_sound(tables, maps):
+    """Returns whether every id stands once, where it is looked for, with a used row of its own, and all are counted."""
+    keys, meta = maps.lines.view(np.uint64), maps.lines.view(np.int32)
+    num_shards, num_tables = maps.counts.shape
+    address = np.int64(maps.lines.ctypes.data)
+    unclaimed = maps.used.copy()
     for shard in range(num_shards):
         for table in range(num_tables):
-            start, buckets, number = shard * lines_per_shard + bucket_offsets[table], num_buckets[table], 0
+            start, buckets, number = shard * tables.lines_per_shard + tables.bucket_offsets[table], tables.num_buckets[table], 0
             for place in range(buckets * SLOTS):
                 bucket, slot = place // SLOTS, place % SLOTS
                 row = np.int64(meta[start + bucket, 8 + slot])
                 if row < 0:
                     continue
-                h = mix(keys[start + bucket, slot] ^ seeds[table])
-                if row >= max_rows[table] or np.int64(h >> shard_shift) != shard:
+                h = keys[start + bucket, slot]
+                first, second = first_bucket(h, buckets), second_bucket(h, buckets)
+                if row >= tables.caps[table] or np.int64(h >> tables.shard_shift) != shard or bucket not in (first, second):
                     return False
-                if bucket != first_bucket(h, buckets) and bucket != second_bucket(h, buckets):
+                if slot_of(address + 64 * (start + bucket), h) != slot:
                     return False
-                word, bit = word_offsets[table] + row // 32, np.uint32(1) << np.uint32(row % 32)
+                if bucket == second and first != second and slot_of(address + 64 * (start + first), h) < SLOTS:
+                    return False
+                word, bit = tables.word_offsets[table] + row // 32, np.uint32(1) << np.uint32(row % 32)
                 if not unclaimed[shard, word] & bit:
                     return False
                 unclaimed[shard, word] ^= bit
                 number += 1
-            if number != counts[shard, table]:
+            if number != maps.counts[shard, table]:
                 return False
     return not unclaimed.any()
 
 
-@_jit
-def dedup(ids, valid, position_tables, seen_s, seeds, scratch, inverse, out_ids, out_hashes, out_tables, out_seen_s, places):
-    """Finds the distinct (table, id) of a batch, in order of first appearance.
+@jit
+def hash_ids(ids, seed, hashes):
+    """Writes the hashes of uint64 `ids` [N] of a table of this seed."""
+    for i in range(ids.size):
+        hashes[i] = mix(ids[i] ^ seed)
+
+
+@jit
+def unhash(hashes, seeds, tables, ids):
+    """Writes the ids of uint64 `hashes` [N] of int32 `tables` [N]."""
+    for i in range(hashes.size):
+        ids[i] = unmix(hashes[i]) ^ seeds[tables[i]]
+
+
+@jit
+def place(tables, maps, table, hashes, rows, seen_s):
+    """Puts distinct hashes of one table into empty maps with the rows that they have already.
 
     Args:
-        ids: uint64 [B, P].
-        valid: bool [B, P], whether the position holds an id.
-        position_tables: int32 [P], the table of each position's ids.
-        seen_s: uint32 [B], event times in seconds.
-        seeds: uint64 [T].
-        scratch: int32 [M], M a power of two of at least 2 B P, all -1; left so again.
-        inverse: int32 [B, P] out: index of the distinct id, -1 where the position is empty.
-        out_ids, out_hashes, out_tables, out_seen_s: uint64, uint64, int32, uint32 [B * P] out; the latest event time of each.
-        places: int32 [B * P] scratch.
+        tables, maps: Sizes and maps, without these ids.
+        table: Index of the table.
+        hashes: uint64 [N].
+        rows: int32 [N], distinct within a shard and below the cap.
+        seen_s: uint32 [N].
 
     Returns:
-        How many distinct ids there are.
+        Whether all found a place. If not, the maps are half filled.
     """
-    mask = np.uint64(scratch.size - 1)
-    count = 0
-    for b in range(ids.shape[0]):
-        for p in range(ids.shape[1]):
-            if not valid[b, p]:
-                inverse[b, p] = -1
-                continue
-            key, table = ids[b, p], position_tables[p]
-            h = mix(key ^ seeds[table])
-            place = np.int64(h & mask)
-            while True:
-                found = scratch[place]
-                if found < 0:
-                    scratch[place] = count
-                    places[count] = place
-                    out_ids[count], out_hashes[count], out_tables[count] = key, h, table
-                    out_seen_s[count] = seen_s[b]
-                    found = count
-                    count += 1
-                    break
-                if out_ids[found] == key and out_tables[found] == table:
-                    out_seen_s[found] = max(out_seen_s[found], seen_s[b])
-                    break
-                place = np.int64(np.uint64(place + 1) & mask)
-            inverse[b, p] = found
-    for i in range(count):
-        scratch[places[i]] = -1
-    return count
+    keys, meta = maps.lines.view(np.uint64), maps.lines.view(np.int32)
+    buckets = tables.num_buckets[table]
+    queue = np.empty((QUEUE, 3), np.int64)
+    for i in range(hashes.size):
+        h = hashes[i]
+        shard, start = np.int64(h >> tables.shard_shift), start_of(tables, table, h)
+        found = _place_for(keys, meta, start, buckets, h, queue)
+        if found < 0:
+            return False
+        line, slot = found // SLOTS, found % SLOTS
+        keys[line, slot] = h
+        meta[line, 8 + slot] = rows[i]
+        meta[line, 12 + slot] = np.int32(seen_s[i])
+        maps.used[shard, tables.word_offsets[table] + rows[i] // 32] |= np.uint32(1) << np.uint32(rows[i] % 32)
+        maps.counts[shard, table] += 1
+    return True

@@ -6,10 +6,11 @@ specification 0.2.0), so that any other system can compute the same ids. Two str
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from monolith_jax.ids.lines import inline, jit
 
 _P1 = np.uint64(0x9E3779B185EBCA87)
 _P2 = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -17,15 +18,13 @@ _P3 = np.uint64(0x165667B19E3779F9)
 _P4 = np.uint64(0x85EBCA77C2B2AE63)
 _P5 = np.uint64(0x27D4EB2F165667C5)
 
-_inline = numba.njit(cache=True, nogil=True, inline="always")
 
-
-@_inline
+@inline
 def _rotate(x, bits):
     return (x << np.uint64(bits)) | (x >> np.uint64(64 - bits))
 
 
-@_inline
+@inline
 def _word(data, at, num_bytes):
     value = np.uint64(0)
     for k in range(num_bytes):
@@ -33,12 +32,12 @@ def _word(data, at, num_bytes):
     return value
 
 
-@_inline
+@inline
 def _round(lane, value):
     return _rotate(lane + value * _P2, 31) * _P1
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _hash(data, start, stop):
     size = stop - start
     at = start
@@ -68,7 +67,7 @@ def _hash(data, start, stop):
     return h ^ (h >> np.uint64(32))
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _hash_all(data, offsets, out):
     for i in range(out.size):
         out[i] = _hash(data, offsets[i], offsets[i + 1])

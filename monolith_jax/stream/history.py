@@ -182,9 +182,8 @@ def rows_of(maps: IdMaps, ids: np.ndarray, known: np.ndarray) -> np.ndarray:
     """
     distinct, first, inverse = np.unique(ids[known], return_index=True, return_inverse=True)
     order = np.argsort(first)
-    keys, number = distinct[order].view(np.uint64), distinct.size
-    none = np.zeros(number, np.uint32)
-    shards, rows, *_ = maps.lookup_or_insert(keys, maps.hashes_of(keys, 0), np.zeros(number, np.int32), none)
+    number = distinct.size
+    shards, rows, *_ = maps.lookup_or_insert(distinct[order], 0, np.zeros(number, np.uint32))
     flat = np.empty(number, np.int64)
     flat[order] = np.where(rows >= 0, shards.astype(np.int64) * maps.layout.rows_per_shard + rows, -1)
     out = np.full(ids.size, -1, np.int64)

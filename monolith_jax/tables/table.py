@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.cuckoo import MapLayout, text_seed
 from monolith_jax.mesh import ROWS, sharding
 from monolith_jax.tables.update import OptimizerConfig, RowLayout, row_layout
@@ -26,13 +27,19 @@ class TableConfig:
     name: str
     """Name, unique; features refer to it."""
     max_rows: int
-    """Distinct ids the table can hold. Memory is taken for all of them at the start; ids beyond are refused and counted."""
+    """Distinct ids the table can hold. Memory is taken for all of them at the start. A full table refuses new ids and counts
+    them, or with `ttl_s` frees the least recently seen. A larger number takes effect at the next start."""
     dim: int = 16
     """D, floats of a vector."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How rows learn; its state lies beside the vector."""
     init_scale: float = 0.05
     """New vectors are uniform in [-init_scale, init_scale)."""
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    """Which new ids get a row."""
+    ttl_s: int = 0
+    """Seconds of event time after which an id that was not seen loses its row; near `max_rows` the least recently seen lose
+    theirs earlier. 0: ids stay for ever."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ def make_groups(tables: Sequence[TableConfig], num_shards: int) -> tuple[Group, 
     for table in tables:
         if table.dim < 1:
             raise ValueError(f"TableConfig.dim of table {table.name!r} must be at least 1, got {table.dim}")
+        if not 0 <= table.ttl_s < 2**32:
+            raise ValueError(f"TableConfig.ttl_s of table {table.name!r} must be 0 (for ever) to 2^32 - 1, got {table.ttl_s}")
         members.setdefault((table.dim, table.optimizer), []).append(table)
     groups = []
     for (dim, optimizer), of_group in members.items():

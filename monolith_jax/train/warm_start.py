@@ -69,7 +69,7 @@ def _old_tables(old: Restored, identity: Mapping[str, Any]) -> dict[str, dict[st
             tuple(table["name"] for table in tables), tuple(table["max_rows"] for table in tables), identity["num_shards"]
         )
         maps = IdMaps(layout)
-        maps.set_state({name: value for name, value in old.host["maps"][index].items() if name != "sizes"})
+        maps.set_state(old.host["maps"][index])
         for position, table in enumerate(tables):
             sources[table["name"]] = {**table, "maps": maps, "position": position, "array": np.asarray(of_groups[index])}
     return sources
@@ -80,10 +80,7 @@ def _take_table(group: Group, index: int, maps: IdMaps, array: np.ndarray, sourc
     ids, shards, rows, seen_s = old_maps.entries(source["position"])
     latest_first = np.argsort(-seen_s.astype(np.int64), kind="stable")
     ids, shards, rows, seen_s = ids[latest_first], shards[latest_first], rows[latest_first], seen_s[latest_first]
-    keys = ids.view(np.uint64)
-    new_shards, new_rows, *_ = maps.lookup_or_insert(
-        keys, maps.hashes_of(keys, index), np.full(keys.size, index, np.int32), seen_s.astype(np.uint32)
-    )
+    new_shards, new_rows, *_ = maps.lookup_or_insert(ids, index, seen_s.astype(np.uint32))
     kept = new_rows >= 0
     values = source["array"][shards[kept], old_maps.layout.row_offsets[source["position"]] + rows[kept]]
     same_optimizer = _state_kind(source["optimizer"]) == _state_kind(_plain(group.tables[index].optimizer))

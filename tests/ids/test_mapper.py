@@ -1,12 +1,21 @@
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 
+from monolith_jax.ids import mapper as mapper_module
+from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.cuckoo import MapLayout, ladder
-from monolith_jax.ids.mapper import GroupMapper, Mapper
-from monolith_jax.types import GroupIds, GroupPlan
+from monolith_jax.ids.mapper import GroupMapper, Mapper, Rule
+from monolith_jax.ids.threads import ShardThreads
+from monolith_jax.types import FreedRows, GroupIds, GroupPlan
 
 LAYOUT = MapLayout(("user", "video"), (30, 50), 8)
 TABLES = (0, 1, 0, 1, 1)
+RULES = (Rule(AdmissionConfig("seen", 2, 400), ttl_s=4), Rule(AdmissionConfig("chance_each", 2), ttl_s=9))
+"""Ids wait in filters, some are refused by chance, some expire, and others go at the cap."""
+
+State = dict[str, np.ndarray]
 
 
 def draw(rng: np.random.Generator, size: int = 16, pool: int = 100, tables: tuple[int, ...] = TABLES) -> GroupIds:
@@ -40,8 +49,9 @@ def check_plan(mapper: GroupMapper, plan: GroupPlan, batch: GroupIds, tables: tu
     assert all(array.dtype == (np.uint32 if name == "fresh_ids" else np.int32) for name, array in plan._asdict().items())
     where = np.empty((size, num_positions), np.int64)
     for position, table in enumerate(tables):
-        shards, rows = mapper.maps.lookup(batch.ids[:, position], table).astype(np.int64).T
-        where[:, position] = np.where(rows < 0, -1, shards * layout.rows_per_shard + layout.row_offsets[table] + rows)
+        shards, rows = mapper.maps.lookup(batch.ids[:, position], table)
+        numbers = shards.astype(np.int64) * layout.rows_per_shard + layout.row_offsets[table] + rows
+        where[:, position] = np.where(rows < 0, -1, numbers)
     refused, empty = plan.sent.shape[2] * num_devices, plan.sent.shape[2] * num_devices + 1
     for s in range(num_devices):
         values = received(plan, s, rows_per_device)
@@ -91,12 +101,13 @@ def test_every_position_gets_the_row_of_its_id(num_devices: int) -> None:
     refused = 0.0
     for step in range(30):
         batch = draw(rng, pool=3000)
-        plan, stats = mapper.plan(batch, seen(16, step))
+        plan, freed, stats = mapper.plan(batch, seen(16, step), step, step)
         check_plan(mapper, plan, batch, TABLES, num_devices)
+        assert freed.ids.size == stats["expired"] == stats["freed_at_cap"] == stats["not_admitted"] == 0
         pairs = {(TABLES[p], int(batch.ids[b, p])) for b, p in zip(*np.nonzero(batch.valid), strict=True)}
         new = {}
         for table, key in pairs - set(known):
-            shard, row = mapper.maps.lookup(np.array([key]), table)[0].astype(np.int64)
+            shard, row = (int(found[0]) for found in mapper.maps.lookup(np.array([key]), table))
             if row >= 0:
                 new[table, key] = int(shard * LAYOUT.rows_per_shard + LAYOUT.row_offsets[table] + row)
         fresh = fresh_of(plan, rows_per_device)
@@ -112,18 +123,74 @@ def test_every_position_gets_the_row_of_its_id(num_devices: int) -> None:
     assert refused and len(known) > 60
 
 
-def test_rows_do_not_depend_on_the_mesh() -> None:
-    mappers = [GroupMapper(LAYOUT, TABLES, num_devices) for num_devices in (1, 8)]
+def new_mapper(num_devices: int = 2, num_threads: int = 1, rules: Sequence[Rule] = RULES) -> GroupMapper:
+    return GroupMapper(LAYOUT, TABLES, num_devices, rules, ShardThreads(num_threads, ()))
+
+
+def assert_same(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> None:
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.dtype == theirs.dtype and np.array_equal(mine, theirs)
+
+
+def assert_same_state(one: State, other: State) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name].tobytes() != other[name].tobytes()] == []
+
+
+def freed_set(freed: FreedRows) -> set[tuple[int, ...]]:
+    found = set(zip(*(array.tolist() for array in freed), strict=True))
+    assert len(found) == freed.ids.size
+    return found
+
+
+@pytest.mark.parametrize("rules", [(), RULES])
+def test_rows_do_not_depend_on_the_mesh(rules: Sequence[Rule]) -> None:
+    mappers = [new_mapper(num_devices, 1, rules) for num_devices in (1, 8)]
     rng = np.random.default_rng(2)
-    for step in range(8):
-        batch = draw(rng)
-        plans, stats = zip(*(mapper.plan(batch, seen(16, step)) for mapper in mappers), strict=True)
+    num_freed = 0
+    for step in range(16):
+        batch = draw(rng, 64, 300)
+        plans, freed, stats = zip(*(mapper.plan(batch, seen(64, step), step, step) for mapper in mappers), strict=True)
         touched = [check_plan(*args) for args in zip(mappers, plans, [batch] * 2, [TABLES] * 2, (1, 8), strict=True)]
         assert touched[0] == touched[1]
         assert {**stats[0], "padding": 0} == {**stats[1], "padding": 0}
         assert fresh_of(plans[0], 8 * LAYOUT.rows_per_shard) == fresh_of(plans[1], LAYOUT.rows_per_shard)
-    states = [mapper.maps.get_state() for mapper in mappers]
-    assert all(np.array_equal(array, states[1][name]) for name, array in states[0].items())
+        assert_same(freed[0], freed[1])
+        num_freed += len(freed_set(freed[0]))
+    assert bool(num_freed) == bool(rules)
+    states = [mapper.get_state() for mapper in mappers]
+    assert_same_state(*({**state, "sizes": np.zeros(0)} for state in states))
+
+
+@pytest.mark.parametrize("worth_threads", [0, 2**15])
+def test_plans_do_not_depend_on_threads(worth_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapper_module, "_WORTH_THREADS", worth_threads)
+    mappers = [new_mapper(1, num_threads) for num_threads in (1, 4)]
+    rng = np.random.default_rng(7)
+    num_freed = 0
+    for step, size in enumerate((64, 8000, 0, 1, 3, 7000, 500, 30, 9000, 16, 16, 16)):  # 2^15 positions are 6,554 examples
+        batch = draw(rng, size, 600)
+        times = rng.integers(0, step + 1, size).astype(np.uint32)
+        plans, freed, stats = zip(*(mapper.plan(batch, times, step, step) for mapper in mappers), strict=True)
+        assert_same(plans[0], plans[1])
+        assert_same(freed[0], freed[1])
+        assert stats[0] == stats[1]
+        check_plan(mappers[1], plans[1], batch, TABLES, 1)
+        num_freed += len(freed_set(freed[0]))
+        assert_same_state(mappers[0].get_state(), mappers[1].get_state())
+    assert num_freed > 100
+
+
+def test_more_threads_than_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapper_module, "_WORTH_THREADS", 0)
+    layout, rng = MapLayout(("user", "video"), (300, 500), 2), np.random.default_rng(8)
+    batches = [draw(rng, 32, 600) for _ in range(4)]
+    mappers = [GroupMapper(layout, TABLES, 2, RULES, ShardThreads(number, ())) for number in (1, 5)]
+    for step, batch in enumerate(batches):
+        plans = [mapper.plan(batch, seen(32, step), step, step)[0] for mapper in mappers]
+        assert_same(*plans)
+        check_plan(mappers[1], plans[1], batch, TABLES, 2)
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
@@ -135,7 +202,7 @@ def test_padded_sizes_only_grow(num_devices: int) -> None:
     for pool in (10, 40_000, 300, 80_000, 10):
         for size in (64, 2048):
             batch = draw(rng, size, pool, (0, 0))
-            plan, _ = mapper.plan(batch, seen(size))
+            plan, _, _ = mapper.plan(batch, seen(size), 1, 0)
             check_plan(mapper, plan, batch, (0, 0), num_devices)
             sizes.append((plan.touched.shape[1], plan.sent.shape[2]))
     assert sizes == sorted(sizes) and sizes[0] == (256, 256) and max(sizes)[0] > 256
@@ -143,54 +210,117 @@ def test_padded_sizes_only_grow(num_devices: int) -> None:
 
 
 def test_a_batch_without_ids() -> None:
-    mapper = GroupMapper(LAYOUT, TABLES, 2)
+    mapper = new_mapper()
     batch = GroupIds(np.ones((4, 5), np.int64), np.zeros((4, 5), np.bool_))
-    plan, stats = mapper.plan(batch, seen(4))
+    plan, freed, stats = mapper.plan(batch, seen(4), 9, 0)
     assert check_plan(mapper, plan, batch, TABLES, 2) == set() and fresh_of(plan, 4 * LAYOUT.rows_per_shard) == set()
     assert stats["unique"] == stats["rows"] == 0 and stats["padding"] == 1
-    plan, stats = mapper.plan(GroupIds(batch.ids[:0], batch.valid[:0]), seen(0))
-    assert plan.positions.shape == (0, 5) and stats["unique"] == 0
+    plan, freed, stats = mapper.plan(GroupIds(batch.ids[:0], batch.valid[:0]), seen(0), 9, 1)
+    assert plan.positions.shape == (0, 5) and stats["unique"] == 0 and freed.ids.size == 0
 
 
-def test_without_inserting_no_map_changes() -> None:
-    mapper = GroupMapper(LAYOUT, TABLES, 2)
+def test_without_inserting_nothing_changes() -> None:
     rng = np.random.default_rng(4)
-    known, other = draw(rng), draw(rng, pool=300)
-    plan, stats = mapper.plan(known, seen(16), insert=False)
-    assert check_plan(mapper, plan, known, TABLES, 2) == set() and stats["unknown"] == stats["unique"] > 0
-    mapper.plan(known, seen(16, 5))
-    before = mapper.maps.get_state()
-    plan, stats = mapper.plan(other, seen(16, 9), insert=False)
-    assert check_plan(mapper, plan, other, TABLES, 2) and stats["unknown"] > 0
-    assert stats["fresh"] == stats["refused_at_cap"] == 0 and not fresh_of(plan, 4 * LAYOUT.rows_per_shard)
-    assert all(np.array_equal(array, before[name]) for name, array in mapper.maps.get_state().items())
+    batches, others = ([draw(rng, 32, pool) for _ in range(20)] for pool in (200, 300))
+    mapper, undisturbed = new_mapper(), new_mapper()
+    plan, freed, stats = mapper.plan(others[0], seen(32), 10**6, 0, insert=False)
+    assert check_plan(mapper, plan, others[0], TABLES, 2) == set() and stats["unknown"] == stats["unique"] > 0
+    num_freed = 0
+    for step, (batch, other) in enumerate(zip(batches, others, strict=True)):
+        expected = undisturbed.plan(batch, seen(32, step), step, step)
+        before = mapper.get_state()
+        plan, freed, stats = mapper.plan(other, seen(32, 10**6), 10**6, step, insert=False)
+        assert bool(check_plan(mapper, plan, other, TABLES, 2)) == bool(step) and stats["unknown"] > 0
+        assert stats["fresh"] == stats["refused_at_cap"] == stats["not_admitted"] == stats["expired"] == freed.ids.size == 0
+        assert not fresh_of(plan, 4 * LAYOUT.rows_per_shard)
+        assert_same_state(mapper.get_state(), before)
+        plan, freed, stats = mapper.plan(batch, seen(32, step), step, step)
+        assert_same(plan, expected[0])
+        assert_same(freed, expected[1])
+        assert stats == expected[2]
+        num_freed += freed.ids.size
+    assert num_freed
 
 
 def test_going_on_from_a_state_gives_the_same_plans() -> None:
     rng = np.random.default_rng(5)
-    layouts = (LAYOUT, MapLayout(("author",), (300,), 8))
+    author = MapLayout(("author",), (300,), 8)
 
     def new() -> Mapper:
-        return Mapper([GroupMapper(LAYOUT, TABLES, 2), GroupMapper(layouts[1], (0, 0), 2)])
+        return Mapper([new_mapper(), GroupMapper(author, (0, 0), 2)])
 
-    steps = [(draw(rng, 64), draw(rng, 64, 2000, (0, 0))) for _ in range(6)]
-    times = np.arange(64) * 1000
+    steps = [(draw(rng, 64, 400), draw(rng, 64, 2000, (0, 0))) for _ in range(14)]
     mapper, states, plans = new(), [], []
-    for step in steps:
+    for number, step in enumerate(steps):
         states.append(mapper.get_state())
-        plans.append(mapper.plan(step, times))
-    for start in (0, 1, 4):
+        plans.append(mapper.plan(step, np.arange(64) * 10 + 900 * number, 900 * number, number))
+    assert all(sum(plan.stats[name] for plan in plans[6:]) > 0 for name in ("expired", "freed_at_cap", "not_admitted"))
+    for start in (0, 1, 6):
         again = new()
         again.set_state(states[start])
-        for step, plan in zip(steps[start:], plans[start:], strict=True):
-            resumed = again.plan(step, times)
+        for one, other in zip(again.get_state(), states[start], strict=True):
+            assert_same_state(one, other)
+        for number, (step, plan) in enumerate(zip(steps[start:], plans[start:], strict=True), start):
+            resumed = again.plan(step, np.arange(64) * 10 + 900 * number, 900 * number, number)
             assert resumed.stats == plan.stats
-            for one, other in zip(resumed.groups, plan.groups, strict=True):
-                assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+            for one, other in zip(resumed.groups + resumed.freed, plan.groups + plan.freed, strict=True):
+                assert_same(one, other)
     with pytest.raises(ValueError, match="zip"):
         new().set_state(states[1][:1])
-    with pytest.raises(ValueError, match="id maps of tables"):
+    with pytest.raises(ValueError, match="of tables"):
         new().set_state(states[1][::-1])
+
+
+def used(mapper: GroupMapper) -> GroupMapper:
+    rng = np.random.default_rng(9)
+    for step in range(12):
+        mapper.plan(draw(rng, 64, 200), seen(64, step), step, step)
+    return mapper
+
+
+def _count_one_more(state: State) -> None:
+    state["counts"][0, 0] += 1
+
+
+def _lose_an_id(state: State) -> None:
+    rows = state["lines"][:, :, 8:12]
+    rows[tuple(np.argwhere(rows != 2**32 - 1)[0])] = 2**32 - 1
+
+
+def _move_an_id(state: State) -> None:
+    lines = state["lines"]
+    shard, line, slot = np.argwhere(lines[:, :, 8:12] != 2**32 - 1)[0]
+    lines[shard, line, 2 * slot] ^= 1 << 31
+
+
+DAMAGE: dict[str, Callable[[State], object]] = {
+    "no sweeps": lambda state: state.pop("sweeps"),
+    "no filters": lambda state: state.pop("filters"),
+    "no lines": lambda state: state.pop("lines"),
+    "no sizes": lambda state: state.pop("sizes"),
+    "short filters": lambda state: state.update(filters=state["filters"][:, :-1]),
+    "other type": lambda state: state.update(wanted=state["wanted"].astype(np.int64)),
+    "third generation": lambda state: state["filter_heads"].__setitem__((0, 0), 2),
+    "generation below 0": lambda state: state["filter_heads"].__setitem__((7, 1), -1),
+    "sweep below 0": lambda state: state["sweeps"].__setitem__((3, 0), -1),
+    "sweep beyond": lambda state: state["sweeps"].__setitem__((3, 1), LAYOUT.num_buckets[1]),
+    "cursor beyond": lambda state: state["cursors"].__setitem__((3, 1), 10**6),
+    "size below 0": lambda state: state["sizes"].__setitem__(0, -1),
+    "count": _count_one_more,
+    "lost id": _lose_an_id,
+    "moved id": _move_an_id,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_refused(damage: str) -> None:
+    state = used(new_mapper()).get_state()
+    DAMAGE[damage](state)
+    mapper = new_mapper()
+    before = mapper.get_state()
+    with pytest.raises(ValueError, match="'user', 'video'"):
+        mapper.set_state(state)
+    assert_same_state(mapper.get_state(), before)
 
 
 def test_counts_of_groups_are_summed_and_times_are_the_latest() -> None:
@@ -213,14 +343,14 @@ def test_columns_of_a_larger_array_are_read() -> None:
     rng = np.random.default_rng(6)
     batch = draw(rng)
     spread = GroupIds(np.repeat(batch.ids, 2, axis=1)[:, ::2], np.repeat(batch.valid, 2, axis=1)[:, ::2])
-    plans = [GroupMapper(LAYOUT, TABLES, 2).plan(one, seen(16))[0] for one in (batch, spread)]
-    assert all(np.array_equal(a, b) for a, b in zip(*plans, strict=True))
+    plans = [GroupMapper(LAYOUT, TABLES, 2).plan(one, seen(16), 1, 0)[0] for one in (batch, spread)]
+    assert_same(*plans)
 
 
 def test_clear_errors() -> None:
     with pytest.raises(ValueError, match="8 shards cannot be divided among 3 devices"):
         GroupMapper(LAYOUT, TABLES, 3)
     with pytest.raises(ValueError, match="15 examples cannot be divided among 2 devices"):
-        GroupMapper(LAYOUT, TABLES, 2).plan(draw(np.random.default_rng(0), 15), seen(15))
+        GroupMapper(LAYOUT, TABLES, 2).plan(draw(np.random.default_rng(0), 15), seen(15), 1, 0)
     with pytest.raises(ValueError, match="more than int32 counts; use more than 1 devices"):
         GroupMapper(MapLayout(("user",), (2**32,), 64), (0,), 1)

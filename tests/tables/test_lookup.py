@@ -40,16 +40,16 @@ class Setting:
         self.mapper = GroupMapper(self.group.maps, positions, num_devices)
 
     def plan(self, ids: np.ndarray, valid: np.ndarray) -> GroupPlan:
-        plan, _ = self.mapper.plan(GroupIds(ids, valid), np.zeros(len(ids), np.uint32))
+        plan, *_ = self.mapper.plan(GroupIds(ids, valid), np.zeros(len(ids), np.uint32), 0, 0)
         rows, batch = sharding(self.mesh, ROWS), sharding(self.mesh, BATCH)
         return jax.device_put(plan, GroupPlan(rows, rows, batch, rows, rows, rows))
 
     def rows_of(self, ids: np.ndarray, table: int) -> np.ndarray:
         """Returns the place of ids in the array seen as [L R, W], -1 for refused ones."""
-        places = self.mapper.maps.lookup(ids, table)
+        shards, rows = self.mapper.maps.lookup(ids, table)
         layout = self.group.maps
-        flat = places[:, 0].astype(np.int64) * layout.rows_per_shard + layout.row_offsets[table] + places[:, 1]
-        return np.where(places[:, 1] >= 0, flat, -1)
+        flat = shards.astype(np.int64) * layout.rows_per_shard + layout.row_offsets[table] + rows
+        return np.where(rows >= 0, flat, -1)
 
     def step(self, array: jax.Array, plan: GroupPlan, gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns vectors [B, P, D], gradients of the rows [S, V, D] and the new array [L R, W]."""

@@ -27,9 +27,9 @@ def vectors_of(small: Small, array: np.ndarray, group: int, table: str, ids: np.
     """Returns the vectors of ids, float64 [N, D], zeros for those without a row."""
     of_group = small.model.groups[group]
     index = table_of(small, group, table)
-    places = small.mapper.groups[group].maps.lookup(ids, index)
-    rows = array[places[:, 0], of_group.maps.row_offsets[index] + places[:, 1], : of_group.dim]
-    return np.where(places[:, 1:] >= 0, rows, 0).astype(np.float64)
+    shards, rows = small.mapper.groups[group].maps.lookup(ids, index)
+    vectors = array[shards, of_group.maps.row_offsets[index] + rows, : of_group.dim]
+    return np.where(rows[:, None] >= 0, vectors, 0).astype(np.float64)
 
 
 def fields_of(slot: Slot, vectors: np.ndarray, valid: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -260,7 +260,7 @@ def _free_of(small: Small, group: int, users: pa.Array) -> pa.Array:
     full = set(shards.tolist())
     out = []
     for user in users.to_pylist():
-        while small.mapper.groups[group].maps.lookup(np.array([user]), 0)[0, 0] not in full:
+        while small.mapper.groups[group].maps.lookup(np.array([user]), 0)[0][0] not in full:
             user += 1
         out.append(user)
     return pa.array(out)
