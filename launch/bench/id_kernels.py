@@ -84,7 +84,7 @@ def layout_of(slots: int) -> MapLayout:
     if slots < 2**12:
         raise ValueError(f"slots must be at least {2**12}, got {slots}")
     # The rows whose cap, mean + 6 sqrt(mean) + 4 in a shard, just fits below the greatest load.
-    cap = MAX_LOAD * SLOTS * (slots // (SLOTS * NUM_SHARDS))
+    cap = int(MAX_LOAD * SLOTS * (slots // (SLOTS * NUM_SHARDS))) - 1
     mean = (np.sqrt(5 + cap) - 3) ** 2
     return MapLayout(("id",), (max(int(mean), 1) * NUM_SHARDS,), NUM_SHARDS)
 

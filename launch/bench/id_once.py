@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from launch.bench.id_kernels import NUM_SHARDS, POSITIONS, layout_of, slots_of, zipf_ranks
-from monolith_jax.ids.admission import AdmissionConfig
+from monolith_jax.ids.admission import GENERATIONS, AdmissionConfig, make_rules
 from monolith_jax.ids.cuckoo import MAX_LOAD, IdMaps, MapLayout
 from monolith_jax.ids.mapper import GroupMapper, Mapper, Rule
 from monolith_jax.ids.threads import ShardThreads
@@ -28,6 +28,8 @@ FILLS = 3
 TIMES = 3
 """Occurrences after which the filter admits an id."""
 MOST_OCCURRENCES = 1000
+FILTER_BYTES = 2.56
+"""Of the filter for each distinct id of the stream."""
 
 
 def _distinct(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -89,32 +91,44 @@ def longest(slots: int, seed: int = 2) -> dict[str, float]:
 def filter_errors(num_ids: int, seed: int = 3) -> dict[str, float]:
     """Returns how often the filter of rule `seen`, 3 times, is wrong about an id.
 
-    The filter's window is the number N of distinct ids of the stream, so it has 2.56 bytes for each. The stream: an id occurs
-    k times or more with probability 1 / k, at most 1000 times (half of the ids once, a sixth twice, a third three times and
-    more, 7.5 times on average), in random order, in batches of 80,000 examples with 25 ids.
+    The stream has N distinct ids: an id occurs k times or more with probability 1 / k, at most 1000 times (half of the ids
+    once, a sixth twice, a third three times and more, 7.5 times on average), in random order, in batches of 80,000 examples
+    with 25 ids. False: ids with less than three occurrences that got a row, of all such ids; missed: ids with three or more
+    that got none, of all such ids. Twice: with a filter that has 2.56 bytes for each of the N ids, whatever window that is,
+    and (`window`) with `AdmissionConfig.window` = N.
     """
     rng = np.random.default_rng(seed)
     ids = _distinct(rng, num_ids)
     counts = np.minimum(1 / (1 - rng.random(num_ids)), MOST_OCCURRENCES).astype(np.int64)
     stream = np.repeat(ids, counts)
     rng.shuffle(stream)
-    rule = Rule(AdmissionConfig("seen", TIMES, num_ids))
-    mapper = GroupMapper(MapLayout(("id",), (num_ids,), NUM_SHARDS), (0,) * POSITIONS, 1, [rule])
+    figures: dict[str, float] = {"filter_ids": num_ids, "filter_occurrences": stream.size}
+    bytes_of_window = _filter_nbytes(num_ids)
+    for name, window in (("filter", int(num_ids * FILTER_BYTES / (bytes_of_window / num_ids))), ("filter_window", num_ids)):
+        admitted = _admitted(ids, stream, window)
+        figures[f"{name}_bytes_per_id"] = _filter_nbytes(window) / num_ids
+        figures[f"{name}_false_admit"] = float(admitted[counts < TIMES].mean())
+        figures[f"{name}_missed"] = float((~admitted[counts >= TIMES]).mean())
+    return figures
+
+
+def _filter_nbytes(window: int) -> int:
+    """Returns the bytes of the filter of one table, without what is padded."""
+    rules = make_rules([AdmissionConfig("seen", TIMES, window)], [window], NUM_SHARDS)
+    return 64 * NUM_SHARDS * GENERATIONS * int(rules.num_lines[0])
+
+
+def _admitted(ids: np.ndarray, stream: np.ndarray, window: int) -> np.ndarray:
+    """Returns for each of distinct ids whether it got a row by the end of the stream, bool."""
+    rule = Rule(AdmissionConfig("seen", TIMES, window))
+    mapper = GroupMapper(MapLayout(("id",), (ids.size,), NUM_SHARDS), (0,) * POSITIONS, 1, [rule])
     size = 80_000 * POSITIONS
     for number, first in enumerate(range(0, stream.size, size)):
         part = stream[first : first + size]
         padded = np.resize(part, -(-part.size // POSITIONS) * POSITIONS).reshape(-1, POSITIONS)
         valid = (np.arange(padded.size) < part.size).reshape(padded.shape)
         mapper.plan(GroupIds(padded.view(np.int64), valid), np.zeros(len(padded), np.uint32), 0, number)
-    admitted = mapper.maps.lookup(ids, 0)[1] >= 0
-    rare = counts < TIMES
-    return {
-        "filter_false_admit": float(admitted[rare].mean()),
-        "filter_missed": float((~admitted[~rare]).mean()),
-        "filter_ids": num_ids,
-        "filter_occurrences": stream.size,
-        "filter_bytes_per_id": mapper.get_state()["filters"].nbytes / num_ids,
-    }
+    return mapper.maps.lookup(ids, 0)[1] >= 0
 
 
 def first_plan() -> float:

@@ -94,12 +94,11 @@ def dedup(ends, hashes, positions, position_tables, seen_s, from_shard, to_shard
             while found >= 0 and (out_hashes[start + found] != h or out_tables[start + found] != table):
                 place = np.int64(np.uint64(place + 1) & mask)
                 found = np.int64(scratch[place])
-            # Written for known ids too: whether an id is new cannot be predicted, so nothing branches on it.
-            is_new = found < 0
-            found = number if is_new else found
-            number += is_new
-            scratch[place] = found
-            out_hashes[start + found], out_tables[start + found] = h, table
+            if found < 0:
+                found = number
+                number += 1
+                scratch[place] = found
+                out_hashes[start + found], out_tables[start + found] = h, table
             counts[start + found] += 1
             out_seen_s[start + found] = max(out_seen_s[start + found], seen_s[b])
             inverse[k] = found

@@ -159,6 +159,8 @@ class IdMaps:
         (threads or ShardThreads(1, ())).run(touch, num_shards)
         counts, cursors = (np.zeros((num_shards, num_tables), np.int32) for _ in range(2))
         self.arrays = Maps(lines, used, counts, cursors)
+        # Used by every call: fresh memory costs more than the work.
+        self._hashes, self._tables = np.empty(0, np.uint64), np.empty(0, np.int32)
 
     @property
     def num_rows(self) -> np.ndarray:
@@ -180,12 +182,16 @@ class IdMaps:
             refused because of the cap, and because no path to a free slot was found.
         """
         number = ids.size
-        hashes = self.hashes_of(ids, table)
+        if self._hashes.size < number:
+            self._hashes, self._tables = np.empty(number, np.uint64), np.empty(number, np.int32)
+        hashes, tables = self._hashes[:number], self._tables[:number]
+        kernels.hash_ids(np.ascontiguousarray(ids).view(np.uint64), self.layout.seeds[table], hashes)
+        tables[:] = table
         rows, fresh = np.empty(number, np.int32), np.empty(number, np.bool_)
+        counts = tables  # of the batch; only admission looks at them
         distinct = Distinct(
-            np.zeros(1, np.int64), np.array([number]), hashes, np.full(number, table, np.int32),
-            np.ones(number, np.int32), np.ascontiguousarray(seen_s), rows, fresh,
-        )  # fmt: skip
+            np.zeros(1, np.int64), np.array([number]), hashes, tables, counts, np.ascontiguousarray(seen_s), rows, fresh
+        )
         refused = np.zeros((*self.arrays.counts.shape, 2), np.int64)
         kernels.find(self.layout.tables, self.arrays.lines, distinct, 0, 1, True)
         kernels.insert(self.layout.tables, self.arrays, distinct, 0, 1, refused)

@@ -26,6 +26,8 @@ QUEUE = 256
 """Buckets that the search for a free slot visits before an insertion is given up."""
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
+_WAITING = 32
+"""New ids whose lines are asked for before the first of them is inserted."""
 _AHEAD = 96
 """Ids of a block. The lines of a block are asked for while the block before is worked on."""
 
@@ -107,32 +109,34 @@ def find(tables, lines, distinct, from_range, to_range, touch):
     starts, numbers, hashes, of, seen_s = distinct.starts, distinct.numbers, distinct.hashes, distinct.tables, distinct.seen_s
     rows, num_buckets = distinct.rows, tables.num_buckets
     address = np.int64(lines.ctypes.data)
-    missing = np.empty(2 * _AHEAD, np.int64)
+    lines_1, missing, lines_2 = (
+        np.empty((2, _AHEAD), np.int64),
+        np.empty((2, _AHEAD), np.int64),
+        np.empty((2, _AHEAD), np.int64),
+    )
     second_looks = 0
     for r in range(from_range, to_range):
-        start, end = starts[r], starts[r] + numbers[r]
-        num_missing = 0
-        for i in range(start, min(start + _AHEAD, end)):
-            prefetch(address + 64 * (start_of(tables, of[i], hashes[i]) + first_bucket(hashes[i], num_buckets[of[i]])))
-        for first in range(start, end + _AHEAD, _AHEAD):
+        end, num_missing = starts[r] + numbers[r], 0
+        for block in range((numbers[r] + _AHEAD - 1) // _AHEAD + 2):
+            first, side = starts[r] + block * _AHEAD, block & 1
+            for j in range(min(_AHEAD, end - first)):
+                h, table = hashes[first + j], of[first + j]
+                lines_1[side, j] = address + 64 * (start_of(tables, table, h) + first_bucket(h, num_buckets[table]))
+                prefetch(lines_1[side, j])
             was_missing, num_missing = num_missing, 0
-            side = _AHEAD * (((first - start) // _AHEAD) & 1)
-            for i in range(first, min(first + _AHEAD, end)):
-                if i + _AHEAD < end:
-                    ahead, table = hashes[i + _AHEAD], of[i + _AHEAD]
-                    prefetch(address + 64 * (start_of(tables, table, ahead) + first_bucket(ahead, num_buckets[table])))
-                h, table = hashes[i], of[i]
-                line = address + 64 * (start_of(tables, table, h) + first_bucket(h, num_buckets[table]))
-                slot = slot_of(line, h)
+            first -= _AHEAD
+            for j in range(min(_AHEAD, end - first) if block > 0 else 0):
+                i, line = first + j, lines_1[1 - side, j]
+                slot = slot_of(line, hashes[i])
                 if slot < SLOTS:
                     rows[i] = _seen(line, slot, seen_s[i], touch)
-                else:
-                    prefetch(address + 64 * (start_of(tables, table, h) + second_bucket(h, num_buckets[table])))
-                    missing[side + num_missing] = i
-                    num_missing += 1
-            for m in range(was_missing):
-                i = missing[_AHEAD - side + m]
+                    continue
                 line = address + 64 * (start_of(tables, of[i], hashes[i]) + second_bucket(hashes[i], num_buckets[of[i]]))
+                prefetch(line)
+                missing[side, num_missing], lines_2[side, num_missing] = i, line
+                num_missing += 1
+            for m in range(was_missing):
+                i, line = missing[1 - side, m], lines_2[1 - side, m]
                 slot = slot_of(line, hashes[i])
                 rows[i] = _seen(line, slot, seen_s[i], touch) if slot < SLOTS else ABSENT
             second_looks += was_missing
@@ -167,6 +171,12 @@ def _make_room(keys, meta, start, num_buckets, bucket_a, bucket_b, queue):
     """
     queue[0, 0], queue[0, 1], queue[0, 2] = bucket_a, -1, -1
     queue[1, 0], queue[1, 1], queue[1, 2] = bucket_b, -1, -1
+    address = np.int64(meta.ctypes.data)
+    for bucket in (bucket_a, bucket_b):
+        for slot in range(SLOTS):  # all at once, not one after the other
+            h = keys[start + bucket, slot]
+            first, second = first_bucket(h, num_buckets), second_bucket(h, num_buckets)
+            prefetch(address + 64 * (start + (second if first == bucket else first)))
     head, tail = 0, 2
     while head < tail:
         bucket = queue[head, 0]
@@ -198,35 +208,30 @@ def _make_room(keys, meta, start, num_buckets, bucket_a, bucket_b, queue):
 def _place_for(keys, meta, start, num_buckets, h, queue):
     """Returns a free slot for a hash as line * SLOTS + slot, moving other ids if need be; -1: none was found."""
     bucket_a, bucket_b = first_bucket(h, num_buckets), second_bucket(h, num_buckets)
-    line = start + bucket_a
-    slot = _free_slot(meta, line)
+    line, slot = start + bucket_a, _free_slot(meta, start + bucket_a)
     if slot < 0:
-        line = start + bucket_b
-        slot = _free_slot(meta, line)
+        line, slot = start + bucket_b, _free_slot(meta, start + bucket_b)
     if slot < 0:
         return _make_room(keys, meta, start, num_buckets, bucket_a, bucket_b, queue)
     return line * SLOTS + slot
 
 
-@jit
-def _take_row(used, word_start, num_rows, cursor):
-    """Marks the next free row after `cursor` as used; returns it, or -1. `used` is one shard's bit set, uint32 words."""
+@inline
+def _take_row(used, shard, word_start, num_rows, cursor):
+    """Marks the next free row after the word `cursor` as used; returns it, or -1. `used` is uint32 [L, words]."""
     num_words = (num_rows + 31) // 32
-    word = cursor
+    word, row = cursor, np.int64(-1)
     for _ in range(num_words + 1):
-        bits = used[word_start + word]
-        if bits != np.uint32(0xFFFFFFFF):
-            for bit in range(32):
+        free, bit = ~used[shard, word_start + word], np.int64(0)
+        if free:
+            while not (free >> np.uint32(bit)) & np.uint32(1):
+                bit += 1
+            if word * 32 + bit < num_rows:
+                used[shard, word_start + word] |= np.uint32(1) << np.uint32(bit)
                 row = word * 32 + bit
-                if row >= num_rows:
-                    break
-                if not (bits >> np.uint32(bit)) & np.uint32(1):
-                    used[word_start + word] = bits | (np.uint32(1) << np.uint32(bit))
-                    return np.int64(row)
-        word += 1
-        if word == num_words:
-            word = 0
-    return np.int64(-1)
+                break
+        word = word + 1 if word + 1 < num_words else 0
+    return row
 
 
 @jit
@@ -236,40 +241,48 @@ def insert(tables, maps, distinct, from_range, to_range, refused):
     Args:
         tables, maps, distinct: Sizes, maps, ids with their rows as `find` left them. The rows of ids that are fresh are set.
         from_range, to_range: Ranges of ids to work on; two threads must not work on one shard.
-        refused: int64 [L, T, 2] out, added to: ids whose table and shard is at its cap; ids for which no path to a free slot
-            was found.
+        refused: int64 [L, T, 2] out, added to: ids refused at the cap; ids for which no path to a free slot was found.
     """
-    starts, numbers, hashes, of, rows = distinct.starts, distinct.numbers, distinct.hashes, distinct.tables, distinct.rows
-    keys, meta, counts, cursors = maps.lines.view(np.uint64), maps.lines.view(np.int32), maps.counts, maps.cursors
-    address = np.int64(maps.lines.ctypes.data)
-    queue = np.empty((QUEUE, 3), np.int64)
+    starts, numbers, hashes, of, _, seen_s, rows, fresh = distinct
+    _, offsets, num_buckets, words, caps, per_shard, shift = tables
+    lines, used, counts, cursors = maps
+    keys, meta, address = lines.view(np.uint64), lines.view(np.int32), np.int64(lines.ctypes.data)
+    queue, waiting = np.empty((QUEUE, 3), np.int64), np.empty(_WAITING, np.int64)
     for r in range(from_range, to_range):
-        end = starts[r] + numbers[r]
-        for i in range(starts[r], end):
-            if i + 12 < end and rows[i + 12] == ABSENT:
-                h, table = hashes[i + 12], of[i + 12]
-                prefetch(address + 64 * (start_of(tables, table, h) + first_bucket(h, tables.num_buckets[table])))
-            distinct.fresh[i] = False
-            if rows[i] != ABSENT:
-                continue
-            h, table = hashes[i], of[i]
-            shard, start, buckets = np.int64(h >> tables.shard_shift), start_of(tables, table, h), tables.num_buckets[table]
-            if counts[shard, table] >= tables.caps[table]:
-                refused[shard, table, 0] += 1
-                continue
-            found = _place_for(keys, meta, start, buckets, h, queue)
-            if found < 0:
-                refused[shard, table, 1] += 1
-                continue
-            line, slot = found // SLOTS, found % SLOTS
-            row = _take_row(maps.used[shard], tables.word_offsets[table], tables.caps[table], cursors[shard, table])
-            cursors[shard, table] = row // 32
-            counts[shard, table] += 1
-            keys[line, slot] = h
-            meta[line, 8 + slot] = row
-            meta[line, 12 + slot] = np.int32(distinct.seen_s[i])
-            rows[i] = row
-            distinct.fresh[i] = True
+        i, end = starts[r], starts[r] + numbers[r]
+        while i < end:
+            number = 0
+            while i < end and number < _WAITING:
+                fresh[i] = False
+                if rows[i] == ABSENT:
+                    h, buckets = hashes[i], num_buckets[of[i]]
+                    line = address + 64 * (np.int64(h >> shift) * per_shard + offsets[of[i]])
+                    prefetch(line + 64 * first_bucket(h, buckets))
+                    prefetch(line + 64 * second_bucket(h, buckets))
+                    waiting[number] = i
+                    number += 1
+                i += 1
+            for k in range(number):
+                one = waiting[k]
+                h, table = hashes[one], of[one]
+                shard = np.int64(h >> shift)
+                if counts[shard, table] >= caps[table]:
+                    refused[shard, table, 0] += 1
+                    continue
+                start = shard * per_shard + offsets[table]
+                found = _place_for(keys, meta, start, num_buckets[table], h, queue)
+                if found < 0:
+                    refused[shard, table, 1] += 1
+                    continue
+                line, slot = found // SLOTS, found % SLOTS
+                row = _take_row(used, shard, words[table], caps[table], np.int64(cursors[shard, table]))
+                cursors[shard, table] = row // 32
+                counts[shard, table] += 1
+                keys[line, slot] = h
+                meta[line, 8 + slot] = row
+                meta[line, 12 + slot] = np.int32(seen_s[one])
+                rows[one] = row
+                fresh[one] = True
 
 
 @jit

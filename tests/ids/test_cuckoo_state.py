@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout
+from monolith_jax.ids.lines import first_bucket, second_bucket
 
 LAYOUT = MapLayout(("user", "video"), (40, 40), 2)
 Place = tuple[int, int, int]
@@ -51,6 +52,11 @@ def _flip_time(state: dict[str, np.ndarray], at: Place) -> None:
     state["lines"][shard, line, 12 + slot] ^= 1
 
 
+def _two_top_bits(state: dict[str, np.ndarray], at: Place) -> None:
+    # In a sum of products these two would cancel.
+    state["lines"][at[0], at[1], 13:16:2] ^= np.uint32(1 << 31)
+
+
 def _other_shard(state: dict[str, np.ndarray], at: Place) -> None:
     shard, line, slot = at
     state["lines"][shard, line, 2 * slot + 1] ^= 1 << 31
@@ -64,10 +70,22 @@ def _other_bucket(state: dict[str, np.ndarray], at: Place) -> None:
 def _twice(state: dict[str, np.ndarray], at: Place) -> None:
     """An id that stands twice with a row each; all counts fit."""
     shard, line, slot = at
-    copy, lines = slot + 1, state["lines"]
-    lines[shard, line, 2 * copy : 2 * copy + 2] = lines[shard, line, 2 * slot : 2 * slot + 2]
+    _copy(state, at, (shard, line, slot + 1))
+
+
+def _in_both_buckets(state: dict[str, np.ndarray], at: Place) -> None:
+    shard, line, slot = at
+    h, number = state["lines"][shard, line, :8].view(np.uint64)[slot], int(LAYOUT.num_buckets[0])
+    (other,) = {first_bucket(h, number), second_bucket(h, number)} - {line}
+    free = np.flatnonzero(state["lines"][shard, other, 8:12] == 0xFFFFFFFF)[0]
+    _copy(state, at, (shard, other, int(free)))
+
+
+def _copy(state: dict[str, np.ndarray], at: Place, to: Place) -> None:
+    (shard, line, slot), (_, to_line, to_slot), lines = at, to, state["lines"]
     assert not state["used"][shard, 0] >> np.uint32(20) & np.uint32(1)
-    lines[shard, line, 8 + copy] = 20
+    lines[shard, to_line, 2 * to_slot : 2 * to_slot + 2] = lines[shard, line, 2 * slot : 2 * slot + 2]
+    lines[shard, to_line, 8 + to_slot] = 20
     state["used"][shard, 0] |= np.uint32(1 << 20)
     state["counts"][shard, 0] += 1
 
@@ -120,7 +138,17 @@ def _lack_checksums(state: dict[str, np.ndarray], at: Place) -> None:
 
 
 CONTRADICTIONS = (
-    *(_flip_row, _negative_row, _row_above_the_cap, _empty_slot, _other_shard, _other_bucket, _twice, _swap_shards),
+    *(
+        _flip_row,
+        _negative_row,
+        _row_above_the_cap,
+        _empty_slot,
+        _other_shard,
+        _other_bucket,
+        _twice,
+        _in_both_buckets,
+        _swap_shards,
+    ),
     *(_clear_bit, _another_bit, _bit_above_the_cap, _move_count, _count_beyond, _wild_cursor, _negative_cursor),
     *(_lack, _other_type),
 )
@@ -169,7 +197,9 @@ def test_a_state_that_contradicts_itself_is_refused(damage: Callable[..., None])
     assert is_refused(state)
 
 
-@pytest.mark.parametrize("damage", [_flip_hash, _flip_time, _lack_checksums], ids=lambda damage: damage.__name__.strip("_"))
+@pytest.mark.parametrize(
+    "damage", [_flip_hash, _flip_time, _two_top_bits, _lack_checksums], ids=lambda damage: damage.__name__.strip("_")
+)
 def test_a_damage_that_fits_is_refused(damage: Callable[..., None]) -> None:
     state = filled_state()
     damage(state, an_id(state))
