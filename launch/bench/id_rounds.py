@@ -15,7 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from launch.bench.id_kernels import NUM_SHARDS, POSITIONS, Dedup, Streams, fill, layout_of, limit, limit_blocks, slots_of
+from launch.bench.id_kernels import (
+    NUM_SHARDS,
+    POSITIONS,
+    Dedup,
+    Streams,
+    compute,
+    fill,
+    layout_of,
+    limit,
+    limit_blocks,
+    slots_of,
+)
 from monolith_jax.ids import kernels
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.lines import Distinct
@@ -97,6 +108,8 @@ class Rounds:
             lanes["miss" if name == "miss" else f"hit_{name}"] = lane
         lanes["lookup_threads2"] = Lane(streams.uniform, lambda ids: self._halves(lambda part: maps.lookup(part, 0), ids))
         lanes["limit_threads2"] = Lane(streams.uniform, lambda ids: self._halves(lambda part: limit(part, *arguments), ids))
+        lanes["compute"] = Lane(streams.uniform, lambda ids: compute(ids.size))
+        lanes["compute_threads2"] = Lane(streams.uniform, lambda ids: self._halves(lambda part: compute(part.size), ids))
         return lanes
 
     def _other_lanes(self) -> dict[str, Lane]:
@@ -179,6 +192,7 @@ class Rounds:
         figures["plan_over_hit_zipf"] = over(plan, "hit_zipf")
         figures["threads2_scaling"] = over("plan_threads2", "plan_threads1")
         figures["lookup_threads2_scaling"] = over("lookup_threads2", "hit_uniform")
+        figures["compute_threads2_scaling"] = over("compute_threads2", "compute")
         figures["limit_threads2_scaling"] = over("limit_threads2", "limit")
         return figures
 

@@ -12,6 +12,8 @@ million fresh ids (slots / 8 where maps are small), in another order every round
   unique            ids to distinct ids with counts, last-seen and, as np.unique(return_inverse=True), their index for each id
   unique_by_shard   the same with the index in the order of the shards, which is all that a plan needs
   plan              GroupMapper.plan of [80000, 25] zipf ids with rule seen and a time to live: everything a step needs
+  threads2_scaling  plan with two threads over one; compute_threads2_scaling is what the machine gives pure computing: where
+                    that is far below 2, others use the cores, and no scaling can be judged
 
 --sustained is apart: 100 million entries, batches of 2 million ids through the whole mapper.
 """

@@ -140,8 +140,9 @@ def _unpin(tables, distinct, shard, ttl_s, pinned):
 
 @jit
 def free_unseen(
-    tables, maps, distinct, refused, ttl_s, now_s, from_shard, to_shard, pinned, sweeps, wanted, starts, limits, freed, numbers
-):
+    tables, maps, distinct, refused, ttl_s, shares, now_s, from_shard, to_shard, pinned, sweeps, wanted, starts, limits, freed,
+    numbers,
+):  # fmt: skip
     """Frees the rows of ids that were not seen for `ttl_s`, and of the oldest where a table is near its cap.
 
     Args:
@@ -149,20 +150,21 @@ def free_unseen(
         distinct: The plan's ids with their rows; never freed.
         refused: int64 [L, T, 2], from `insert`.
         ttl_s: int64 [T], seconds; 0: the table frees nothing.
+        shares: int64 [T], a shard's share of `max_rows`; its cap has room for more.
         now_s: The time, seconds.
         from_shard, to_shard: Range of shards.
         pinned: uint32, shape of `maps.used`, all 0; left so again.
         sweeps: int32 [L, T], the bucket where each sweep goes on; advanced.
-        wanted: int32 [L, T], new ids in one plan lately; advanced.
+        wanted: int32 [L, T], new ids in one plan lately, since the shard was full; advanced.
         starts, limits: int64 [L], where each shard's freed begin in `freed`, and how many fit.
         freed: `Freed` out.
         numbers: int64 [L, 2] out: rows freed of each shard; how many of them because of the cap.
     """
     meta = maps.lines.view(np.int32)
-    new, num_pinned = np.empty(ttl_s.size, np.int64), np.empty(ttl_s.size, np.int64)
+    num_fresh, num_pinned = np.empty(ttl_s.size, np.int64), np.empty(ttl_s.size, np.int64)
     for shard in range(from_shard, to_shard):
-        new[:], num_pinned[:] = refused[shard, :, 0], 0
-        _pin(tables, distinct, shard, ttl_s, pinned[shard], num_pinned, new)
+        num_fresh[:], num_pinned[:] = 0, 0
+        _pin(tables, distinct, shard, ttl_s, pinned[shard], num_pinned, num_fresh)
         at, end = starts[shard], starts[shard] + limits[shard]
         numbers[shard, 1] = 0
         for table in range(ttl_s.size):
@@ -176,7 +178,12 @@ def free_unseen(
             )
             sweeps[shard, table] = cursor
             lately = np.int64(wanted[shard, table])
-            wanted[shard, table] = min(max(new[table], lately - (lately + 15) // 16), tables.caps[table])
+            # While a shard holds less than its share of max_rows, new ids say nothing about what comes once it is full; and to
+            # keep its share free for them would be to hold less than max_rows.
+            was_full = maps.counts[shard, table] - num_fresh[table] >= shares[table]
+            new = min(num_fresh[table], max(tables.caps[table] - shares[table], 1)) if was_full else 0
+            new += refused[shard, table, 0]
+            wanted[shard, table] = min(max(new, lately - (lately + 15) // 16), tables.caps[table])
             short = wanted[shard, table] - (tables.caps[table] - maps.counts[shard, table])
             if short > 0:
                 number = max(short, tables.caps[table] // CAP_PARTS)

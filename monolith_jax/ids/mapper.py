@@ -105,6 +105,7 @@ class GroupMapper:
         self._num_devices = num_devices
         rules = rules or (Rule(),) * len(layout.names)
         self._ttl_s = np.array([rule.ttl_s for rule in rules], np.int64)
+        self._shares = np.minimum([-(-rows // layout.num_shards) for rows in layout.max_rows], layout.caps)
         self._rules = admission.make_rules([rule.admission for rule in rules], layout.max_rows, layout.num_shards)
         self._filters = admission.empty_filters(self._rules, layout.num_shards)
         self._pinned = np.zeros_like(self.maps.arrays.used) if self._ttl_s.any() else np.zeros((1, 1), np.uint32)
@@ -209,8 +210,8 @@ class GroupMapper:
             kernels.insert(tables, maps, distinct, first, last, refused)
             if self._ttl_s.any():
                 expiry.free_unseen(
-                    tables, maps, distinct, refused, self._ttl_s, now_s, first, last, self._pinned, self._expiry["sweeps"],
-                    self._expiry["wanted"], freed_starts, limits, work.freed, freed_numbers,
+                    tables, maps, distinct, refused, self._ttl_s, self._shares, now_s, first, last, self._pinned,
+                    self._expiry["sweeps"], self._expiry["wanted"], freed_starts, limits, work.freed, freed_numbers,
                 )  # fmt: skip
             return None
 

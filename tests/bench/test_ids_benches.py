@@ -18,7 +18,7 @@ ROUND_NAMES = {
     "hit_zipf_over_limit_blocks", "miss_over_limit_blocks", "touch_zipf_ids_per_s", "insert3_zipf_ids_per_s",
     "insert3_raw_zipf_ids_per_s", "insert3_zipf_over_hit_zipf", "insert3_raw_zipf_over_hit_zipf", "unique_ids_per_s",
     "unique_over_numpy", "unique_by_shard_over_numpy", "unique_over_pandas", "plan_ids_per_s", "plan_over_hit_zipf",
-    "threads2_scaling", "lookup_threads2_scaling", "limit_threads2_scaling",
+    "threads2_scaling", "lookup_threads2_scaling", "limit_threads2_scaling", "compute_threads2_scaling",
 }  # fmt: skip
 START_NAMES = {"cold_start_s", "warm_start_s"}
 ONCE_NAMES = {
