@@ -260,9 +260,9 @@ def test_each_table_has_its_own_rule() -> None:
     assert (state["filter_taken"][:, 1:3] == 0).all()
 
 
-def test_a_table_without_a_rule_next_to_one_with_a_rule() -> None:
+def test_tables_of_a_group_do_not_share_filters() -> None:
     """The same stream through single tables and through a group gives the same ids."""
-    configs = (AdmissionConfig("seen", 2, 600), AdmissionConfig("chance_each", 4))
+    configs = (AdmissionConfig("seen", 2, 600), AdmissionConfig("chance_each", 4), AdmissionConfig("seen", 200, 50))
     group, alone = new_mapper(*configs), new_mapper(configs[0])
     rng = np.random.default_rng(4)
     for step in range(20):
