@@ -124,7 +124,7 @@ class GroupMapper:
             seen_s: uint32 [B], event times in seconds.
             now_s: The time, in seconds; never less than in the plan before.
             plan_number: How many plans there were before.
-            insert: Whether new ids get rows; if not, nothing changes and they read zeros.
+            insert: Whether new ids get rows; if not, they read zeros and nothing changes but padded sizes, which may grow.
 
         Raises:
             ValueError: S does not divide B.
