@@ -220,7 +220,8 @@ def sustained(
         "entries": stats[-1]["rows"],
         "new_per_step": statistics.mean(of_step["fresh"] for of_step in stats),
         "freed_per_step": statistics.mean(of_step["expired"] + of_step["freed_at_cap"] for of_step in stats),
-        "refused": sum(of_step["refused_at_cap"] + of_step["refused_no_path"] for of_step in stats),
+        "refused_at_cap": sum(of_step["refused_at_cap"] for of_step in stats),
+        "refused_no_path": sum(of_step["refused_no_path"] for of_step in stats),
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }
 

@@ -75,7 +75,7 @@ def test_sustained_holds_its_entries() -> None:
     said: list[str] = []
     figures = id_once.sustained(50_000, 80, 2, 0.0, said.append, least_steps=70)
     assert said == ["50,000 ids are in"]
-    assert figures["steps"] == 70 and figures["refused"] == 0
+    assert figures["steps"] == 70 and figures["refused_at_cap"] == figures["refused_no_path"] == 0
     assert figures["new_per_step"] >= 10  # Ten are seen three times at once; later ones can be of those seen once.
     assert figures["entries"] == 50_000 + 70 * (figures["new_per_step"] - figures["freed_per_step"])
     assert figures["freed_per_step"] > 0
