@@ -305,3 +305,46 @@ def test_observe_masks_weights_and_groups() -> None:
     np.testing.assert_allclose(seen.optimal[:, 0], [0.1, 0.2, 0.3], rtol=1e-6)
     bare = observe(pa.RecordBatch.from_pydict({"event_time_ms": [1], "like": [True]}), ["like"], "user_id")
     assert bare.optimal is None and bare.groups.tolist() == [0]
+
+
+class Timed:
+    """Batches with given event times, each with its epoch."""
+
+    def __init__(self, times_ms: list[tuple[np.ndarray, int]]) -> None:
+        self.times_ms, self.at = times_ms, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self.at == len(self.times_ms):
+            raise StopIteration
+        (times_ms, epoch), self.at = self.times_ms[self.at], self.at + 1
+        examples = make_examples(BATCH_SIZE, self.at)
+        where = examples.schema.names.index("event_time_ms")
+        return Batch(examples.set_column(where, "event_time_ms", pa.array(times_ms, pa.int64())), (), epoch)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.at = state["at"]
+
+    def close(self) -> None:
+        pass
+
+
+def test_time_follows_the_batches_and_not_an_outlier_nor_a_new_epoch_backwards(tmp_path: Path) -> None:
+    steady = np.full(BATCH_SIZE, 1_000_000)
+    outlier, late = steady.copy(), steady - 500_000
+    outlier[3] = 10**12
+    batches_of = [(steady, 0), (outlier, 0), (late, 0), (steady + 60_000, 0), (steady, 1), (steady + 9_000, 1)]
+    planner = planner_of(Timed(batches_of), tmp_path, freeze_every=1)
+    times = [planned.frozen["time"][0] for planned in planner if planned.frozen is not None]
+    assert times == [1_000_000, 1_000_000, 1_000_000, 1_060_000, 1_060_000, 1_069_000]
+    one, other = planner_of(Timed(batches_of), tmp_path, freeze_every=1), planner_of(Timed(batches_of), tmp_path)
+    halfway = list(one)[4].frozen
+    assert halfway is not None
+    other.set_state(halfway)
+    list(other)
+    assert other.get_state()["time"] == one.get_state()["time"] == [1_069_000, 60_000]

@@ -13,7 +13,7 @@ import numpy as np
 
 from monolith_jax.ids import batch
 from monolith_jax.ids.cuckoo import MAX_LOAD, SLOTS, IdMaps, MapLayout
-from monolith_jax.ids.lines import Distinct, Tables, first_bucket, jit, load, mix, prefetch
+from monolith_jax.ids.lines import Tables, first_bucket, jit, load, make_distinct, mix, prefetch
 
 NUM_SHARDS = 64
 POSITIONS = 25
@@ -157,9 +157,7 @@ class Dedup:
         self._tables, self._shape = tables, (size // POSITIONS, POSITIONS)
         self._valid, self._seen_s = np.ones(self._shape, np.bool_), np.zeros(self._shape[0], np.uint32)
         self._position_tables = np.zeros(POSITIONS, np.int32)
-        starts, numbers = np.zeros(NUM_SHARDS, np.int64), np.zeros(NUM_SHARDS, np.int64)
-        dtypes = (np.uint64, np.int32, np.int32, np.uint32, np.int32, np.bool_)
-        self.distinct = Distinct(starts, numbers, *(np.empty(size, dtype) for dtype in dtypes))
+        self.distinct = make_distinct(size, NUM_SHARDS)
         self._hashes = np.empty(size, np.uint64)
         self._positions, self._inverse, self.inverse = (np.empty(size, np.int32) for _ in range(3))
 

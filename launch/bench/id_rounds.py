@@ -30,7 +30,7 @@ from launch.bench.id_kernels import (
 )
 from monolith_jax.ids import kernels
 from monolith_jax.ids.admission import AdmissionConfig
-from monolith_jax.ids.lines import Distinct
+from monolith_jax.ids.lines import make_distinct
 from monolith_jax.ids.mapper import GroupMapper, Rule
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.types import GroupIds
@@ -136,8 +136,8 @@ class Rounds:
         streams, dedup = self._streams, self._dedup
         lanes = {
             "touch_zipf": Lane(streams.zipf, self._touch),
-            "insert3_zipf": Lane(streams.distinct_and_new, self._insert, self._erase_new),
-            "insert3_raw_zipf": Lane(streams.zipf_and_new, self._insert, self._erase_new),
+            "insert3_zipf": Lane(streams.zipf_and_new, self._insert, self._erase_new),
+            "insert3_distinct_zipf": Lane(streams.distinct_and_new, self._insert, self._erase_new),
             "numpy_unique": Lane(streams.zipf, lambda ids: np.unique(ids, return_inverse=True)),
             "unique": Lane(streams.zipf, dedup.run_in_order),
             "unique_by_shard": Lane(streams.zipf, dedup.run),
@@ -154,12 +154,11 @@ class Rounds:
 
     def _touch(self, ids: np.ndarray) -> np.ndarray:
         """The rows of a raw batch with their last-seen written, hashing included."""
-        number, hashes = ids.size, self._maps.hashes_of(ids, 0)
-        of_ids = (hashes, np.zeros(number, np.int32), hashes.view(np.int32), np.full(number, 1000, np.uint32))
-        rows = np.empty(number, np.int32)
-        distinct = Distinct(np.zeros(1, np.int64), np.array([number]), *of_ids, rows, rows.view(np.bool_))
+        distinct = make_distinct(ids.size, 1)
+        kernels.hash_ids(ids, self._maps.layout.seeds[0], distinct.hashes)
+        distinct.tables[:], distinct.seen_s[:], distinct.numbers[:] = 0, 1000, ids.size
         kernels.find(self._maps.layout.tables, self._maps.arrays.lines, distinct, 0, 1, True)
-        return rows
+        return distinct.rows
 
     def _insert(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
         return self._maps.lookup_or_insert(ids, 0, np.full(ids.size, 1000, np.uint32))
@@ -205,7 +204,7 @@ class Rounds:
             figures[f"{name}_over_limit"] = over(name, f"limit{suffix}")
             figures[f"{name}_over_limit_blocks"] = over(name, f"limit_blocks{suffix}")
         figures["insert3_zipf_over_hit_zipf"] = over("insert3_zipf", "hit_zipf")
-        figures["insert3_raw_zipf_over_hit_zipf"] = over("insert3_raw_zipf", "hit_zipf")
+        figures["insert3_distinct_zipf_over_hit_zipf"] = over("insert3_distinct_zipf", "hit_zipf")
         figures["unique_over_numpy"] = over("unique", "numpy_unique")
         figures["unique_by_shard_over_numpy"] = over("unique_by_shard", "numpy_unique")
         has_pandas = "pandas_factorize" in self.lanes

@@ -7,8 +7,8 @@ million fresh ids (slots / 8 where maps are small), in another order every round
   limit_blocks      the same, block by block, so that hashing is vectorized: stronger
   hit, miss         IdMaps.lookup: ids to shards and rows; ids uniform over those stored, zipf(1.05) over them, or not stored
   touch_zipf        ids to rows with their last-seen written (kernels.find, hashing included)
-  insert3_zipf      IdMaps.lookup_or_insert of the distinct ids of a zipf batch of which 3 % are new: distinct ids a second
-  insert3_raw_zipf  the same with all ids of the batch (only those that are stored repeat): ids a second
+  insert3_zipf      IdMaps.lookup_or_insert of a zipf batch in which 3 % of the ids are new, each once: ids a second
+  insert3_distinct_zipf  the same with the distinct ids of such a batch, a tenth of which are new: distinct ids a second
   unique            ids to distinct ids with counts, last-seen and, as np.unique(return_inverse=True), their index for each id
   unique_by_shard   the same with the index in the order of the shards, which is all that a plan needs
   plan              GroupMapper.plan of [80000, 25] zipf ids with rule seen and a time to live: everything a step needs

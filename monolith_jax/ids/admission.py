@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from monolith_jax.ids.cuckoo import aligned_lines, many_divisors
-from monolith_jax.ids.lines import ABSENT, NOT_ADMITTED, first_bucket, jit, mix, prefetch
+from monolith_jax.ids.lines import NOT_ADMITTED, first_bucket, jit, mix, prefetch
 from monolith_jax.types import Array
 
 CELLS = 25
@@ -34,6 +34,8 @@ GENERATIONS = 2
 FULL = 0.9
 """A generation is full when this part of its cells is taken."""
 
+_AHEAD = 12
+"""New ids ahead whose lines are asked for."""
 _KINDS = {"all": 0, "seen": 1, "chance": 2, "chance_each": 3}
 _FINGERPRINT = np.uint64(0xD6E8FEB86659FD93)
 _S32 = np.uint64(32)
@@ -228,20 +230,18 @@ def admit(rules, cells, heads, taken, distinct, plan_number, from_shard, to_shar
         plan_number: Number of the plan, uint64.
         from_shard, to_shard: Range of shards.
     """
-    rows, of, hashes, counts = distinct.rows, distinct.tables, distinct.hashes, distinct.counts
+    rows, of, hashes, counts, absent = distinct.rows, distinct.tables, distinct.hashes, distinct.counts, distinct.absent
     address = np.int64(cells.ctypes.data)
     salt = mix(plan_number)
     for shard in range(from_shard, to_shard):
-        end = distinct.starts[shard] + distinct.numbers[shard]
-        for i in range(distinct.starts[shard], end):
-            ahead = i + 12
-            if ahead < end and rows[ahead] == ABSENT and rules.kinds[of[ahead]] == 1:
-                table = of[ahead]
+        end = distinct.starts[shard] + distinct.num_absent[shard]
+        for k in range(distinct.starts[shard], end):
+            if k + _AHEAD < end and rules.kinds[of[absent[k + _AHEAD]]] == 1:
+                h, table = hashes[absent[k + _AHEAD]], of[absent[k + _AHEAD]]
                 head = np.int64(heads[shard, table]) * rules.num_lines[table]
                 line = shard * rules.lines_per_shard + rules.offsets[table] + head
-                prefetch(address + 64 * (line + first_bucket(hashes[ahead], rules.num_lines[table])))
-            if rows[i] != ABSENT:
-                continue
+                prefetch(address + 64 * (line + first_bucket(h, rules.num_lines[table])))
+            i = absent[k]
             kind, times = rules.kinds[of[i]], rules.times[of[i]]
             if kind == 1:
                 if not _seen_before(rules, cells, heads, taken, shard, of[i], hashes[i], np.int64(counts[i])):

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from monolith_jax.ids.lines import jit, mix
+from monolith_jax.ids.lines import jit, mix, prefetch
+
+_AHEAD = 12
+"""Occurrences ahead whose place in the scratch is asked for: it does not fit into the first-level cache."""
 
 
 @jit
@@ -75,17 +78,22 @@ def dedup(ends, hashes, positions, position_tables, seen_s, from_shard, to_shard
     counts, out_seen_s = distinct.counts, distinct.seen_s
     num_positions = position_tables.size
     per_position = 1.0 / num_positions
+    address = np.int64(scratch.ctypes.data)
     for shard in range(from_shard, to_shard):
         start, end = starts[shard], ends[shard]
         size = 16
         while size < 2 * (end - start):
             size *= 2
-        scratch[:size] = -1
-        counts[start:end], out_seen_s[start:end] = 0, 0
+        for place in range(size):
+            scratch[place] = -1
+        for k in range(start, end):
+            counts[k] = 0
+            out_seen_s[k] = 0
         mask = np.uint64(size - 1)
         number = 0
         for k in range(start, end):
             h = hashes[k]
+            prefetch(address + 4 * np.int64(hashes[min(k + _AHEAD, end - 1)] & mask))
             # Exact for all int32, and no division: half a unit is far more than the rounding of a float64.
             b = np.int64((positions[k] + 0.5) * per_position)
             table = position_tables[positions[k] - b * num_positions]

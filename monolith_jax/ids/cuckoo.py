@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from monolith_jax.ids import kernels
+from monolith_jax.ids import kernels, restore
 from monolith_jax.ids.lines import LINE_WORDS, SLOTS, Distinct, Maps, Tables
 from monolith_jax.ids.threads import ShardThreads
 
@@ -60,8 +60,11 @@ class MapLayout:
         """Checks the sizes.
 
         Raises:
-            ValueError: L is no power of two, a table is empty, or a shard has more rows than int32 can count.
+            ValueError: L is no power of two, a table is empty, a shard has more rows than int32 can count, or the load is no
+                share.
         """
+        if not 0 < self.max_load <= 1:
+            raise ValueError(f"MapLayout.max_load must be above 0 and at most 1, got {self.max_load}")
         if not 2 <= self.num_shards <= 4096 or self.num_shards & (self.num_shards - 1):
             raise ValueError(f"MeshConfig.num_shards must be a power of two from 2 to 4096, got {self.num_shards}")
         for name, rows in zip(self.names, self.max_rows, strict=True):
@@ -160,7 +163,8 @@ class IdMaps:
         counts, cursors = (np.zeros((num_shards, num_tables), np.int32) for _ in range(2))
         self.arrays = Maps(lines, used, counts, cursors)
         # Used by every call: fresh memory costs more than the work.
-        self._hashes, self._tables = np.empty(0, np.uint64), np.empty(0, np.int32)
+        self._hashes = np.empty(0, np.uint64)
+        self._tables, self._absent = np.empty(0, np.int32), np.empty(0, np.int32)
 
     @property
     def num_rows(self) -> np.ndarray:
@@ -183,20 +187,20 @@ class IdMaps:
         """
         number = ids.size
         if self._hashes.size < number:
-            self._hashes, self._tables = np.empty(number, np.uint64), np.empty(number, np.int32)
+            self._hashes = np.empty(number, np.uint64)
+            self._tables, self._absent = np.empty(number, np.int32), np.empty(number, np.int32)
         hashes, tables = self._hashes[:number], self._tables[:number]
         kernels.hash_ids(np.ascontiguousarray(ids).view(np.uint64), self.layout.seeds[table], hashes)
         tables[:] = table
         rows, fresh = np.empty(number, np.int32), np.empty(number, np.bool_)
         counts = tables  # of the batch; only admission looks at them
-        distinct = Distinct(
-            np.zeros(1, np.int64), np.array([number]), hashes, tables, counts, np.ascontiguousarray(seen_s), rows, fresh
-        )
+        ids_of_range = hashes, tables, counts, np.ascontiguousarray(seen_s), rows, fresh, self._absent
+        distinct = Distinct(np.zeros(1, np.int64), np.array([number]), *ids_of_range, np.zeros(1, np.int64))
         refused = np.zeros((*self.arrays.counts.shape, 2), np.int64)
         kernels.find(self.layout.tables, self.arrays.lines, distinct, 0, 1, True)
         kernels.insert(self.layout.tables, self.arrays, distinct, 0, 1, refused)
-        shards = (hashes >> self.layout.tables.shard_shift).astype(np.int32)
-        return shards, rows, fresh, int(refused[:, :, 0].sum()), int(refused[:, :, 1].sum())
+        shards = hashes.view(np.uint32)[1::2] >> np.uint32(self.layout.tables.shard_shift - 32)  # of the high halves
+        return shards.view(np.int32), rows, fresh, int(refused[:, :, 0].sum()), int(refused[:, :, 1].sum())
 
     def hashes_of(self, ids: np.ndarray, table: int) -> np.ndarray:
         """Returns the hashes of int64 or uint64 ids [N] of one table."""
@@ -244,7 +248,7 @@ class IdMaps:
     def _checksums(self, lines: np.ndarray) -> np.ndarray:
         """Returns checksums of lines and seeds, uint32 [L, 2]: hashes alone do not show whether a bit fell over."""
         sums = np.empty(self.layout.num_shards, np.uint64)
-        kernels.checksum(lines.reshape(sums.size, -1).view(np.uint64), self.layout.seeds, sums)
+        restore.checksum(lines.reshape(sums.size, -1).view(np.uint64), self.layout.seeds, sums)
         return sums.view(np.uint32).reshape(-1, 2)
 
     def _state(self) -> dict[str, np.ndarray]:
@@ -272,7 +276,7 @@ class IdMaps:
         words = (layout.caps + 31) // 32
         same = np.array_equal(self._checksums(theirs["lines"]), state["checksums"])
         in_reach = (maps.cursors >= 0).all() and (maps.cursors < words).all()
-        if not same or not in_reach or not kernels.is_sound(layout.tables, maps):
+        if not same or not in_reach or not restore.is_sound(layout.tables, maps):
             num_ids = int((lines.view(np.int32)[:, 8:12] >= 0).sum())
             bits = int(np.bitwise_count(maps.used).sum())
             raise ValueError(
@@ -292,7 +296,7 @@ class IdMaps:
         for table in range(len(self.layout.names)):
             ids, _, rows, seen_s = smaller.entries(table)
             keys = self.hashes_of(ids, table)
-            found = kernels.place(self.layout.tables, self.arrays, table, keys, rows, np.ascontiguousarray(seen_s))
+            found = restore.place(self.layout.tables, self.arrays, table, keys, rows, np.ascontiguousarray(seen_s))
             assert found, "a larger map has no place for an id"
         self.arrays.cursors[:] = smaller.arrays.cursors
 

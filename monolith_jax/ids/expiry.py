@@ -3,10 +3,11 @@
 In: the maps after a plan's insertions, the plan's ids (which are pinned), and the time. Out: freed ids with their rows, which
 the maps give out again from the next plan on.
 
-Each plan sweeps a part of each shard's lines and frees what was not seen for `ttl_s`. A table at its cap frees ahead of need:
-it keeps as many rows free as new ids came in one plan lately, so that the next plan's find room; whom it frees is decided by
-one exact selection among all ids of the table and shard, for many rows at once, so that its cost spreads over many plans.
-Tables without `ttl_s` free nothing. State is by shard, results depend neither on the mesh nor on threads.
+Each plan sweeps a part of each shard's lines and frees what was not seen for `ttl_s`. Once a shard holds its share of
+`max_rows`, a table frees ahead of need: it keeps as many rows free as new ids came in one plan lately, so that the next plan's
+find room; whom it frees is decided by one exact selection among all ids of the table and shard, for many rows at once, so that
+its cost spreads over many plans. Tables without `ttl_s` free nothing. State is by shard, results depend neither on the mesh nor
+on threads.
 """
 
 from __future__ import annotations
@@ -163,7 +164,9 @@ def free_unseen(
     meta = maps.lines.view(np.int32)
     num_fresh, num_pinned = np.empty(ttl_s.size, np.int64), np.empty(ttl_s.size, np.int64)
     for shard in range(from_shard, to_shard):
-        num_fresh[:], num_pinned[:] = 0, 0
+        for table in range(ttl_s.size):
+            num_fresh[table] = 0
+            num_pinned[table] = 0
         _pin(tables, distinct, shard, ttl_s, pinned[shard], num_pinned, num_fresh)
         at, end = starts[shard], starts[shard] + limits[shard]
         numbers[shard, 1] = 0

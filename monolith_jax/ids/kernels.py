@@ -25,8 +25,7 @@ from monolith_jax.ids.lines import (
 QUEUE = 256
 """Buckets that the search for a free slot visits before an insertion is given up."""
 
-_ODD = np.uint64(0x9E3779B97F4A7C15)
-_WAITING = 32
+_WAITING = 64
 """New ids whose lines are asked for before the first of them is inserted."""
 _AHEAD = 96
 """Ids of a block. The lines of a block are asked for while the block before is worked on."""
@@ -92,54 +91,71 @@ def start_of(tables, table, h):
 
 @inline
 def _seen(line, slot, seen_s, touch):
-    """Returns the row in a slot, and keeps the later one of its time and `seen_s`."""
-    at = line + 48 + 4 * slot
-    if touch and seen_s > np.uint32(load(at)):
-        store(at, np.int32(seen_s))
-    return load(line + 32 + 4 * slot)
+    """Returns the row in a slot, ABSENT for slot 4, and with `touch` keeps the later one of its time and `seen_s`."""
+    at = line + 48 + 4 * (slot & 3)
+    if touch:
+        was_s = np.uint32(load(at))
+        # Always written: there is no telling which way a branch would go.
+        store(at, np.int32(seen_s) if slot < SLOTS and seen_s > was_s else np.int32(was_s))
+    return load(line + 32 + 4 * (slot & 3)) | -np.int32(slot >> 2)
 
 
 @jit
 def find(tables, lines, distinct, from_range, to_range, touch):
-    """Writes the rows of distinct ids, ABSENT where they have none; with `touch` their last-seen becomes the later time.
+    """Writes the rows of distinct ids, and lists those that have none; with `touch` their last-seen becomes the later time.
+
+    Nothing is fresh afterwards.
 
     Returns:
         How many ids needed a look into their second bucket.
     """
     starts, numbers, hashes, of, seen_s = distinct.starts, distinct.numbers, distinct.hashes, distinct.tables, distinct.seen_s
-    rows, num_buckets = distinct.rows, tables.num_buckets
-    address = np.int64(lines.ctypes.data)
-    lines_1, missing, lines_2 = (
-        np.empty((2, _AHEAD), np.int64),
-        np.empty((2, _AHEAD), np.int64),
-        np.empty((2, _AHEAD), np.int64),
+    rows, fresh, absent, num_absent = distinct.rows, distinct.fresh, distinct.absent, distinct.num_absent
+    offsets, num_buckets, shift, per_shard = (
+        tables.bucket_offsets,
+        tables.num_buckets,
+        tables.shard_shift,
+        tables.lines_per_shard,
     )
+    address = np.int64(lines.ctypes.data)
+    lines_1 = np.empty((2, _AHEAD), np.int64)
+    lines_2 = np.empty((2, _AHEAD), np.int64)
+    missing = np.empty((2, _AHEAD + 1), np.int64)
     second_looks = 0
     for r in range(from_range, to_range):
-        end, num_missing = starts[r] + numbers[r], 0
+        end, num_missing, at_absent = starts[r] + numbers[r], 0, starts[r]
         for block in range((numbers[r] + _AHEAD - 1) // _AHEAD + 2):
             first, side = starts[r] + block * _AHEAD, block & 1
             for j in range(min(_AHEAD, end - first)):
-                h, table = hashes[first + j], of[first + j]
-                lines_1[side, j] = address + 64 * (start_of(tables, table, h) + first_bucket(h, num_buckets[table]))
+                # Unsigned: numba would look whether an index of a signed array is negative.
+                h, table = hashes[first + j], np.uint32(of[first + j])
+                start = address + 64 * (np.int64(h >> shift) * per_shard + offsets[table])
+                lines_1[side, j] = start + 64 * first_bucket(h, num_buckets[table])
+            for j in range(min(_AHEAD, end - first)):
                 prefetch(lines_1[side, j])
+                fresh[first + j] = False
             was_missing, num_missing = num_missing, 0
             first -= _AHEAD
             for j in range(min(_AHEAD, end - first) if block > 0 else 0):
                 i, line = first + j, lines_1[1 - side, j]
                 slot = slot_of(line, hashes[i])
-                if slot < SLOTS:
-                    rows[i] = _seen(line, slot, seen_s[i], touch)
-                    continue
-                line = address + 64 * (start_of(tables, of[i], hashes[i]) + second_bucket(hashes[i], num_buckets[of[i]]))
-                prefetch(line)
-                missing[side, num_missing], lines_2[side, num_missing] = i, line
-                num_missing += 1
+                rows[i] = _seen(line, slot, seen_s[i], touch)
+                missing[side, num_missing] = i
+                num_missing += slot >> 2
+            for m in range(num_missing):
+                h, table = hashes[missing[side, m]], np.uint32(of[missing[side, m]])
+                start = address + 64 * (np.int64(h >> shift) * per_shard + offsets[table])
+                lines_2[side, m] = start + 64 * second_bucket(h, num_buckets[table])
+                prefetch(lines_2[side, m])
             for m in range(was_missing):
                 i, line = missing[1 - side, m], lines_2[1 - side, m]
                 slot = slot_of(line, hashes[i])
-                rows[i] = _seen(line, slot, seen_s[i], touch) if slot < SLOTS else ABSENT
+                rows[i] = _seen(line, slot, seen_s[i], touch)
+                if slot == SLOTS:
+                    absent[at_absent] = i
+                    at_absent += 1
             second_looks += was_missing
+        num_absent[r] = at_absent - starts[r]
     return second_looks
 
 
@@ -163,28 +179,34 @@ def _on_path(queue, node, bucket):
     return found
 
 
+@inline
+def _other_bucket(h, num_buckets, bucket):
+    first = first_bucket(h, num_buckets)
+    return second_bucket(h, num_buckets) if first == bucket else first
+
+
+@inline
+def _ask_for_others(keys, start, num_buckets, h):
+    """Asks for the lines that the ids in a hash's two buckets could move to."""
+    for bucket in (first_bucket(h, num_buckets), second_bucket(h, num_buckets)):
+        for slot in range(SLOTS):
+            other = _other_bucket(keys[start + bucket, slot], num_buckets, bucket)
+            prefetch(np.int64(keys.ctypes.data) + 64 * (start + other))
+
+
 @jit
-def _make_room(keys, meta, start, num_buckets, bucket_a, bucket_b, queue):
-    """Frees a slot in one of two full buckets by moving ids to their other bucket; returns line * SLOTS + slot or -1.
+def make_room(keys, meta, start, num_buckets, h, queue):
+    """Frees a slot in one of a hash's full buckets by moving ids to their other bucket; returns line * SLOTS + slot or -1.
 
     Breadth first, so the path is a shortest one. `queue` is int64 [QUEUE, 3] scratch: bucket, parent, slot in the parent.
     """
-    queue[0, 0], queue[0, 1], queue[0, 2] = bucket_a, -1, -1
-    queue[1, 0], queue[1, 1], queue[1, 2] = bucket_b, -1, -1
-    address = np.int64(meta.ctypes.data)
-    for bucket in (bucket_a, bucket_b):
-        for slot in range(SLOTS):  # all at once, not one after the other
-            h = keys[start + bucket, slot]
-            first, second = first_bucket(h, num_buckets), second_bucket(h, num_buckets)
-            prefetch(address + 64 * (start + (second if first == bucket else first)))
+    queue[0, 0], queue[0, 1], queue[0, 2] = first_bucket(h, num_buckets), -1, -1
+    queue[1, 0], queue[1, 1], queue[1, 2] = second_bucket(h, num_buckets), -1, -1
     head, tail = 0, 2
     while head < tail:
         bucket = queue[head, 0]
         for slot in range(SLOTS):
-            h = keys[start + bucket, slot]
-            other = first_bucket(h, num_buckets)
-            if other == bucket:
-                other = second_bucket(h, num_buckets)
+            other = _other_bucket(keys[start + bucket, slot], num_buckets, bucket)
             free = _free_slot(meta, start + other)
             if free >= 0:
                 node, to_line, to_slot, from_slot = head, start + other, free, slot
@@ -205,15 +227,23 @@ def _make_room(keys, meta, start, num_buckets, bucket_a, bucket_b, queue):
 
 
 @inline
-def _place_for(keys, meta, start, num_buckets, h, queue):
-    """Returns a free slot for a hash as line * SLOTS + slot, moving other ids if need be; -1: none was found."""
-    bucket_a, bucket_b = first_bucket(h, num_buckets), second_bucket(h, num_buckets)
-    line, slot = start + bucket_a, _free_slot(meta, start + bucket_a)
+def place_for(meta, start, num_buckets, h):
+    """Returns a free slot of a hash's buckets as line * SLOTS + slot, -1 if both are full."""
+    line = start + first_bucket(h, num_buckets)
+    slot = _free_slot(meta, line)
     if slot < 0:
-        line, slot = start + bucket_b, _free_slot(meta, start + bucket_b)
-    if slot < 0:
-        return _make_room(keys, meta, start, num_buckets, bucket_a, bucket_b, queue)
-    return line * SLOTS + slot
+        line = start + second_bucket(h, num_buckets)
+        slot = _free_slot(meta, line)
+    return line * SLOTS + slot if slot >= 0 else np.int64(-1)
+
+
+@inline
+def write_slot(keys, meta, place, h, row, seen_s):
+    """Writes an id into a place as `place_for` and `make_room` return it."""
+    line, slot = place // SLOTS, place % SLOTS
+    keys[line, slot] = h
+    meta[line, 8 + slot] = row
+    meta[line, 12 + slot] = np.int32(seen_s)
 
 
 @inline
@@ -234,55 +264,75 @@ def _take_row(used, shard, word_start, num_rows, cursor):
     return row
 
 
+@inline
+def _ask_for_both(tables, address, distinct, first, last, waiting):
+    """Asks for the lines of some of the listed ids; returns how many are still ABSENT, and in `waiting` which."""
+    number = 0
+    for k in range(first, last):
+        i = np.int64(distinct.absent[k])
+        if distinct.rows[i] == ABSENT:
+            h, buckets = distinct.hashes[i], tables.num_buckets[distinct.tables[i]]
+            line = address + 64 * start_of(tables, distinct.tables[i], h)
+            prefetch(line + 64 * first_bucket(h, buckets))
+            prefetch(line + 64 * second_bucket(h, buckets))
+            waiting[number] = i
+            number += 1
+    return number
+
+
 @jit
 def insert(tables, maps, distinct, from_range, to_range, refused):
-    """Gives rows to the distinct ids that are ABSENT; those that stay so are counted.
+    """Gives rows to the distinct ids that `find` listed and that are still ABSENT; those that stay so are counted.
+
+    Blocks of ids go through three steps, so that few wait for memory: ask for both lines; take a row and a free slot there,
+    or ask for the lines where the ids of the full buckets could go; move those.
 
     Args:
-        tables, maps, distinct: Sizes, maps, ids with their rows as `find` left them. The rows of ids that are fresh are set.
+        tables, maps, distinct: Sizes, maps, ids as `find` left them. The rows of ids that are fresh are set.
         from_range, to_range: Ranges of ids to work on; two threads must not work on one shard.
         refused: int64 [L, T, 2] out, added to: ids refused at the cap; ids for which no path to a free slot was found.
     """
-    starts, numbers, hashes, of, _, seen_s, rows, fresh = distinct
-    _, offsets, num_buckets, words, caps, per_shard, shift = tables
-    lines, used, counts, cursors = maps
-    keys, meta, address = lines.view(np.uint64), lines.view(np.int32), np.int64(lines.ctypes.data)
-    queue, waiting = np.empty((QUEUE, 3), np.int64), np.empty(_WAITING, np.int64)
+    hashes, of, seen_s, rows, fresh = distinct.hashes, distinct.tables, distinct.seen_s, distinct.rows, distinct.fresh
+    num_buckets, words, caps = tables.num_buckets, tables.word_offsets, tables.caps
+    used, counts, cursors = maps.used, maps.counts, maps.cursors
+    keys, meta, address = maps.lines.view(np.uint64), maps.lines.view(np.int32), np.int64(maps.lines.ctypes.data)
+    queue, waiting, crowded = np.empty((QUEUE, 3), np.int64), np.empty(_WAITING, np.int64), np.empty(_WAITING, np.int64)
     for r in range(from_range, to_range):
-        i, end = starts[r], starts[r] + numbers[r]
-        while i < end:
-            number = 0
-            while i < end and number < _WAITING:
-                fresh[i] = False
-                if rows[i] == ABSENT:
-                    h, buckets = hashes[i], num_buckets[of[i]]
-                    line = address + 64 * (np.int64(h >> shift) * per_shard + offsets[of[i]])
-                    prefetch(line + 64 * first_bucket(h, buckets))
-                    prefetch(line + 64 * second_bucket(h, buckets))
-                    waiting[number] = i
-                    number += 1
-                i += 1
-            for k in range(number):
-                one = waiting[k]
-                h, table = hashes[one], of[one]
-                shard = np.int64(h >> shift)
+        end = distinct.starts[r] + distinct.num_absent[r]
+        for k in range(distinct.starts[r], end, _WAITING):
+            number, num_crowded = _ask_for_both(tables, address, distinct, k, min(k + _WAITING, end), waiting), 0
+            for w in range(number):
+                i = waiting[w]
+                h, table = hashes[i], of[i]
+                shard, start = np.int64(h >> tables.shard_shift), start_of(tables, table, h)
                 if counts[shard, table] >= caps[table]:
                     refused[shard, table, 0] += 1
                     continue
-                start = shard * per_shard + offsets[table]
-                found = _place_for(keys, meta, start, num_buckets[table], h, queue)
-                if found < 0:
-                    refused[shard, table, 1] += 1
-                    continue
-                line, slot = found // SLOTS, found % SLOTS
                 row = _take_row(used, shard, words[table], caps[table], np.int64(cursors[shard, table]))
                 cursors[shard, table] = row // 32
                 counts[shard, table] += 1
-                keys[line, slot] = h
-                meta[line, 8 + slot] = row
-                meta[line, 12 + slot] = np.int32(seen_s[one])
-                rows[one] = row
-                fresh[one] = True
+                rows[i], fresh[i] = row, True
+                place = place_for(meta, start, num_buckets[table], h)
+                if place >= 0:
+                    write_slot(keys, meta, place, h, row, seen_s[i])
+                else:
+                    _ask_for_others(keys, start, num_buckets[table], h)
+                    crowded[num_crowded] = i
+                    num_crowded += 1
+            for w in range(num_crowded):
+                i = crowded[w]
+                h, table = hashes[i], of[i]
+                shard, start = np.int64(h >> tables.shard_shift), start_of(tables, table, h)
+                place = place_for(meta, start, num_buckets[table], h)
+                if place < 0:
+                    place = make_room(keys, meta, start, num_buckets[table], h, queue)
+                if place >= 0:
+                    write_slot(keys, meta, place, h, rows[i], seen_s[i])
+                    continue
+                used[shard, words[table] + rows[i] // 32] &= ~(np.uint32(1) << np.uint32(rows[i] % 32))
+                counts[shard, table] -= 1
+                refused[shard, table, 1] += 1
+                rows[i], fresh[i] = ABSENT, False
 
 
 @jit
@@ -308,53 +358,6 @@ def erase(ids, table, tables, maps, shards, rows):
 
 
 @jit
-def checksum(words, seeds, sums):
-    """Writes a checksum of the lines of each shard, uint64 [L, words], and of the tables' seeds, into uint64 `sums` [L]."""
-    start = np.uint64(0)
-    for seed in seeds:
-        start = mix(start ^ seed)
-    for shard in range(words.shape[0]):
-        h = start
-        for k in range(words.shape[1]):
-            h = (h ^ words[shard, k]) * _ODD
-            h ^= h >> np.uint64(32)
-        sums[shard] = h
-
-
-@jit
-def is_sound(tables, maps):
-    """Returns whether every id stands once, where it is looked for, with a used row of its own, and all are counted."""
-    keys, meta = maps.lines.view(np.uint64), maps.lines.view(np.int32)
-    num_shards, num_tables = maps.counts.shape
-    address = np.int64(maps.lines.ctypes.data)
-    unclaimed = maps.used.copy()
-    for shard in range(num_shards):
-        for table in range(num_tables):
-            start, buckets, number = shard * tables.lines_per_shard + tables.bucket_offsets[table], tables.num_buckets[table], 0
-            for place in range(buckets * SLOTS):
-                bucket, slot = place // SLOTS, place % SLOTS
-                row = np.int64(meta[start + bucket, 8 + slot])
-                if row < 0:
-                    continue
-                h = keys[start + bucket, slot]
-                first, second = first_bucket(h, buckets), second_bucket(h, buckets)
-                if row >= tables.caps[table] or np.int64(h >> tables.shard_shift) != shard or bucket not in (first, second):
-                    return False
-                if slot_of(address + 64 * (start + bucket), h) != slot:
-                    return False
-                if bucket == second and first != second and slot_of(address + 64 * (start + first), h) < SLOTS:
-                    return False
-                word, bit = tables.word_offsets[table] + row // 32, np.uint32(1) << np.uint32(row % 32)
-                if not unclaimed[shard, word] & bit:
-                    return False
-                unclaimed[shard, word] ^= bit
-                number += 1
-            if number != maps.counts[shard, table]:
-                return False
-    return not unclaimed.any()
-
-
-@jit
 def hash_ids(ids, seed, hashes):
     """Writes the hashes of uint64 `ids` [N] of a table of this seed."""
     for i in range(ids.size):
@@ -366,35 +369,3 @@ def unhash(hashes, seeds, tables, ids):
     """Writes the ids of uint64 `hashes` [N] of int32 `tables` [N]."""
     for i in range(hashes.size):
         ids[i] = unmix(hashes[i]) ^ seeds[tables[i]]
-
-
-@jit
-def place(tables, maps, table, hashes, rows, seen_s):
-    """Puts distinct hashes of one table into empty maps with the rows that they have already.
-
-    Args:
-        tables, maps: Sizes and maps, without these ids.
-        table: Index of the table.
-        hashes: uint64 [N].
-        rows: int32 [N], distinct within a shard and below the cap.
-        seen_s: uint32 [N].
-
-    Returns:
-        Whether all found a place. If not, the maps are half filled.
-    """
-    keys, meta = maps.lines.view(np.uint64), maps.lines.view(np.int32)
-    buckets = tables.num_buckets[table]
-    queue = np.empty((QUEUE, 3), np.int64)
-    for i in range(hashes.size):
-        h = hashes[i]
-        shard, start = np.int64(h >> tables.shard_shift), start_of(tables, table, h)
-        found = _place_for(keys, meta, start, buckets, h, queue)
-        if found < 0:
-            return False
-        line, slot = found // SLOTS, found % SLOTS
-        keys[line, slot] = h
-        meta[line, 8 + slot] = rows[i]
-        meta[line, 12 + slot] = np.int32(seen_s[i])
-        maps.used[shard, tables.word_offsets[table] + rows[i] // 32] |= np.uint32(1) << np.uint32(rows[i] % 32)
-        maps.counts[shard, table] += 1
-    return True

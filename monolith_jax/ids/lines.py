@@ -97,6 +97,18 @@ class Distinct(NamedTuple):
     """int32, row in the shard's table, ABSENT or NOT_ADMITTED."""
     fresh: Array
     """bool, whether the row was given in this plan."""
+    absent: Array
+    """int32 [N], of each range, from its start on: which ids had no row."""
+    num_absent: Array
+    """int64, like `starts`."""
+
+
+def make_distinct(size: int, num_ranges: int) -> Distinct:
+    """Returns room for `size` ids in so many ranges, all of them empty."""
+    starts, numbers, num_absent = (np.zeros(num_ranges, np.int64) for _ in range(3))
+    tables, counts, rows, absent = (np.empty(size, np.int32) for _ in range(4))
+    hashes, seen_s, fresh = np.empty(size, np.uint64), np.empty(size, np.uint32), np.empty(size, np.bool_)
+    return Distinct(starts, numbers, hashes, tables, counts, seen_s, rows, fresh, absent, num_absent)
 
 
 _STAMP = tuple((path.stat().st_mtime, path.stat().st_size) for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -104,10 +116,11 @@ _STAMP = tuple((path.stat().st_mtime, path.stat().st_size) for path in sorted(Pa
 
 def jit(function: Any, **options: Any) -> Any:
     """Compiles with numba at the first call; cached on disk where some folder can be written."""
+    options |= {"nogil": True, "boundscheck": False, "error_model": "numpy", "no_cfunc_wrapper": True}
     try:
-        compiled = numba.njit(cache=True, nogil=True, boundscheck=False, **options)(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no folder for its cache
-        return numba.njit(nogil=True, boundscheck=False, **options)(function)
+        return numba.njit(**options)(function)
     # numba's cache does not see edits in another module whose functions were inlined, and would run the old ones.
     file = compiled._cache._cache_file  # pyright: ignore[reportAttributeAccessIssue]
     file._source_stamp = (file._source_stamp, _STAMP)

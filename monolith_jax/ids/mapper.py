@@ -20,7 +20,7 @@ import numpy as np
 from monolith_jax.ids import admission, batch, expiry, kernels, routes
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout, ladder
-from monolith_jax.ids.lines import NOT_ADMITTED, Distinct
+from monolith_jax.ids.lines import NOT_ADMITTED, Distinct, make_distinct
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.types import FreedRows, GroupIds, GroupPlan, Plan
 
@@ -60,11 +60,9 @@ def _make_work(size: int, num_freed: int, num_shards: int) -> _Work:
     def empty(dtype: type, number: int = size) -> np.ndarray:
         return np.empty(number, dtype)
 
-    starts, numbers = np.zeros(num_shards, np.int64), np.zeros(num_shards, np.int64)
-    of_ids = (empty(np.uint64), empty(np.int32), empty(np.int32), empty(np.uint32), empty(np.int32), empty(np.bool_))
     freed = expiry.Freed(empty(np.uint64, num_freed), empty(np.int32, num_freed), empty(np.int32, num_freed))
-    hashes, places = empty(np.uint64), [empty(np.int32) for _ in range(5)]
-    return _Work(size, Distinct(starts, numbers, *of_ids), hashes, *places, freed=freed)
+    places = [empty(np.int32) for _ in range(5)]
+    return _Work(size, make_distinct(size, num_shards), empty(np.uint64), *places, freed=freed)
 
 
 class GroupMapper:
@@ -204,7 +202,7 @@ class GroupMapper:
             )
             looks.append(kernels.find(tables, maps.lines, distinct, first, last, insert))
             if not insert:
-                return routes.none_fresh(distinct, first, last)
+                return
             if filtered:
                 admission.admit(self._rules, cells, heads, taken, distinct, number, first, last)
             kernels.insert(tables, maps, distinct, first, last, refused)
@@ -213,7 +211,6 @@ class GroupMapper:
                     tables, maps, distinct, refused, self._ttl_s, self._shares, now_s, first, last, self._pinned,
                     self._expiry["sweeps"], self._expiry["wanted"], freed_starts, limits, work.freed, freed_numbers,
                 )  # fmt: skip
-            return None
 
         threads.run(of_shards, ends.size)
         return sum(looks), refused, (self._freed(freed_starts, freed_numbers[:, 0]), int(freed_numbers[:, 1].sum()))

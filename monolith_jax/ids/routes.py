@@ -120,13 +120,6 @@ def fill_routes(
 
 
 @jit
-def none_fresh(distinct, from_range, to_range):
-    """Says of all ids in ranges that their rows are not fresh."""
-    for r in range(from_range, to_range):
-        distinct.fresh[distinct.starts[r] : distinct.starts[r] + distinct.numbers[r]] = False
-
-
-@jit
 def count_states(distinct, not_admitted):
     """Returns how many ids there are, how many got a fresh row, and how many have the mark `not_admitted` as row."""
     unique, fresh, marked = 0, 0, 0

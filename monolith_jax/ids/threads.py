@@ -91,12 +91,19 @@ class ShardThreads:
             return
         if self._process != os.getpid():  # a fork has the executors but not their threads
             self._workers, self._process = [], os.getpid()
+        own = 0 if self._nodes else 1  # parts of the caller, who would only wait; but he is pinned nowhere
         if not self._workers:
             self._workers = [
-                ThreadPoolExecutor(1, f"shards-{thread}", self._pin, (thread,)) for thread in range(self.num_threads)
+                ThreadPoolExecutor(1, f"shards-{thread}", self._pin, (thread,)) for thread in range(own, self.num_threads)
             ]
-        futures = [worker.submit(task, *part) for worker, part in zip(self._workers, ranges, strict=True)]
-        errors = [error for future in futures if (error := future.exception())]
+        futures = [worker.submit(task, *part) for worker, part in zip(self._workers, ranges[own:], strict=True)]
+        errors: list[BaseException] = []
+        for part in ranges[:own]:
+            try:
+                task(*part)
+            except Exception as error:
+                errors.append(error)
+        errors += [error for future in futures if (error := future.exception())]
         if errors:
             raise errors[0]
 

@@ -16,7 +16,7 @@ ROUND_NAMES = {
     "limit_blocks_zipf_ids_per_s", "limit_blocks_miss_ids_per_s", "hit_uniform_ids_per_s", "hit_zipf_ids_per_s",
     "miss_ids_per_s", "hit_uniform_over_limit", "hit_zipf_over_limit", "miss_over_limit", "hit_uniform_over_limit_blocks",
     "hit_zipf_over_limit_blocks", "miss_over_limit_blocks", "touch_zipf_ids_per_s", "insert3_zipf_ids_per_s",
-    "insert3_raw_zipf_ids_per_s", "insert3_zipf_over_hit_zipf", "insert3_raw_zipf_over_hit_zipf", "unique_ids_per_s",
+    "insert3_distinct_zipf_ids_per_s", "insert3_zipf_over_hit_zipf", "insert3_distinct_zipf_over_hit_zipf", "unique_ids_per_s",
     "unique_over_numpy", "unique_by_shard_over_numpy", "unique_over_pandas", "plan_ids_per_s", "plan_over_hit_zipf",
     "threads2_scaling", "lookup_threads2_scaling", "limit_threads2_scaling", "compute_threads2_scaling",
 }  # fmt: skip

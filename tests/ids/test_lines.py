@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from monolith_jax.ids import kernels, lines
+from monolith_jax.ids import kernels, lines, restore
 from monolith_jax.ids.cuckoo import aligned_lines
 
 ALL = 2**64 - 1
@@ -164,7 +164,7 @@ def test_kernels_are_stamped_with_all_files_of_the_package() -> None:
     for path in (folder / "lines.py", folder / "kernels.py"):
         assert (path.stat().st_mtime, path.stat().st_size) in lines._STAMP
     # Private parts of numba: an update that moves them must be noticed here.
-    for kernel in (kernels.lookup, kernels.find, kernels.insert, kernels.erase, kernels.is_sound, lines.mix):
+    for kernel in (kernels.lookup, kernels.find, kernels.insert, kernels.erase, restore.is_sound, lines.mix):
         own, package = kernel._cache._cache_file._source_stamp
         assert own and package == lines._STAMP
 
