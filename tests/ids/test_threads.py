@@ -174,7 +174,7 @@ def first_shards(pool):
     return sorted(names)
 
 pool = ShardThreads(4, ())
-expected = [(0, True), (4, True), (8, True), (12, True)]
+expected = [(0, False), (4, True), (8, True), (12, True)]
 assert first_shards(pool) == expected
 child = os.fork()
 if not child:
