@@ -43,7 +43,7 @@ def lookup(ids, table, tables, lines, shards, rows):
     address, number = np.int64(lines.ctypes.data), ids.size
     hashes = np.empty((3, _AHEAD), np.uint64)
     lines_1 = np.empty((3, _AHEAD), np.int64)
-    lines_2 = np.empty((3, _AHEAD), np.int64)
+    lines_2 = np.empty((2, _AHEAD), np.int64)
     missing = np.empty((2, _AHEAD + 1), np.int64)
     num_missing = 0
     now, before, last = 0, 2, 1
@@ -56,7 +56,6 @@ def lookup(ids, table, tables, lines, shards, rows):
             shard = np.int64(h >> shift)
             start = address + 64 * (shard * per_shard + offset)
             lines_1[now, j] = start + 64 * first_bucket(h, buckets)
-            lines_2[now, j] = start + 64 * second_bucket(h, buckets)
             shards[first + j] = shard
         for j in range(size, _AHEAD):
             lines_1[now, j] = address
@@ -74,10 +73,12 @@ def lookup(ids, table, tables, lines, shards, rows):
             missing[side, num_missing] = j
             num_missing += slot >> 2
         for m in range(num_missing):
-            prefetch(lines_2[before, missing[side, m]])
+            h = hashes[before, missing[side, m]]
+            start = address + 64 * (np.int64(h >> shift) * per_shard + offset)
+            lines_2[side, m] = start + 64 * second_bucket(h, buckets)
+            prefetch(lines_2[side, m])
         for m in range(was_missing):
-            j = missing[1 - side, m]
-            line = lines_2[last, j]
+            j, line = missing[1 - side, m], lines_2[1 - side, m]
             slot = slot_of(line, hashes[last, j])
             rows[first - _AHEAD + j] = load(line + 32 + 4 * (slot & 3)) | -np.int32(slot >> 2)
         now, before, last = last, now, before
