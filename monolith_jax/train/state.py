@@ -91,6 +91,10 @@ def make_model(
     """
     if not heads:
         raise ValueError("Experiment.heads is empty: name at least one HeadConfig, the model has to predict something")
+    if optimizer.group_lasso:
+        raise ValueError(
+            "OptimizerConfig.group_lasso shortens rows of tables; Experiment.dense_optimizer has none: set it to 0"
+        )
     groups = make_groups(tables, num_shards)
     layout = feature_layout(features, [group.maps.names for group in groups])
     fields = tuple((num_fields(slots), group.dim) for slots, group in zip(layout.groups, groups, strict=True))

@@ -18,6 +18,7 @@ READY = {
     "adamw": OptimizerConfig(name="adamw", arguments=(("weight_decay", 0.01),)),
     "lion": OptimizerConfig(name="lion"),
     "yogi": OptimizerConfig(name="yogi"),
+    "lamb": OptimizerConfig(name="lamb", arguments=(("weight_decay", 0.1),)),
 }
 
 
@@ -112,7 +113,7 @@ def test_what_cannot_work_per_row_is_refused_by_name(name: str, told: str) -> No
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"OptimizerConfig.arguments: optax.sgd takes momentum, nesterov.*got 'b1'"):
+    with pytest.raises(ValueError, match=r"OptimizerConfig.arguments: sgd takes momentum, nesterov.*got 'b1'"):
         make_optimizer(OptimizerConfig(name="sgd", arguments=(("b1", 0.9),)))
     with pytest.raises(ValueError, match="got 'learning_rate'"):
         make_optimizer(OptimizerConfig(name="sgd", arguments=(("learning_rate", 0.9),)))
