@@ -13,13 +13,17 @@ import difflib
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from monolith_jax.tables.half_words import nearest_words, num_words, numbers_of, stochastic_words
 from monolith_jax.tables.row_optimizers import ftrl, rowwise_adagrad, shrunk_rows
+
+RowDtype = Literal["float32", "bfloat16"]
+"""Type of the vector in a row."""
 
 _OURS = {"ftrl": ftrl, "rowwise_adagrad": rowwise_adagrad}
 _RATE_INSIDE = ("ftrl",)
@@ -150,57 +154,81 @@ class RowLayout:
     dim: int
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
-    array_dtype: str
+    vector_dtype: RowDtype = "float32"
+    """bfloat16: two numbers of the vector in each float32 of the row."""
+    array_dtype: str = "float32"
     """float32, or float64 as `float_dtype` says."""
+
+    @property
+    def vector_width(self) -> int:
+        """Floats of a row that hold the vector."""
+        return num_words(self.dim) if self.vector_dtype == "bfloat16" else self.dim
 
     @property
     def width(self) -> int:
         """W"""
-        return self.dim + sum(math.prod(shape) for shape in self.shapes)
+        return self.vector_width + sum(math.prod(shape) for shape in self.shapes)
 
 
-def row_layout(config: OptimizerConfig, dim: int) -> RowLayout:
+def row_layout(config: OptimizerConfig, dim: int, dtype: RowDtype = "float32") -> RowLayout:
     """Returns the layout of the rows of a table.
+
+    Args:
+        config: How rows learn.
+        dim: D.
+        dtype: Type of the vector; the optimizer's state is float32 always.
 
     Raises:
         ValueError: The optimizer cannot work row by row.
     """
     if config.name in _NOT_PER_ROW:
         raise ValueError(f"OptimizerConfig.name: optax.{config.name} cannot update rows: {_NOT_PER_ROW[config.name]}")
-    dtype = str(float_dtype())
-    leaves = jax.tree.leaves(jax.eval_shape(make_optimizer(config).init, jax.ShapeDtypeStruct((dim,), dtype)))
+    array_dtype = "float32" if dtype == "bfloat16" else str(float_dtype())
+    leaves = jax.tree.leaves(jax.eval_shape(make_optimizer(config).init, jax.ShapeDtypeStruct((dim,), array_dtype)))
     for leaf in leaves:
-        if str(leaf.dtype) not in (dtype, "float32", "int32"):
-            raise ValueError(f"OptimizerConfig.name: optax.{config.name} keeps {leaf.dtype} state, rows hold {dtype}")
+        if str(leaf.dtype) not in (array_dtype, "float32", "int32"):
+            raise ValueError(f"OptimizerConfig.name: optax.{config.name} keeps {leaf.dtype} state, rows hold {array_dtype}")
     shapes = tuple(leaf.shape for leaf in leaves)
-    return RowLayout(config, dim, shapes, tuple(str(leaf.dtype) for leaf in leaves), dtype)
+    return RowLayout(config, dim, shapes, tuple(str(leaf.dtype) for leaf in leaves), dtype, array_dtype)
 
 
-def _packed(layout: RowLayout, vectors: jax.Array, state: Any) -> jax.Array:
+def vectors_of(layout: RowLayout, rows: jax.Array) -> jax.Array:
+    """Returns the vectors [..., D] of rows [..., W]."""
+    words = rows[..., : layout.vector_width]
+    return numbers_of(words, layout.dim) if layout.vector_dtype == "bfloat16" else words
+
+
+def _packed(layout: RowLayout, vectors: jax.Array, state: Any, noise: jax.Array | None = None) -> jax.Array:
+    if layout.vector_dtype == "bfloat16":
+        words = nearest_words(vectors) if noise is None else stochastic_words(vectors, noise)
+    else:
+        words = vectors
     # Integers (counts) are exact in float32 up to 2^24.
     leaves = zip(jax.tree.leaves(state), layout.shapes, strict=True)
     flat = [leaf.reshape(vectors.shape[0], math.prod(shape)).astype(layout.array_dtype) for leaf, shape in leaves]
-    return jnp.concatenate([vectors, *flat], axis=1)
+    return jnp.concatenate([words, *flat], axis=1)
 
 
 def _unpacked(layout: RowLayout, rows: jax.Array) -> tuple[jax.Array, Any]:
-    leaves, start = [], layout.dim
+    leaves, start = [], layout.vector_width
     for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True):
         size = math.prod(shape)
         leaves.append(rows[:, start : start + size].reshape(rows.shape[0], *shape).astype(dtype))
         start += size
     vector = jax.ShapeDtypeStruct((layout.dim,), layout.array_dtype)
     tree = jax.tree.structure(jax.eval_shape(make_optimizer(layout.config).init, vector))
-    return rows[:, : layout.dim], jax.tree.unflatten(tree, leaves)
+    return vectors_of(layout, rows), jax.tree.unflatten(tree, leaves)
 
 
 def first_rows(layout: RowLayout, vectors: jax.Array) -> jax.Array:
-    """Returns new rows [V, W]: these vectors [V, D], with the optimizer's initial state for each."""
+    """Returns new rows [V, W]: these vectors [V, D], rounded to the nearest, with the optimizer's initial state for each."""
     vectors = vectors.astype(layout.array_dtype)
     return _packed(layout, vectors, jax.vmap(make_optimizer(layout.config).init)(vectors))
 
 
-def updated_rows(layout: RowLayout, rows: jax.Array, gradients: jax.Array, rate: jax.Array) -> jax.Array:
+def updated_rows(
+    layout: RowLayout, rows: jax.Array, gradients: jax.Array, rate: jax.Array, noise: jax.Array | None = None
+) -> jax.Array:
     """Returns rows [V, W] after one update.
 
     Args:
@@ -208,10 +236,12 @@ def updated_rows(layout: RowLayout, rows: jax.Array, gradients: jax.Array, rate:
         rows: [V, W].
         gradients: [V, D], of the loss, summed over all occurrences of a row in the batch.
         rate: Learning rate, scalar.
+        noise: Random bits by which bfloat16 vectors are rounded, uint32 [V, vector_width]; None: to the nearest.
     """
     vectors, state = _unpacked(layout, rows)
+    gradients = gradients.astype(layout.array_dtype)
     updates, state = jax.vmap(make_optimizer(layout.config).update)(gradients, state, vectors)
     vectors = apply_updates(layout.config, vectors, updates, rate)
     if layout.config.group_lasso:
         vectors = shrunk_rows(vectors, (rate * layout.config.group_lasso).astype(vectors.dtype))
-    return _packed(layout, vectors, state)
+    return _packed(layout, vectors, state, noise)

@@ -127,8 +127,7 @@ def _make_write(model: Model) -> Callable[..., Groups]:
         written = []
         for group, array, of_group, gradient, plan in zip(model.groups, arrays, rows, gradients, plans, strict=True):
             of_rows = return_gradients(model.mesh, gradient, plan)
-            rate = learning_rate(group.rows.config, number)
-            written.append(write_rows(model.mesh, group, array, of_group, of_rows, rate, plan))
+            written.append(write_rows(model.mesh, group, array, of_group, of_rows, number, plan))
         return tuple(written)
 
     return jax.jit(write, donate_argnums=0, out_shardings=state_shardings(model).groups)

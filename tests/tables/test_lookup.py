@@ -51,14 +51,16 @@ class Setting:
         flat = shards.astype(np.int64) * layout.rows_per_shard + layout.row_offsets[table] + rows
         return np.where(rows >= 0, flat, -1)
 
-    def step(self, array: jax.Array, plan: GroupPlan, gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def step(
+        self, array: jax.Array, plan: GroupPlan, gradients: np.ndarray, step_number: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns vectors [B, P, D], gradients of the rows [S, V, D] and the new array [L R, W]."""
 
         def step(array: jax.Array, plan: GroupPlan, gradients: jax.Array) -> tuple[jax.Array, ...]:
             rows = gather_rows(self.mesh, array, plan)
             vectors = send_vectors(self.mesh, self.group, rows, plan)
             of_rows = return_gradients(self.mesh, gradients, plan)
-            after = write_rows(self.mesh, self.group, array, rows, of_rows, jnp.float32(0.5), plan)
+            after = write_rows(self.mesh, self.group, array, rows, of_rows, jnp.int32(step_number), plan)
             return vectors, of_rows, after.reshape(-1, after.shape[-1])
 
         vectors, of_rows, after = jax.jit(step)(array, plan, jax.device_put(gradients, sharding(self.mesh, BATCH)))

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +219,7 @@ def test_clipping_is_a_rows_own(name: str, _float64: None) -> None:
 
 
 def test_clipping_of_dense_weights_takes_them_as_one() -> None:
-    transformation = make_optimizer(OptimizerConfig(name="sgd", clip_norm=1.0))
+    transformation: Any = make_optimizer(OptimizerConfig(name="sgd", clip_norm=1.0))
     gradients = {"a": jnp.full((2, 2), 3.0), "b": jnp.full((4,), 4.0)}
     updates, _ = transformation.update(gradients, transformation.init(gradients), gradients)
     np.testing.assert_allclose(updates["a"], np.full((2, 2), -0.3), rtol=1e-6)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -169,6 +170,19 @@ def test_another_learning_rate_keeps_the_slots(old: tuple[Small, Restored]) -> N
     new = make_small(1, tables=[dataclasses.replace(table, optimizer=other) for table in TABLES[1:2]], features=_tag_features())
     _, lines = take_over(new.model, new.state, new.mapper, snapshot, identity())
     assert f"table tag: {len(rows)} rows taken over, optimizer slots start anew" in lines
+
+
+def test_another_dtype_rounds_the_vectors_and_keeps_the_slots(old: tuple[Small, Restored]) -> None:
+    small, snapshot = old
+    new = make_small(1, tables=[dataclasses.replace(table, dtype="bfloat16") for table in TABLES])
+    state, lines = take_over(new.model, new.state, new.mapper, snapshot, identity())
+    rows, old_rows = rows_by_id(dataclasses.replace(new, state=state), "tag"), rows_by_id(small, "tag")
+    assert rows.keys() == old_rows.keys() and f"table tag: {len(rows)} rows taken over" in lines
+    rows = {one: rows[one] for one in old_rows}
+    vectors = np.array([row[:4] for row in old_rows.values()], np.float32).astype(jnp.bfloat16)
+    assert len(vectors) > 10
+    np.testing.assert_array_equal([row[:2] for row in rows.values()], vectors.view(np.uint16).view(np.float32))
+    assert [row[2:] for row in rows.values()] == [row[4:] for row in old_rows.values()]
 
 
 def _tag_features() -> Any:
