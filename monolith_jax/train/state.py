@@ -127,6 +127,6 @@ def state_shardings(model: Model) -> Any:
 def input_shardings(model: Model, inputs: Inputs) -> Any:
     """Returns where each part of the inputs goes, as a tree of the same form."""
     rows, batch = sharding(model.mesh, ROWS), sharding(model.mesh, BATCH)
-    plan = GroupPlan(rows, rows, batch, rows, rows, rows)
+    plan = GroupPlan(rows, rows, batch, rows, rows, rows, rows)
     weights = tuple(None if array is None else batch for array in inputs.weights)
     return Inputs(tuple(plan for _ in inputs.plans), weights, batch, batch, batch)

@@ -1,12 +1,18 @@
 """The update of rows: the same as plain optax on each row alone, and what is refused."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from monolith_jax.mesh import MeshConfig, make_mesh
+from monolith_jax.tables.lookup import write_rows
+from monolith_jax.tables.table import TableConfig, make_groups
 from monolith_jax.tables.update import OptimizerConfig, first_rows, learning_rate, make_optimizer, row_layout, updated_rows
+from monolith_jax.types import GroupPlan
 
 DIM, ROWS, RATE = 3, 5, 0.07
 READY = {
@@ -84,6 +90,29 @@ def test_schedule() -> None:
     assert [float(learning_rate(flat, jnp.int32(step))) for step in (0, 1_000_000)] == [2.0, 2.0]
     only_warm = OptimizerConfig(learning_rate=2.0, warmup_steps=2)
     assert [float(learning_rate(only_warm, jnp.int32(step))) for step in (0, 1, 5)] == [1.0, 2.0, 2.0]
+
+
+def test_each_group_goes_by_its_own_schedule() -> None:
+    schedules = {
+        "warm": OptimizerConfig("sgd", 0.4, warmup_steps=4),
+        "flat": OptimizerConfig("sgd", 0.4),
+        "cosine": OptimizerConfig("sgd", 0.4, decay_steps=4, end_factor=0.5),
+    }
+    groups = make_groups([TableConfig(name, 8, DIM, config) for name, config in schedules.items()], 2)
+    assert [group.maps.names for group in groups] == [("warm",), ("flat",), ("cosine",)]
+    mesh = make_mesh(MeshConfig(num_devices=1, num_shards=2))
+    write = jax.jit(write_rows, static_argnums=(0, 1))
+    rates = {"warm": (0.1, 0.4), "flat": (0.4, 0.4), "cosine": (0.4, 0.4 * (0.5 + 0.5 * 0.5 * (1 + math.cos(math.pi * 0.75))))}
+    for group in groups:
+        touched = np.array([[2, 0]], np.int32)
+        plan = GroupPlan(touched, None, None, None, None, None, None)
+        for step, rate in zip((0, 3), rates[group.maps.names[0]], strict=True):
+            after = write(
+                mesh, group, jnp.ones(group.shape), jnp.ones((1, 2, DIM)), jnp.ones((1, 2, DIM)), jnp.int32(step), plan
+            )
+            expected = np.ones(group.shape, np.float32)
+            expected[0, [0, 2]] -= rate
+            np.testing.assert_allclose(after, expected, rtol=1e-6)
 
 
 def test_rate_multiplies_the_update() -> None:
