@@ -43,6 +43,14 @@ def test_words_keep_what_bfloat16_can_hold(dim: int) -> None:
         assert np.isnan(back[nan]).all()
 
 
+def test_what_is_no_number_stays_none() -> None:
+    # The sum of these bits and noise runs over into the sign: without care they become 0.
+    values = np.full((50, 4), 0x7FFFFFFF, np.uint32).view(np.float32)
+    for one in (values, (values.view(np.uint32) | 0x80000000).view(np.float32)):
+        words = stochastic_words(jnp.asarray(one), noise(0, 50, 2))
+        assert np.isnan(np.asarray(numbers_of(words, 4))).all()
+
+
 def test_words_survive_the_way_through_an_array() -> None:
     # Many words are denormal or no numbers when they are looked at as float32.
     values = np.random.default_rng(1).permutation(all_bfloat16()[: 2**16]).reshape(-1, 4)

@@ -13,6 +13,7 @@ from monolith_jax.tables.lookup import write_rows
 from monolith_jax.tables.table import TableConfig, make_groups
 from monolith_jax.tables.update import OptimizerConfig, first_rows, learning_rate, make_optimizer, row_layout, updated_rows
 from monolith_jax.types import GroupPlan
+from tests.small_model import make_small
 
 DIM, ROWS, RATE = 3, 5, 0.07
 READY = {
@@ -139,6 +140,11 @@ def test_rate_multiplies_the_update() -> None:
 def test_what_cannot_work_per_row_is_refused_by_name(name: str, told: str) -> None:
     with pytest.raises(ValueError, match="OptimizerConfig.name.*" + told):
         row_layout(OptimizerConfig(name=name), DIM)
+
+
+def test_group_lasso_of_dense_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"group_lasso shortens rows of tables; Experiment\.dense_optimizer has none"):
+        make_small(dense_optimizer=OptimizerConfig(name="sgd", group_lasso=0.1))
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -185,6 +185,23 @@ def test_another_dtype_rounds_the_vectors_and_keeps_the_slots(old: tuple[Small, 
     assert [row[2:] for row in rows.values()] == [row[4:] for row in old_rows.values()]
 
 
+def test_words_of_bfloat16_come_back_from_the_disk_to_the_bit(tmp_path: Path) -> None:
+    tables = tuple(dataclasses.replace(table, dtype="bfloat16") for table in TABLES)
+    small = make_small(8, tables=tables)
+    state, _ = make_train_step(small.model)(small.state, small.inputs_of(make_examples(16))[0])
+    # Every 32 bits that a word can start with: as float32 many are denormal or no numbers.
+    every = [np.resize(np.arange(2**16, dtype=np.uint32) << 16 | 1, array.shape).view(np.float32) for array in state.groups]
+    groups = tuple(jax.device_put(one, array.sharding) for one, array in zip(every, state.groups, strict=True))
+    state = state._replace(groups=groups)
+    snapshots = Snapshots(SnapshotConfig(), tmp_path)
+    snapshots.save(1, state, {"maps": small.mapper.get_state(), "memories": []}, {"arrays": {}}, identity(tables))
+    snapshots.wait()
+    restored = snapshots.restore(1, state, identity(tables)).state.groups
+    snapshots.close()
+    for one, array in zip(every, restored, strict=True):
+        np.testing.assert_array_equal(np.asarray(array).view(np.uint32), one.view(np.uint32))
+
+
 def _tag_features() -> Any:
     return [one for one in FEATURES if getattr(one, "table", "") == "tag"]
 
