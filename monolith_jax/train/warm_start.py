@@ -84,11 +84,12 @@ def _take_table(group: Group, index: int, maps: IdMaps, array: np.ndarray, sourc
     kept = new_rows >= 0
     values = source["array"][shards[kept], old_maps.layout.row_offsets[source["position"]] + rows[kept]]
     old_rows = dataclasses.replace(group.rows, vector_dtype=source.get("dtype", "float32"))
-    slots = values[:, old_rows.vector_width :]
-    values = np.array(first_rows(group.rows, vectors_of(old_rows, jax.numpy.asarray(values))))
     same_optimizer = _state_kind(source["optimizer"]) == _state_kind(_plain(group.tables[index].optimizer))
-    if same_optimizer:
-        values[:, group.rows.vector_width :] = slots
+    if not same_optimizer or old_rows != group.rows:
+        slots = values[:, old_rows.vector_width :]
+        values = np.array(first_rows(group.rows, vectors_of(old_rows, jax.numpy.asarray(values))))
+        if same_optimizer:
+            values[:, group.rows.vector_width :] = slots
     array[new_shards[kept], group.maps.row_offsets[index] + new_rows[kept]] = values
     left = f", {np.count_nonzero(~kept):,} did not fit" if not kept.all() else ""
     anew = "" if same_optimizer else ", optimizer slots start anew"
