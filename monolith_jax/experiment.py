@@ -43,6 +43,7 @@ from monolith_jax.stream.movielens import MovieLensConfig
 from monolith_jax.stream.synthetic import SyntheticConfig
 from monolith_jax.tables.table import TableConfig
 from monolith_jax.tables.update import OptimizerConfig
+from monolith_jax.tables.wire import ExchangeConfig
 from monolith_jax.train.loop import TrainConfig
 
 SourceConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfig
@@ -53,7 +54,7 @@ CONFIGS: tuple[type, ...] = (
     *(IdFeatureConfig, CrossFeatureConfig, BucketFeatureConfig, TimeFeatureConfig, DenseFeatureConfig),
     *(TableConfig, AdmissionConfig, MapperConfig, OptimizerConfig),
     *(DeepFMConfig, MMoEConfig, HeadConfig),
-    *(TrainConfig, SnapshotConfig, MeshConfig, PrequentialConfig),
+    *(TrainConfig, SnapshotConfig, MeshConfig, ExchangeConfig, PrequentialConfig),
 )
 """Every dataclass that a file may bind, in the order of `configs/reference.gin`: the order of the data."""
 

@@ -84,6 +84,8 @@ class GroupPlan(NamedTuple):
     """uint32 [S, F, 2] low and high half of the ids of the fresh rows."""
     fresh_tables: Array
     """[S, F] index of the table of each fresh row in its group."""
+    num_sent: Array
+    """[S owners, S slices] how many of `sent` are no padding; they come first."""
 
 
 class FreedRows(NamedTuple):

@@ -109,7 +109,7 @@ def _dense_lane(model: Any, weights: Any, batch_size: int, name: str) -> Lane:
     from monolith_jax.mesh import BATCH, REPLICATED, sharding
     from monolith_jax.models.layers import ModelInputs
     from monolith_jax.models.losses import multi_task_loss
-    from monolith_jax.tables.update import learning_rate
+    from monolith_jax.tables.update import apply_updates, learning_rate
 
     rng = np.random.default_rng(0)
     batch, replicated = sharding(model.mesh, BATCH), sharding(model.mesh, REPLICATED)
@@ -125,8 +125,8 @@ def _dense_lane(model: Any, weights: Any, batch_size: int, name: str) -> Lane:
     def step(weights: Any, optimizer: Any, number: Any) -> Any:
         loss, (of_weights, of_vectors) = jax.value_and_grad(loss_of, argnums=(0, 1))(weights, vectors)
         updates, optimizer = model.transformation.update(of_weights, optimizer, weights)
-        rate = learning_rate(model.optimizer, number)
-        return jax.tree.map(lambda w, u: w + rate * u, weights, updates), optimizer, number + 1, loss, of_vectors
+        weights = apply_updates(model.optimizer, weights, updates, learning_rate(model.optimizer, number))
+        return weights, optimizer, number + 1, loss, of_vectors
 
     compiled = jax.jit(step, donate_argnums=(0, 1, 2), out_shardings=(replicated, replicated, replicated, replicated, batch))
     # A copy: the weights are donated, and the full lane needs its own.

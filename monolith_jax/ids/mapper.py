@@ -135,10 +135,10 @@ class GroupMapper:
         stats = self._stats(int(ends[-1]), refused, freed)
         stats["probe_length"] = 1 + looks / max(stats["unique"], 1)
         fresh = self._fresh(int(stats["fresh"]))
-        touched, sent, positions, num_touched = self._route(batch, ends, threads)
+        touched, sent, positions, num_sent, num_touched = self._route(batch, ends, threads)
         stats["unknown"] = stats["unique"] - num_touched
         stats["padding"] = 1 - num_touched / touched.size
-        return GroupPlan(touched, sent, positions, *fresh), freed[0], stats
+        return GroupPlan(touched, sent, positions, *fresh, num_sent), freed[0], stats
 
     def _group_by_shard(self, batch_ids: GroupIds, threads: ShardThreads) -> np.ndarray:
         """Fills the occurrences by shard; returns where each shard's part ends."""
@@ -258,8 +258,8 @@ class GroupMapper:
             fresh_tables[device, :of_device] = tables[mine]
         return fresh_rows, fresh_ids, fresh_tables
 
-    def _route(self, batch: GroupIds, ends: np.ndarray, threads: ShardThreads) -> tuple[Any, Any, Any, int]:
-        """Returns touched [S, V], sent [S, S, U] and positions [B, P] of the plan, and how many rows are touched."""
+    def _route(self, batch: GroupIds, ends: np.ndarray, threads: ShardThreads) -> tuple[Any, Any, Any, Any, int]:
+        """Returns touched [S, V], sent [S, S, U], positions [B, P], num_sent [S, S] of the plan; how many rows are touched."""
         work, layout, num_devices = self._work, self._layout, self._num_devices
         num_touched = np.zeros(layout.num_shards, np.int64)
         num_sent = np.zeros((layout.num_shards, num_devices), np.int64)
@@ -293,7 +293,7 @@ class GroupMapper:
             routes.fill_routes(*at, first, last, *sizes, first_touched, first_sent, *scratch, *outputs)
 
         threads.run(fill, layout.num_shards)
-        return touched, sent, positions, int(num_touched.sum())
+        return touched, sent, positions, sent_of.sum(1, dtype=np.int32), int(num_touched.sum())
 
     def _state(self) -> dict[str, np.ndarray]:
         return {**self._filters, **self._expiry}

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from monolith_jax.mesh import BATCH, MODEL, REPLICATED, ROWS, SHARD
-from monolith_jax.tables.table import Group, first_vectors
-from monolith_jax.tables.update import first_rows, updated_rows
+from monolith_jax.tables.half_words import noise_of
+from monolith_jax.tables.table import Group, first_vectors, rounding_seed
+from monolith_jax.tables.update import first_rows, learning_rate, updated_rows, vectors_of
+from monolith_jax.tables.wire import PADDED, ExchangeConfig, check_exchange, swap_blocks
 from monolith_jax.types import GroupPlan
 
 
@@ -49,42 +51,68 @@ def gather_rows(mesh: Mesh, array: jax.Array, plan: GroupPlan) -> jax.Array:
     return jax.shard_map(local, mesh=mesh, in_specs=(ROWS, ROWS), out_specs=ROWS, check_vma=False)(array, plan.touched)
 
 
-def send_vectors(mesh: Mesh, group: Group, rows: jax.Array, plan: GroupPlan) -> jax.Array:
-    """Returns the vectors at the id positions of the batch, [B, P, D]; zeros where there is no id or it was refused."""
+def send_vectors(mesh: Mesh, group: Group, rows: jax.Array, plan: GroupPlan, exchange: ExchangeConfig = PADDED) -> jax.Array:
+    """Returns the vectors at the id positions of the batch, [B, P, D]; zeros where there is no id or it was refused.
 
-    def local(rows: jax.Array, sent: jax.Array, positions: jax.Array) -> jax.Array:
-        vectors = rows[0, :, : group.dim].at[sent[0]].get(mode="clip")
-        received = jax.lax.all_to_all(vectors, (SHARD, MODEL), 0, 0)
+    Raises:
+        ValueError: The devices cannot do such an exchange.
+    """
+    check_exchange(exchange, mesh)
+
+    def local(rows: jax.Array, sent: jax.Array, num_sent: jax.Array, positions: jax.Array) -> jax.Array:
+        vectors = vectors_of(group.rows, rows[0]).at[sent[0]].get(mode="clip")
+        received = swap_blocks(vectors, num_sent[0], False, exchange)
         return _flat(received).at[positions].get(mode="fill", fill_value=0)
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(ROWS, ROWS, BATCH), out_specs=BATCH, check_vma=False)
-    return mapped(rows, plan.sent, plan.positions)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(ROWS, ROWS, ROWS, BATCH), out_specs=BATCH, check_vma=False)
+    return mapped(rows, plan.sent, plan.num_sent, plan.positions)
 
 
-def return_gradients(mesh: Mesh, gradients: jax.Array, plan: GroupPlan) -> jax.Array:
-    """Returns the gradients of the touched rows, [S, V, D], from those at the id positions [B, P, D]."""
+def return_gradients(mesh: Mesh, gradients: jax.Array, plan: GroupPlan, exchange: ExchangeConfig = PADDED) -> jax.Array:
+    """Returns the gradients of the touched rows, [S, V, D], from those at the id positions [B, P, D].
 
-    def local(gradients: jax.Array, sent: jax.Array, positions: jax.Array) -> jax.Array:
+    Raises:
+        ValueError: The devices cannot do such an exchange.
+    """
+    check_exchange(exchange, mesh)
+
+    def local(gradients: jax.Array, sent: jax.Array, num_sent: jax.Array, positions: jax.Array) -> jax.Array:
         num_devices, size = sent.shape[1:]
-        dim = gradients.shape[-1]
-        of_ids = jnp.zeros((num_devices * size, dim), jnp.float32).at[positions.reshape(-1)].add(_flat(gradients), mode="drop")
-        received = jax.lax.all_to_all(of_ids.reshape(num_devices, size, dim), (SHARD, MODEL), 0, 0)
-        of_rows = jnp.zeros((plan.touched.shape[1], dim), jnp.float32)
+        dim, dtype = gradients.shape[-1], gradients.dtype
+        of_ids = jnp.zeros((num_devices * size, dim), dtype).at[positions.reshape(-1)].add(_flat(gradients), mode="drop")
+        received = swap_blocks(of_ids.reshape(num_devices, size, dim), num_sent[0], True, exchange)
+        of_rows = jnp.zeros((plan.touched.shape[1], dim), dtype)
         return of_rows.at[sent[0].reshape(-1)].add(_flat(received), mode="drop")[None]
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(BATCH, ROWS, BATCH), out_specs=ROWS, check_vma=False)
-    return mapped(gradients, plan.sent, plan.positions)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(BATCH, ROWS, ROWS, BATCH), out_specs=ROWS, check_vma=False)
+    return mapped(gradients, plan.sent, plan.num_sent, plan.positions)
 
 
 def write_rows(
-    mesh: Mesh, group: Group, array: jax.Array, rows: jax.Array, gradients: jax.Array, rate: jax.Array, plan: GroupPlan
+    mesh: Mesh, group: Group, array: jax.Array, rows: jax.Array, gradients: jax.Array, step: jax.Array, plan: GroupPlan
 ) -> jax.Array:
-    """Returns the array [L, R, W] after the update of the touched rows."""
+    """Returns the array [L, R, W] after the update of the touched rows.
 
-    def local(array: jax.Array, rows: jax.Array, gradients: jax.Array, rate: jax.Array, touched: jax.Array) -> jax.Array:
-        updated = updated_rows(group.rows, rows[0], gradients[0], rate)
+    Args:
+        mesh: The mesh.
+        group: The group of the rows.
+        array: [L, R, W].
+        rows: The touched rows before the update, [S, V, W].
+        gradients: Their gradients, [S, V, D].
+        step: int32 scalar, steps done: the learning rate and the rounding of bfloat16 vectors go by it.
+        plan: Names the touched rows.
+    """
+    layout, config = group.rows, group.rows.config
+
+    def local(array: jax.Array, rows: jax.Array, gradients: jax.Array, step: jax.Array, touched: jax.Array) -> jax.Array:
+        noise = None
+        if layout.vector_dtype == "bfloat16":
+            num_shards, rows_per_shard = array.shape[:2]
+            shards = jax.lax.axis_index((SHARD, MODEL)) * num_shards + touched[0] // rows_per_shard
+            noise = noise_of(rounding_seed(group), step, shards, touched[0] % rows_per_shard, layout.vector_width)
+        updated = updated_rows(layout, rows[0], gradients[0], learning_rate(config, step), noise)
         return _flat(array).at[touched[0]].set(updated, mode="drop", unique_indices=True).reshape(array.shape)
 
     in_specs = (ROWS, ROWS, ROWS, REPLICATED, ROWS)
     mapped = partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=ROWS, check_vma=False)(local)
-    return mapped(array, rows, gradients, rate, plan.touched)
+    return mapped(array, rows, gradients, step, plan.touched)

@@ -1,13 +1,15 @@
 """Tables, and the groups in which the device keeps them.
 
-In: `TableConfig`s. Out: groups (tables of equal dim and optimizer share one array `[L, R, W]`, W = weights and optimizer slots
-side by side: one gather and one scatter a step), their arrays, and first values of rows that depend on (seed, table, id) only.
+In: `TableConfig`s. Out: groups (tables of equal dim, dtype and optimizer share one array `[L, R, W]`, W = weights and optimizer
+slots side by side: one gather and one scatter a step), their arrays, and first values of rows that depend on (seed, table, id)
+only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,8 @@ from jax.sharding import Mesh
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.cuckoo import MapLayout, text_seed
 from monolith_jax.mesh import ROWS, sharding
-from monolith_jax.tables.update import OptimizerConfig, RowLayout, row_layout
+from monolith_jax.tables.half_words import mixed
+from monolith_jax.tables.update import OptimizerConfig, RowDtype, RowLayout, row_layout
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class TableConfig:
     ttl_s: int = 0
     """Seconds of event time after which an id that was not seen loses its row; near `max_rows` the least recently seen lose
     theirs earlier. 0: ids stay for ever."""
+    dtype: RowDtype = "float32"
+    """Type of the vector: bfloat16 takes half the memory, and each update is rounded up or down at random so that the expected
+    value is kept. The optimizer's state stays float32."""
 
 
 @dataclass(frozen=True)
@@ -62,31 +68,33 @@ class Group:
 
 
 def make_groups(tables: Sequence[TableConfig], num_shards: int) -> tuple[Group, ...]:
-    """Puts tables of equal dim and optimizer into groups, in order of first appearance.
+    """Puts tables of equal dim, dtype and optimizer into groups, in order of first appearance.
 
     Raises:
-        ValueError: A name is used twice, a dim is below 1, or the optimizer cannot work per row.
+        ValueError: A name is used twice, a dim is below 1, a dtype is unknown, or the optimizer cannot work per row.
     """
     names = [table.name for table in tables]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"tables need unique names; used more than once: {', '.join(twice)}")
-    members: dict[tuple[int, OptimizerConfig], list[TableConfig]] = {}
+    members: dict[tuple[int, RowDtype, OptimizerConfig], list[TableConfig]] = {}
     for table in tables:
         if table.dim < 1:
             raise ValueError(f"TableConfig.dim of table {table.name!r} must be at least 1, got {table.dim}")
         if not 0 <= table.ttl_s < 2**32:
             raise ValueError(f"TableConfig.ttl_s of table {table.name!r} must be 0 (for ever) to 2^32 - 1, got {table.ttl_s}")
-        members.setdefault((table.dim, table.optimizer), []).append(table)
+        if table.dtype not in get_args(RowDtype):
+            raise ValueError(f"TableConfig.dtype of table {table.name!r} must be float32 or bfloat16, got {table.dtype!r}")
+        members.setdefault((table.dim, table.dtype, table.optimizer), []).append(table)
     groups = []
-    for (dim, optimizer), of_group in members.items():
+    for (dim, dtype, optimizer), of_group in members.items():
         layout = MapLayout(tuple(table.name for table in of_group), tuple(table.max_rows for table in of_group), num_shards)
-        groups.append(Group(tuple(of_group), layout, row_layout(optimizer, dim)))
+        groups.append(Group(tuple(of_group), layout, row_layout(optimizer, dim, dtype)))
     return tuple(groups)
 
 
 def empty_array(group: Group, mesh: Mesh) -> jax.Array:
     """Returns the group's array on the mesh, all zeros: rows get their first value when an id takes them."""
-    make = jax.jit(lambda: jnp.zeros(group.shape, jnp.float32), out_shardings=sharding(mesh, ROWS))
+    make = jax.jit(lambda: jnp.zeros(group.shape, group.rows.array_dtype), out_shardings=sharding(mesh, ROWS))
     return make()
 
 
@@ -94,6 +102,11 @@ def table_seeds(group: Group, seed: int) -> np.ndarray:
     """Returns uint32 [T, 2], from which and an id the first value of a row is made."""
     seeds = [text_seed(table.name, seed + 1) for table in group.tables]
     return np.array(seeds, np.uint64).view(np.uint32).reshape(-1, 2)
+
+
+def rounding_seed(group: Group) -> int:
+    """Returns 32 bits from which the random bits of a group's rounding are made: by its first table, not by the run."""
+    return text_seed(group.tables[0].name, 0) & 0xFFFFFFFF
 
 
 def first_vectors(group: Group, seed: int, ids: jax.Array, tables: jax.Array) -> jax.Array:
@@ -109,17 +122,10 @@ def first_vectors(group: Group, seed: int, ids: jax.Array, tables: jax.Array) ->
     """
     seeds = jnp.asarray(table_seeds(group, seed))[tables]
     # Two words of state: with one, of a million ids a hundred pairs would start with equal vectors.
-    one = _mixed(_mixed(ids[:, 0] ^ seeds[:, 0]) ^ ids[:, 1])
-    two = _mixed(_mixed(ids[:, 1] ^ seeds[:, 1]) ^ ids[:, 0])
+    one = mixed(mixed(ids[:, 0] ^ seeds[:, 0]) ^ ids[:, 1])
+    two = mixed(mixed(ids[:, 1] ^ seeds[:, 1]) ^ ids[:, 0])
     positions = jnp.arange(group.dim, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-    bits = _mixed(_mixed(one[:, None] + positions[None, :]) ^ two[:, None])
+    bits = mixed(mixed(one[:, None] + positions[None, :]) ^ two[:, None])
     unit = (bits >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2.0**-24)
     scales = jnp.asarray([table.init_scale for table in group.tables], jnp.float32)[tables]
     return (unit * 2 - 1) * scales[:, None]
-
-
-def _mixed(x: jax.Array) -> jax.Array:
-    """The 32-bit finaliser of murmur3, a bijection."""
-    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> jnp.uint32(16))

@@ -57,7 +57,7 @@ def restore_grown(
     old_tables = [dataclasses.replace(table, max_rows=old_rows[table.name]) for table in tables]
     old_groups = make_groups(old_tables, model.groups[0].maps.num_shards)
     by_rows = sharding(model.mesh, ROWS)
-    like = tuple(jax.ShapeDtypeStruct(group.shape, jnp.float32, sharding=by_rows) for group in old_groups)
+    like = tuple(jax.ShapeDtypeStruct(group.shape, group.rows.array_dtype, sharding=by_rows) for group in old_groups)
     restored = snapshots.restore(step, state._replace(groups=like), identity)
     arrays, maps = [], []
     empty = mapper.get_state()

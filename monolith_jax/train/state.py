@@ -91,6 +91,10 @@ def make_model(
     """
     if not heads:
         raise ValueError("Experiment.heads is empty: name at least one HeadConfig, the model has to predict something")
+    if optimizer.group_lasso:
+        raise ValueError(
+            "OptimizerConfig.group_lasso shortens rows of tables; Experiment.dense_optimizer has none: set it to 0"
+        )
     groups = make_groups(tables, num_shards)
     layout = feature_layout(features, [group.maps.names for group in groups])
     fields = tuple((num_fields(slots), group.dim) for slots, group in zip(layout.groups, groups, strict=True))
@@ -123,6 +127,6 @@ def state_shardings(model: Model) -> Any:
 def input_shardings(model: Model, inputs: Inputs) -> Any:
     """Returns where each part of the inputs goes, as a tree of the same form."""
     rows, batch = sharding(model.mesh, ROWS), sharding(model.mesh, BATCH)
-    plan = GroupPlan(rows, rows, batch, rows, rows, rows)
+    plan = GroupPlan(rows, rows, batch, rows, rows, rows, rows)
     weights = tuple(None if array is None else batch for array in inputs.weights)
     return Inputs(tuple(plan for _ in inputs.plans), weights, batch, batch, batch)

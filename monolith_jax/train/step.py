@@ -16,7 +16,7 @@ from monolith_jax.mesh import BATCH, REPLICATED, ROWS, sharding
 from monolith_jax.models.layers import ModelInputs, combine
 from monolith_jax.models.losses import multi_task_loss, offsets, scores
 from monolith_jax.tables.lookup import gather_rows, return_gradients, send_vectors, write_fresh_rows, write_rows
-from monolith_jax.tables.update import learning_rate
+from monolith_jax.tables.update import apply_updates, learning_rate
 from monolith_jax.train.state import Inputs, Model, TrainState, state_shardings
 from monolith_jax.types import Array, GroupPlan
 
@@ -109,8 +109,7 @@ def _make_learn(model: Model) -> Callable[..., tuple[jax.Array, Any, Any, Metric
         value_and_grad = jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True)
         (loss, logits), (of_weights, of_vectors) = value_and_grad(weights, vectors, valid, inputs)
         updates, optimizer = model.transformation.update(of_weights, optimizer, weights)
-        rate = learning_rate(model.optimizer, number)
-        weights = jax.tree.map(lambda weight, update: weight + rate * update, weights, updates)
+        weights = apply_updates(model.optimizer, weights, updates, learning_rate(model.optimizer, number))
         # A good loss can still lead to weights that are no numbers; those must not reach a snapshot.
         total = sum(jnp.sum(weight) for weight in jax.tree.leaves(weights))
         loss = jnp.where(jnp.isfinite(total), loss, jnp.nan)
@@ -128,8 +127,7 @@ def _make_write(model: Model) -> Callable[..., Groups]:
         written = []
         for group, array, of_group, gradient, plan in zip(model.groups, arrays, rows, gradients, plans, strict=True):
             of_rows = return_gradients(model.mesh, gradient, plan)
-            rate = learning_rate(group.rows.config, number)
-            written.append(write_rows(model.mesh, group, array, of_group, of_rows, rate, plan))
+            written.append(write_rows(model.mesh, group, array, of_group, of_rows, number, plan))
         return tuple(written)
 
     return jax.jit(write, donate_argnums=0, out_shardings=state_shardings(model).groups)

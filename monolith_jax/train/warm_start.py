@@ -21,7 +21,7 @@ from monolith_jax.ids.mapper import Mapper
 from monolith_jax.mesh import REPLICATED, ROWS, sharding
 from monolith_jax.snapshot import Restored
 from monolith_jax.tables.table import Group
-from monolith_jax.tables.update import first_rows
+from monolith_jax.tables.update import first_rows, vectors_of
 from monolith_jax.train.state import Model, TrainState
 
 
@@ -44,7 +44,7 @@ def take_over(
     sources = _old_tables(old, identity)
     arrays = []
     for group, mapper_of_group in zip(model.groups, mapper.groups, strict=True):
-        array = np.zeros(group.shape, np.float32)
+        array = np.zeros(group.shape, group.rows.array_dtype)
         for index, table in enumerate(group.tables):
             source = sources.get(table.name)
             if source is None or source["dim"] != table.dim:
@@ -61,7 +61,7 @@ def _old_tables(old: Restored, identity: Mapping[str, Any]) -> dict[str, dict[st
     """Returns for each table of the snapshot its group's maps and array, and its config."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for table in identity["tables"]:
-        groups.setdefault(repr((table["dim"], table["optimizer"])), []).append(table)
+        groups.setdefault(repr((table["dim"], table.get("dtype"), table["optimizer"])), []).append(table)
     sources = {}
     of_groups = old.state["groups"]
     for index, tables in enumerate(groups.values()):
@@ -83,13 +83,17 @@ def _take_table(group: Group, index: int, maps: IdMaps, array: np.ndarray, sourc
     new_shards, new_rows, *_ = maps.lookup_or_insert(ids, index, seen_s.astype(np.uint32))
     kept = new_rows >= 0
     values = source["array"][shards[kept], old_maps.layout.row_offsets[source["position"]] + rows[kept]]
+    old_rows = dataclasses.replace(group.rows, vector_dtype=source.get("dtype", "float32"))
     same_optimizer = _state_kind(source["optimizer"]) == _state_kind(_plain(group.tables[index].optimizer))
-    if not same_optimizer:
-        values = np.asarray(first_rows(group.rows, jax.numpy.asarray(values[:, : group.dim])))
+    if not same_optimizer or old_rows != group.rows:
+        slots = values[:, old_rows.vector_width :]
+        values = np.array(first_rows(group.rows, vectors_of(old_rows, jax.numpy.asarray(values))))
+        if same_optimizer:
+            values[:, group.rows.vector_width :] = slots
     array[new_shards[kept], group.maps.row_offsets[index] + new_rows[kept]] = values
     left = f", {np.count_nonzero(~kept):,} did not fit" if not kept.all() else ""
-    slots = "" if same_optimizer else ", optimizer slots start anew"
-    return f"table {group.tables[index].name}: {np.count_nonzero(kept):,} rows taken over{left}{slots}"
+    anew = "" if same_optimizer else ", optimizer slots start anew"
+    return f"table {group.tables[index].name}: {np.count_nonzero(kept):,} rows taken over{left}{anew}"
 
 
 def _plain(config: Any) -> Any:
@@ -97,8 +101,8 @@ def _plain(config: Any) -> Any:
 
 
 def _state_kind(optimizer: Mapping[str, Any]) -> Any:
-    """Returns what an optimizer's slots depend on: not its learning rate."""
-    return optimizer["name"], optimizer["arguments"]
+    """Returns what an optimizer's slots depend on: not its learning rate, but with ftrl, whose weights follow from both."""
+    return optimizer["name"], optimizer["arguments"], optimizer["learning_rate"] if optimizer["name"] == "ftrl" else None
 
 
 def _take_weights(weights: Any, old: Any, lines: list[str]) -> Any:

@@ -42,7 +42,7 @@ class Setting:
     def plan(self, ids: np.ndarray, valid: np.ndarray) -> GroupPlan:
         plan, *_ = self.mapper.plan(GroupIds(ids, valid), np.zeros(len(ids), np.uint32), 0, 0)
         rows, batch = sharding(self.mesh, ROWS), sharding(self.mesh, BATCH)
-        return jax.device_put(plan, GroupPlan(rows, rows, batch, rows, rows, rows))
+        return jax.device_put(plan, GroupPlan(rows, rows, batch, rows, rows, rows, rows))
 
     def rows_of(self, ids: np.ndarray, table: int) -> np.ndarray:
         """Returns the place of ids in the array seen as [L R, W], -1 for refused ones."""
@@ -51,14 +51,16 @@ class Setting:
         flat = shards.astype(np.int64) * layout.rows_per_shard + layout.row_offsets[table] + rows
         return np.where(rows >= 0, flat, -1)
 
-    def step(self, array: jax.Array, plan: GroupPlan, gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def step(
+        self, array: jax.Array, plan: GroupPlan, gradients: np.ndarray, step_number: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns vectors [B, P, D], gradients of the rows [S, V, D] and the new array [L R, W]."""
 
         def step(array: jax.Array, plan: GroupPlan, gradients: jax.Array) -> tuple[jax.Array, ...]:
             rows = gather_rows(self.mesh, array, plan)
             vectors = send_vectors(self.mesh, self.group, rows, plan)
             of_rows = return_gradients(self.mesh, gradients, plan)
-            after = write_rows(self.mesh, self.group, array, rows, of_rows, jnp.float32(0.5), plan)
+            after = write_rows(self.mesh, self.group, array, rows, of_rows, jnp.int32(step_number), plan)
             return vectors, of_rows, after.reshape(-1, after.shape[-1])
 
         vectors, of_rows, after = jax.jit(step)(array, plan, jax.device_put(gradients, sharding(self.mesh, BATCH)))
@@ -156,3 +158,21 @@ def test_one_row_a_group_of_one_table() -> None:
     (at,) = setting.rows_of(np.array([5]), 0)
     assert vectors.item() == np.asarray(array).ravel()[at] != 0
     assert after[at, 0] == vectors.item() - np.float32(0.5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "ftrl", "rowwise_adagrad"])
+def test_one_device_equals_eight_in_float64(optimizer: str) -> None:
+    results = []
+    with jax.enable_x64(True):
+        for num_devices in (1, 8):
+            setting = Setting(num_devices, optimizer)
+            array = empty_array(setting.group, setting.mesh)
+            for number in range(2):
+                ids, valid, gradients = draw(number)
+                plan = setting.plan(ids, valid)
+                vectors, of_rows, after = setting.step(setting.freshen(array, plan, 7), plan, gradients.astype(np.float64))
+                assert vectors.dtype == of_rows.dtype == after.dtype == np.float64
+                array = jax.device_put(after.reshape(setting.group.shape), sharding(setting.mesh, ROWS))
+            results.append(after)
+    np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-13 * np.abs(results[0]).max())
+    assert not np.array_equal(results[0], results[0].astype(np.float32))

@@ -1,12 +1,19 @@
 """The update of rows: the same as plain optax on each row alone, and what is refused."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from monolith_jax.mesh import MeshConfig, make_mesh
+from monolith_jax.tables.lookup import write_rows
+from monolith_jax.tables.table import TableConfig, make_groups
 from monolith_jax.tables.update import OptimizerConfig, first_rows, learning_rate, make_optimizer, row_layout, updated_rows
+from monolith_jax.types import GroupPlan
+from tests.small_model import make_small
 
 DIM, ROWS, RATE = 3, 5, 0.07
 READY = {
@@ -18,6 +25,7 @@ READY = {
     "adamw": OptimizerConfig(name="adamw", arguments=(("weight_decay", 0.01),)),
     "lion": OptimizerConfig(name="lion"),
     "yogi": OptimizerConfig(name="yogi"),
+    "lamb": OptimizerConfig(name="lamb", arguments=(("weight_decay", 0.1),)),
 }
 
 
@@ -85,6 +93,29 @@ def test_schedule() -> None:
     assert [float(learning_rate(only_warm, jnp.int32(step))) for step in (0, 1, 5)] == [1.0, 2.0, 2.0]
 
 
+def test_each_group_goes_by_its_own_schedule() -> None:
+    schedules = {
+        "warm": OptimizerConfig("sgd", 0.4, warmup_steps=4),
+        "flat": OptimizerConfig("sgd", 0.4),
+        "cosine": OptimizerConfig("sgd", 0.4, decay_steps=4, end_factor=0.5),
+    }
+    groups = make_groups([TableConfig(name, 8, DIM, config) for name, config in schedules.items()], 2)
+    assert [group.maps.names for group in groups] == [("warm",), ("flat",), ("cosine",)]
+    mesh = make_mesh(MeshConfig(num_devices=1, num_shards=2))
+    write = jax.jit(write_rows, static_argnums=(0, 1))
+    rates = {"warm": (0.1, 0.4), "flat": (0.4, 0.4), "cosine": (0.4, 0.4 * (0.5 + 0.5 * 0.5 * (1 + math.cos(math.pi * 0.75))))}
+    for group in groups:
+        touched = np.array([[2, 0]], np.int32)
+        plan = GroupPlan(touched, None, None, None, None, None, None)
+        for step, rate in zip((0, 3), rates[group.maps.names[0]], strict=True):
+            after = write(
+                mesh, group, jnp.ones(group.shape), jnp.ones((1, 2, DIM)), jnp.ones((1, 2, DIM)), jnp.int32(step), plan
+            )
+            expected = np.ones(group.shape, np.float32)
+            expected[0, [0, 2]] -= rate
+            np.testing.assert_allclose(after, expected, rtol=1e-6)
+
+
 def test_rate_multiplies_the_update() -> None:
     layout = row_layout(OptimizerConfig(name="adam"), DIM)
     rows = first_rows(layout, jnp.ones((1, DIM)))
@@ -111,8 +142,13 @@ def test_what_cannot_work_per_row_is_refused_by_name(name: str, told: str) -> No
         row_layout(OptimizerConfig(name=name), DIM)
 
 
+def test_group_lasso_of_dense_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"group_lasso shortens rows of tables; Experiment\.dense_optimizer has none"):
+        make_small(dense_optimizer=OptimizerConfig(name="sgd", group_lasso=0.1))
+
+
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"OptimizerConfig.arguments: optax.sgd takes momentum, nesterov.*got 'b1'"):
+    with pytest.raises(ValueError, match=r"OptimizerConfig.arguments: sgd takes momentum, nesterov.*got 'b1'"):
         make_optimizer(OptimizerConfig(name="sgd", arguments=(("b1", 0.9),)))
     with pytest.raises(ValueError, match="got 'learning_rate'"):
         make_optimizer(OptimizerConfig(name="sgd", arguments=(("learning_rate", 0.9),)))

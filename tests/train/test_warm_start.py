@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -169,6 +170,36 @@ def test_another_learning_rate_keeps_the_slots(old: tuple[Small, Restored]) -> N
     new = make_small(1, tables=[dataclasses.replace(table, optimizer=other) for table in TABLES[1:2]], features=_tag_features())
     _, lines = take_over(new.model, new.state, new.mapper, snapshot, identity())
     assert f"table tag: {len(rows)} rows taken over, optimizer slots start anew" in lines
+
+
+def test_another_dtype_rounds_the_vectors_and_keeps_the_slots(old: tuple[Small, Restored]) -> None:
+    small, snapshot = old
+    new = make_small(1, tables=[dataclasses.replace(table, dtype="bfloat16") for table in TABLES])
+    state, lines = take_over(new.model, new.state, new.mapper, snapshot, identity())
+    rows, old_rows = rows_by_id(dataclasses.replace(new, state=state), "tag"), rows_by_id(small, "tag")
+    assert rows.keys() == old_rows.keys() and f"table tag: {len(rows)} rows taken over" in lines
+    rows = {one: rows[one] for one in old_rows}
+    vectors = np.array([row[:4] for row in old_rows.values()], np.float32).astype(jnp.bfloat16)
+    assert len(vectors) > 10
+    np.testing.assert_array_equal([row[:2] for row in rows.values()], vectors.view(np.uint16).view(np.float32))
+    assert [row[2:] for row in rows.values()] == [row[4:] for row in old_rows.values()]
+
+
+def test_words_of_bfloat16_come_back_from_the_disk_to_the_bit(tmp_path: Path) -> None:
+    tables = tuple(dataclasses.replace(table, dtype="bfloat16") for table in TABLES)
+    small = make_small(8, tables=tables)
+    state, _ = make_train_step(small.model)(small.state, small.inputs_of(make_examples(16))[0])
+    # Every 32 bits that a word can start with: as float32 many are denormal or no numbers.
+    every = [np.resize(np.arange(2**16, dtype=np.uint32) << 16 | 1, array.shape).view(np.float32) for array in state.groups]
+    groups = tuple(jax.device_put(one, array.sharding) for one, array in zip(every, state.groups, strict=True))
+    state = state._replace(groups=groups)
+    snapshots = Snapshots(SnapshotConfig(), tmp_path)
+    snapshots.save(1, state, {"maps": small.mapper.get_state(), "memories": []}, {"arrays": {}}, identity(tables))
+    snapshots.wait()
+    restored = snapshots.restore(1, state, identity(tables)).state.groups
+    snapshots.close()
+    for one, array in zip(every, restored, strict=True):
+        np.testing.assert_array_equal(np.asarray(array).view(np.uint32), one.view(np.uint32))
 
 
 def _tag_features() -> Any:
