@@ -86,7 +86,7 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="host of process 0, and a free port there")
     group.add_argument("--num_processes", type=int, metavar="N", help="all processes of the run")
     group.add_argument("--process_id", type=int, metavar="I", help="which one this is, 0 to N - 1")
-    group.add_argument("--join_timeout_s", type=int, metavar="S", default=300, help="wait for all so long (default: %(default)s)")
+    group.add_argument("--join_timeout_s", type=int, metavar="S", default=300, help="wait so long for all (%(default)s)")
 
 
 def _override(parser: argparse.ArgumentParser, argument: str) -> str:

@@ -1,17 +1,19 @@
 """Who belongs to a run: flags and the cluster's variables to a coordinator's address, a number of processes and this one's id.
 
-In: `ProcessFlags` and the environment. Out: `Members`, or None for a process on its own. Read from, in this order:
+In: `ProcessFlags` and the environment. Out: `Members`, or None for a process on its own. Who says so, in this order:
 
-| who starts the processes | variables | coordinator |
-|---|---|---|
-| flags | none: all three flags, or `--num_processes=1` for a run on its own | `--coordinator` |
-| Open MPI's `mpirun` | `OMPI_COMM_WORLD_SIZE`, `_RANK`, `_LOCAL_SIZE`, `_LOCAL_RANK` | host in `OMPI_MCA_orte_hnp_uri` (4.x only) |
-| SLURM's `srun` | `SLURM_JOB_ID`, `SLURM_PROCID`, `SLURM_LOCALID`, `SLURM_STEP_NODELIST`, `SLURM_STEP_NUM_TASKS` | the step's first host |
-| Kubernetes, indexed Job | `JOB_COMPLETION_INDEX`: asks for flags, as `launch/cluster/jobset.yaml` gives them | `--coordinator` |
+- Flags: `--coordinator`, `--num_processes` and `--process_id`, all three; or `--num_processes=1` for a run on its own.
+- Open MPI's `mpirun`: `OMPI_COMM_WORLD_SIZE`, `_RANK`, `_LOCAL_SIZE`, `_LOCAL_RANK`; the coordinator's host is the launcher's,
+  in `OMPI_MCA_orte_hnp_uri` (4.x only).
+- SLURM's `srun`: `SLURM_JOB_ID`, `SLURM_PROCID`, `SLURM_LOCALID`, `SLURM_STEP_NODELIST`, `SLURM_STEP_NUM_TASKS`,
+  `SLURM_STEP_NUM_NODES`; the coordinator is on the step's first host.
+- Kubernetes: `JOB_COMPLETION_INDEX` says that this is a pod of an indexed Job, not of how many; flags are asked for, as
+  `launch/cluster/jobset.yaml` gives them.
 
-`JAX_COORDINATOR_ADDRESS=HOST:PORT` replaces the address of Open MPI and SLURM, `JAX_COORDINATOR_PORT` its port; the ports are those
-that jax's own detection takes. That detection is not used: it does not tell the address, which the roll call needs first; it takes
-one GPU for a process that has its host to itself; it knows no Open MPI 5; and for Kubernetes it needs a package and rights to list pods.
+`JAX_COORDINATOR_ADDRESS=HOST:PORT` replaces the address of Open MPI and SLURM, `JAX_COORDINATOR_PORT` its port; the ports are
+those of jax's own detection. That detection is not used: it does not tell the address, which the roll call needs first; it
+takes one GPU for a process that has its host to itself; it knows no Open MPI 5; for Kubernetes it needs a package and the right
+to list pods.
 """
 
 from __future__ import annotations
@@ -100,8 +102,8 @@ def _by_open_mpi(environ: Mapping[str, str]) -> Members:
         address = _overridden(environ, "", 0)
     else:
         raise ValueError(
-            f"mpirun started {size} processes, but OMPI_MCA_orte_hnp_uri does not say where the first one runs (Open MPI 5 does "
-            f"not set it): mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT, with the host of rank 0 and a free port there"
+            f"mpirun started {size} processes, but OMPI_MCA_orte_hnp_uri does not say where the first one runs (Open MPI 5 "
+            f"does not set it): mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT, with the host of rank 0 and a free port there"
         )
     alone = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
     return Members(address, size, rank, _local(environ, alone, "OMPI_COMM_WORLD_LOCAL_RANK"), "Open MPI")
@@ -135,10 +137,12 @@ def _overridden(environ: Mapping[str, str], host: str, job: int) -> str:
 def _checked(address: str, name: str) -> str:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"{name}: {address!r} is no HOST:PORT; expected process 0's host and a free port there, 10.0.0.1:12345")
+        raise ValueError(f"{name}: {address!r} is no HOST:PORT; expected process 0's host and a free port, 10.0.0.1:12345")
     return address
 
 
 def _check_id(process_id: int, num_processes: int, name: str) -> None:
     if not 0 <= process_id < num_processes:
-        raise ValueError(f"{name} is {process_id}; expected 0 to {num_processes - 1}, since the run has {num_processes} processes")
+        raise ValueError(
+            f"{name} is {process_id}; expected 0 to {num_processes - 1}, since the run has {num_processes} processes"
+        )

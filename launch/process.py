@@ -41,7 +41,7 @@ def join(flags: ProcessFlags) -> Iterator[None]:
     the block each waits for all others to be there.
 
     Raises:
-        ValueError: Flags or variables are wrong; a process did not join in time; the coordinator's port is taken or out of reach.
+        ValueError: Flags or variables are wrong; a process stayed away; the coordinator's port is taken or out of reach.
     """
     members = find_members(flags, os.environ)
     if members is None:

@@ -1,7 +1,7 @@
 """Waits for all processes of a run by name, and ends all of them when one is lost.
 
-In: `Members`. Out: a `Watch`, once everyone is there. jax's coordination service aborts in C++ where someone stays away, without
-saying who, and tells of a death only after its heartbeat's 100 seconds. Here each process opens one TCP connection to
+In: `Members`. Out: a `Watch`, once everyone is there. jax's coordination service aborts in C++ where someone stays away,
+without saying who, and tells of a death only after its heartbeat's 100 seconds. Here each process opens one TCP connection to
 process 0, at the coordinator's own address, before jax takes that port over; it stays open while the run lasts. The kernel
 closes the connection of a process that dies, whatever the cause, at once; of a host that is gone, after 30 seconds.
 Process 0 tells all others. A process that hangs with its connection alive is left to jax's heartbeat.
@@ -92,9 +92,9 @@ def _listen(members: Members) -> socket.socket:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
         raise ValueError(
-            f"process 0 cannot listen at {members.coordinator}: port {members.port} of this host "
-            f"({socket.gethostname()}) is {'in use' if error.errno == errno.EADDRINUSE else 'not allowed'}; choose another with "
-            f"--coordinator, or JAX_COORDINATOR_PORT under SLURM and Open MPI, the same for all processes"
+            f"process 0 cannot listen at {members.coordinator}: port {members.port} of this host ({socket.gethostname()}) is "
+            f"{'in use' if error.errno == errno.EADDRINUSE else 'not allowed'}; choose another with --coordinator, or with "
+            f"JAX_COORDINATOR_PORT under SLURM and Open MPI, the same for all processes"
         ) from None
 
 
@@ -112,6 +112,7 @@ def _gather(members: Members, timeout_s: float) -> dict[int, Peer]:
                 text = _away(members, away, timeout_s)
                 for peer in peers.values():
                     peer.send(refused=text)
+                    peer.connection.close()
                 raise ValueError(text) from None
             _admit(members, Peer(connection, ""), peers)
     # The port is free again for jax.
@@ -131,19 +132,25 @@ def _admit(members: Members, peer: Peer, peers: dict[int, Peer]) -> None:
         peer.connection.close()
         return
     peer.host = str(hello.get("host"))
+    own_port = "and each run a coordinator's port of its own"
     if told != members.num_processes:
-        peer.send(
-            refused=f"process 0 at {members.coordinator} was told of {members.num_processes} processes, process {process_id} on "
-            f"{peer.host} of {told}: give all the same --num_processes, and each run a coordinator's port of its own"
+        refused = (
+            f"process 0 at {members.coordinator} was told of {members.num_processes} processes, process {process_id} on "
+            f"{peer.host} of {told}: give all processes the same --num_processes, {own_port}"
         )
     elif not 0 < process_id < members.num_processes or (process_id in peers and peers[process_id].is_open()):
         first = peers[process_id].host if process_id in peers else members.host
-        peer.send(
-            refused=f"process id {process_id} is given twice, on {first} and {peer.host}: give each process its own "
-            f"--process_id, and each run a coordinator's port of its own"
+        refused = (
+            f"process id {process_id} is given twice, on {first} and {peer.host}: give each process its own --process_id, "
+            f"{own_port}"
         )
     else:
+        if process_id in peers:
+            peers[process_id].connection.close()
         peers[process_id] = peer
+        return
+    peer.send(refused=refused)
+    peer.connection.close()
 
 
 def _away(members: Members, away: list[int], timeout_s: float) -> str:
@@ -182,12 +189,12 @@ def _answer(members: Members, timeout_s: float) -> Peer:
         connection.close()
         if messages and "refused" in messages[0]:
             raise ValueError(messages[0]["refused"])
-        last = "something answers there that is not process 0 of a run that waits: another program, or a run that goes on already"
+        last = "what answers there does not wait for this process: another program, or a run that goes on already"
         time.sleep(min(left, 0.1))
     raise ValueError(
         f"process {members.process_id} of {members.num_processes} found no coordinator at {members.coordinator} within "
-        f"{timeout_s:g} s ({last}). Check that process 0 was started on {members.host}, that its own output shows no error, and "
-        f"that the port is open to this host ({socket.gethostname()}); the address comes from {members.told_by}"
+        f"{timeout_s:g} s ({last}). Check that process 0 was started on {members.host}, that its own output shows no error, "
+        f"and that the port is open to this host ({socket.gethostname()}); the address comes from {members.told_by}"
     )
 
 
@@ -230,9 +237,11 @@ class Watch:
                             self._peers[0].send(done=True)
                     elif not self._hear(key.data):
                         selector.unregister(key.fileobj)
-        if self._members.process_id == 0:
-            for peer in self._peers.values():
+        for peer in self._peers.values():
+            if self._members.process_id == 0:
                 peer.send(done=True)
+            peer.connection.close()
+        self._woken.close()
 
     def _hear(self, process_id: int) -> bool:
         """Takes in what a process said; returns whether it may say more."""

@@ -11,6 +11,8 @@
 # all processes would take the same: with GPUs, each process takes an equal share of GPUS (default: all that nvidia-smi lists).
 # JAX_PLATFORMS=cpu uses none; MeshConfig.cpu_devices then splits each process.
 set -euo pipefail
+# Each process gets a process group of its own: Ctrl-C comes to this script alone, which passes it on once.
+set -m
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: launch/cluster/local.sh N COMMAND [ARGUMENT ...], N processes; see the head of the file" >&2

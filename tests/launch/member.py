@@ -25,9 +25,7 @@ def summed() -> float:
     mesh = jax.make_mesh((size,), ("all",), axis_types=(AxisType.Auto,))
     whole = np.arange(size, dtype=np.float32)
     spread = jax.make_array_from_callback((size,), NamedSharding(mesh, PartitionSpec("all")), lambda index: whole[index])
-    total = jax.shard_map(
-        lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=PartitionSpec("all"), out_specs=PartitionSpec()
-    )
+    total = jax.shard_map(lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=PartitionSpec("all"), out_specs=PartitionSpec())
     return float(jax.jit(total)(spread)[0])
 
 
@@ -43,7 +41,7 @@ def instead_of_training(duty: str) -> Any:
             "sum": summed(),
             "pid": os.getpid(),
         }
-        print(json.dumps(seen), flush=True)
+        os.write(1, f"{json.dumps(seen)}\n".encode())  # In one piece: two processes may share the pipe.
         name, _, who = duty.partition(":")
         if who and int(who) == jax.process_index():
             if name == "fail":
