@@ -65,7 +65,7 @@ def join(flags: ProcessFlags) -> Iterator[None]:
 
 
 def _tell_jax(members: Members, timeout_s: int) -> None:
-    platforms = jax.config.jax_platforms
+    platforms = os.environ.get("JAX_PLATFORMS")
     if platforms and "cpu" not in platforms.split(","):
         # Ids travel between hosts on CPU devices.
         jax.config.update("jax_platforms", f"{platforms},cpu")
