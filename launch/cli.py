@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 _GIN = "--gin."
 _FLAGS = ("--gin_file", "--workdir", "--help")
+_PROCESS_FLAGS = ("--coordinator", "--num_processes", "--process_id", "--join_timeout_s")
 _OVERRIDES = """\
 overrides, over what the files say:
   --gin.TrainConfig.steps=100     one field
@@ -19,6 +20,19 @@ overrides, over what the files say:
 A bare word is text and needs no quotes. Every name, type and default stands in configs/reference.gin.
 
 """
+
+
+class ProcessFlags(NamedTuple):
+    """Which processes form the run, as far as the command line says; `launch.members` reads the rest."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0."""
+    num_processes: int | None = None
+    """All processes of the run."""
+    process_id: int | None = None
+    """This one's, from 0."""
+    join_timeout_s: int = 300
+    """How long to wait for all processes."""
 
 
 class Arguments(NamedTuple):
@@ -30,18 +44,21 @@ class Arguments(NamedTuple):
     """Bindings as text, in the order given: `TrainConfig.steps = 100`."""
     workdir: Path
     """The run folder."""
+    processes: ProcessFlags = ProcessFlags()
+    """Given only to commands that run as several processes."""
 
 
-def parse(argv: Sequence[str] | None, description: str, example: str) -> Arguments:
+def parse(argv: Sequence[str] | None, description: str, example: str, several: bool = False) -> Arguments:
     """Reads a command line; prints help or an error and exits where argparse would.
 
     Args:
       argv: The arguments, None for those of the process.
       description: What the command does, a sentence.
       example: A full command line that works, starting with `python -m module`.
+      several: Whether the command may run as several processes, and takes the flags of `ProcessFlags`.
 
     Returns:
-      The gin files, the overrides and the run folder.
+      The gin files, the overrides, the run folder and what was said of processes.
     """
     parser = argparse.ArgumentParser(
         prog=" ".join(example.split()[:3]),
@@ -53,12 +70,23 @@ def parse(argv: Sequence[str] | None, description: str, example: str) -> Argumen
     )
     parser.add_argument("--gin_file", action="append", required=True, metavar="PATH", help="a gin file; later ones win")
     parser.add_argument("--workdir", type=Path, required=True, metavar="FOLDER", help="the run folder; made when missing")
+    if several:
+        _add_processes(parser)
     known, unknown = parser.parse_known_args(argv)
     overrides = [_override(parser, argument) for argument in unknown if argument.startswith(_GIN)]
     for argument in unknown:
         if not argument.startswith(_GIN):
-            parser.error(_unknown(argument))
-    return Arguments(known.gin_file, overrides, known.workdir)
+            parser.error(_unknown(argument, (*_FLAGS, *_PROCESS_FLAGS) if several else _FLAGS))
+    processes = ProcessFlags(*(getattr(known, name) for name in ProcessFlags._fields)) if several else ProcessFlags()
+    return Arguments(known.gin_file, overrides, known.workdir, processes)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes", "not needed under SLURM's srun and Open MPI 4; see launch/cluster/")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="host of process 0, and a free port there")
+    group.add_argument("--num_processes", type=int, metavar="N", help="all processes of the run")
+    group.add_argument("--process_id", type=int, metavar="I", help="which one this is, 0 to N - 1")
+    group.add_argument("--join_timeout_s", type=int, metavar="S", default=300, help="wait so long for all (%(default)s)")
 
 
 def _override(parser: argparse.ArgumentParser, argument: str) -> str:
@@ -79,9 +107,9 @@ def _quoted(value: str) -> str:
     return value
 
 
-def _unknown(argument: str) -> str:
+def _unknown(argument: str, flags: Sequence[str]) -> str:
     flag = argument.partition("=")[0]
     if "." in flag or not flag.startswith("-"):
         return f"unknown argument {argument}; a binding is written {_GIN}{flag.lstrip('-')}=VALUE"
-    closest = difflib.get_close_matches(flag, _FLAGS, n=1, cutoff=0.0)[0]
+    closest = difflib.get_close_matches(flag, flags, n=1, cutoff=0.0)[0]
     return f"unknown flag {flag}; the nearest is {closest}"

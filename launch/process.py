@@ -1,17 +1,28 @@
-"""What has to be set in a process before it computes: devices, the compile cache.
+"""What has to be set in a process before it computes: devices, the compile cache, the other processes of the run.
 
-In: the mesh's config. Out: nothing; call it before the first use of jax's devices.
+In: the mesh's config, and the flags of several processes. Out: nothing; call both before the first use of jax's devices.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 
+from launch.cli import ProcessFlags
+from launch.members import Members, find_members
+from launch.roll_call import call_roll
 from monolith_jax.mesh import MeshConfig, split_cpu
+
+USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
+"""What a user can cause and put right: told in one line, without a traceback."""
+_VERDICT_S = 2.0
 
 
 def prepare(mesh: MeshConfig) -> None:
@@ -19,3 +30,53 @@ def prepare(mesh: MeshConfig) -> None:
     split_cpu(mesh)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(tempfile.gettempdir()) / f"monolith_jax_xla_{os.getuid()}")
     jax.config.update("jax_compilation_cache_dir", cache)
+
+
+@contextmanager
+def join(flags: ProcessFlags) -> Iterator[None]:
+    """Makes this process one of several for as long as the block runs; does nothing for a process on its own.
+
+    Who they are comes from flags or the cluster's variables (`launch.members`). All of them are waited for, then jax is told.
+    In the block, a process that is lost or fails ends all others with status 1 and a line that names it. At the end of
+    the block each waits for all others to be there.
+
+    Raises:
+        ValueError: Flags or variables are wrong; a process stayed away; the coordinator's port is taken or out of reach.
+    """
+    members = find_members(flags, os.environ)
+    if members is None:
+        yield
+        return
+    if flags.join_timeout_s < 1:
+        raise ValueError(f"--join_timeout_s is {flags.join_timeout_s}; expected seconds, at least 1")
+    watch = call_roll(members, flags.join_timeout_s)
+    watch.start()
+    try:
+        _tell_jax(members, flags.join_timeout_s)
+        yield
+    except BaseException as error:
+        if isinstance(error, RuntimeError):
+            # A collective that broke since another process died: the watch is about to say so, and ends this one.
+            time.sleep(_VERDICT_S)
+        line = f"{type(error).__name__}: {error}"
+        os.write(2, f"{line}\n".encode() if isinstance(error, USER_ERRORS) else traceback.format_exc().encode())
+        watch.fail(line)
+    watch.close()
+
+
+def _tell_jax(members: Members, timeout_s: int) -> None:
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms and "cpu" not in platforms.split(","):
+        # Ids travel between hosts on CPU devices.
+        jax.config.update("jax_platforms", f"{platforms},cpu")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It takes SIGTERM for itself until the run asks for it, and a process told to end in between would not.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        members.coordinator,
+        members.num_processes,
+        members.process_id,
+        local_device_ids=members.local_device,
+        cluster_detection_method="deactivate",
+        initialization_timeout=timeout_s,
+    )

@@ -14,15 +14,19 @@ EXAMPLE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    arguments = cli.parse(argv, "Trains a model; goes on from the newest snapshot where the run folder holds one.", EXAMPLE)
+    does = "Trains a model; goes on from the newest snapshot where the run folder holds one."
+    arguments = cli.parse(argv, does, EXAMPLE, several=True)
     # Imported late: --help answers at once.
+    from launch.process import USER_ERRORS, join, prepare
     from launch.run import train
     from monolith_jax.experiment import load
 
     try:
         experiment = load(arguments.gin_files, arguments.overrides)
-        train(experiment, arguments.workdir)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+        prepare(experiment.mesh)
+        with join(arguments.processes):
+            train(experiment, arguments.workdir)
+    except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import parse
+from launch.cli import ProcessFlags, parse
 
 EXAMPLE = "python -m launch.train --gin_file=configs/quickstart.gin --workdir=checkpoints/quickstart"
 NEEDED = ["--gin_file=a.gin", "--workdir=run"]
@@ -12,7 +12,7 @@ NEEDED = ["--gin_file=a.gin", "--workdir=run"]
 
 def test_files_overrides_and_folder_keep_their_order() -> None:
     found = parse(["--gin_file=a.gin", "--gin.B.c=1", "--gin_file", "b.gin", "--gin.D=2", "--workdir", "run"], "", EXAMPLE)
-    assert found == (["a.gin", "b.gin"], ["B.c = 1", "D = 2"], Path("run"))
+    assert found == (["a.gin", "b.gin"], ["B.c = 1", "D = 2"], Path("run"), ProcessFlags())
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,15 @@ def test_help_shows_the_example_and_the_overrides(capsys: pytest.CaptureFixture[
     assert caught.value.code == 0
     assert text.startswith("usage: python -m launch.train --gin_file=PATH")
     assert all(part in text for part in ("Trains a model.", EXAMPLE, "--gin.user/TableConfig.dim=8"))
+
+
+def test_flags_of_processes_are_for_commands_that_take_them(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--coordinator=a:1", "--num_processes=4", "--process_id=3", "--join_timeout_s=9"]
+    assert parse([*NEEDED, *given], "", EXAMPLE, several=True).processes == ProcessFlags("a:1", 4, 3, 9)
+    assert parse(NEEDED, "", EXAMPLE, several=True).processes == ProcessFlags(None, None, None, 300)
+    with pytest.raises(SystemExit):
+        parse([*NEEDED, *given], "", EXAMPLE)
+    assert "unknown flag --coordinator" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse([*NEEDED, "--proces_id=0"], "", EXAMPLE, several=True)
+    assert "the nearest is --process_id" in capsys.readouterr().err
