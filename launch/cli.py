@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _GIN = "--gin."
-_FLAGS = ("--gin_file", "--workdir", "--help")
+_GIN_USAGE = "%(prog)s --gin_file=PATH [--gin_file=PATH ...] [--gin.NAME=VALUE ...] "
 _OVERRIDES = """\
 overrides, over what the files say:
   --gin.TrainConfig.steps=100     one field
@@ -43,22 +43,36 @@ def parse(argv: Sequence[str] | None, description: str, example: str) -> Argumen
     Returns:
       The gin files, the overrides and the run folder.
     """
+    parser = gin_parser(description, example, "--workdir=FOLDER")
+    parser.add_argument("--workdir", type=Path, required=True, metavar="FOLDER", help="the run folder; made when missing")
+    known, overrides = parse_gin(parser, argv, ("--gin_file", "--workdir", "--help"))
+    return Arguments(known.gin_file, overrides, known.workdir)
+
+
+def gin_parser(description: str, example: str, usage: str) -> argparse.ArgumentParser:
+    """Returns a parser of a command that reads gin files; `usage` names its further flags, which the caller adds."""
     parser = argparse.ArgumentParser(
         prog=" ".join(example.split()[:3]),
         description=description,
         epilog=_OVERRIDES + f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="%(prog)s --gin_file=PATH [--gin_file=PATH ...] [--gin.NAME=VALUE ...] --workdir=FOLDER",
+        usage=_GIN_USAGE + usage,
     )
     parser.add_argument("--gin_file", action="append", required=True, metavar="PATH", help="a gin file; later ones win")
-    parser.add_argument("--workdir", type=Path, required=True, metavar="FOLDER", help="the run folder; made when missing")
+    return parser
+
+
+def parse_gin(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, flags: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Returns what the parser found, and the overrides; exits where it would. `flags`: all of its flags."""
     known, unknown = parser.parse_known_args(argv)
     overrides = [_override(parser, argument) for argument in unknown if argument.startswith(_GIN)]
     for argument in unknown:
         if not argument.startswith(_GIN):
-            parser.error(_unknown(argument))
-    return Arguments(known.gin_file, overrides, known.workdir)
+            parser.error(_unknown(argument, flags))
+    return known, overrides
 
 
 def _override(parser: argparse.ArgumentParser, argument: str) -> str:
@@ -79,9 +93,9 @@ def _quoted(value: str) -> str:
     return value
 
 
-def _unknown(argument: str) -> str:
+def _unknown(argument: str, flags: Sequence[str]) -> str:
     flag = argument.partition("=")[0]
     if "." in flag or not flag.startswith("-"):
         return f"unknown argument {argument}; a binding is written {_GIN}{flag.lstrip('-')}=VALUE"
-    closest = difflib.get_close_matches(flag, _FLAGS, n=1, cutoff=0.0)[0]
+    closest = difflib.get_close_matches(flag, flags, n=1, cutoff=0.0)[0]
     return f"unknown flag {flag}; the nearest is {closest}"
