@@ -37,8 +37,8 @@ from monolith_jax.train.shapes import bytes_by, exchanged, input_shapes, local_b
 from monolith_jax.train.state import Model, TrainState, first_state, input_shardings, state_shardings
 from monolith_jax.train.step import make_read, make_train_step
 
-MANIFEST_BYTES = 2**16
-"""What Orbax writes beside the arrays of a snapshot, about."""
+NOISE_LEFT, MAPS_LEFT = 0.92, 0.70
+"""What Orbax's zstd leaves of float32 noise, and of full id maps with random ids (measured)."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,9 @@ class Footprint:
     host: HostBytes
     """With all ids of a batch distinct."""
     snapshot: int
-    """One snapshot on disk before compression, when the tables are full."""
+    """One snapshot when the tables are full, before compression."""
+    written: int
+    """Estimate of its size on disk, at most: as if all floats were noise."""
 
 
 def measure(
@@ -179,7 +181,7 @@ def measure(
     host = _host_bytes(model, most, num_hosts, history, counters)
     host = dataclasses.replace(host, state=sum(jax.tree.leaves(of_state)) * (num_devices // num_hosts))
     whole = sum(whole_bytes(leaf) for leaf in jax.tree.leaves(state))
-    saved = (host.maps + host.filters) * num_hosts + host.memories
+    maps = (host.maps + host.filters) * num_hosts
     floats = sum(table.max_rows * group.dim for group in model.groups for table in group.tables)
     return Footprint(
         num_devices=num_devices,
@@ -191,7 +193,8 @@ def measure(
         all_distinct=most.traffic(of_state),
         zipf=_Step(model, state, batch_size, zipf_distinct).traffic(of_state),
         host=host,
-        snapshot=whole + saved + MANIFEST_BYTES,
+        snapshot=whole + maps + host.memories,
+        written=round(NOISE_LEFT * whole + MAPS_LEFT * maps) + host.memories,
     )
 
 
@@ -206,39 +209,52 @@ def refuse(found: Footprint, device_memory: float, host_memory: float | None) ->
     Raises:
         ValueError: It does not fit. The message names the largest table and what to change.
     """
-    if found.device.total > device_memory:
+    device, host = found.device, found.host
+    if device.total > device_memory:
         of_tables = {table.name: table.vectors + table.slots for table in found.tables}
-        device = found.device
         shared = device.weights + device.optimizer + device.inputs + device.exchange
-        raise ValueError(_refusal(found, "device", found.device.total, device_memory, of_tables, found.num_devices, shared))
-    if host_memory is not None and found.host.total > host_memory:
+        numbers = (found.num_devices, found.num_shards)
+        raise ValueError(_refusal(found, "device", numbers, (device.total, shared, device_memory), of_tables))
+    if host_memory is not None and host.total > host_memory:
         of_tables = {table.name: table.host for table in found.tables}
-        num_hosts, shared = found.num_hosts, found.host.memories
-        raise ValueError(_refusal(found, "host", found.host.total, host_memory, of_tables, num_hosts, shared))
+        numbers = (found.num_hosts, found.num_devices)
+        raise ValueError(_refusal(found, "host", numbers, (host.total, 3 * host.memories, host_memory), of_tables))
 
 
 def _refusal(
-    found: Footprint, what: str, needed: float, there: float, of_tables: dict[str, float], number: int, shared: float
+    found: Footprint, what: str, numbers: tuple[int, int], sizes: tuple[float, float, float], of_tables: dict[str, float]
 ) -> str:
-    """Returns why it does not fit. `shared`: bytes that more devices or hosts would not make much less."""
+    """Returns why it does not fit.
+
+    Args:
+        found: What is needed.
+        what: "device" or "host".
+        numbers: How many of them there are, and could be.
+        sizes: Bytes that one needs, the part of it that more of them would not make less, and what one has.
+        of_tables: Bytes of one for each table.
+    """
+    (number, most), (needed, shared, there) = numbers, sizes
     name = max(of_tables, key=lambda name: of_tables[name])
     table = next(table for table in found.tables if table.name == name)
+
+    def fits(more: int) -> bool:
+        return (needed - shared) * number / more + shared <= there
+
     more = number
-    while more < found.num_shards and (needed - shared) * number / more + shared > there:
+    while not fits(more) and 2 * more <= most:
         more *= 2
-    ways = [f"--{what}s={more}"] if (needed - shared) * number / more + shared <= there else []
+    ways = [f"--{what}s={more}"] if fits(more) else []
     rows = int(table.max_rows * (1 - (needed - there) / of_tables[name]) * 0.99)
     if rows > 0:
         ways += [f"a TableConfig.max_rows of {rows:,} for it"]
-    if rows > 0 and what == "device":
-        ways += ["a smaller TableConfig.dim", "an OptimizerConfig with fewer slots"]
+        if what == "device":
+            ways += ["a smaller TableConfig.dim", "an OptimizerConfig with fewer slots"]
     if not ways or of_tables[name] < needed / 2:
         ways += ["a smaller TrainConfig.batch_size", "smaller towers" if what == "device" else "smaller histories and counters"]
-    reserved = f"{of_tables[name] / 1e9:,.2f} GB for max_rows {table.max_rows:,}"
     return (
-        f"a {what} would need {needed / 1e9:,.2f} GB and has {there / 1e9:,.2f} GB. The table {name!r} takes the most of all: "
-        f"{reserved}, dim {table.dim}, optimizer {table.optimizer}, on {number} {what}{'s' * (number > 1)}. "
-        f"Use {', or '.join(ways)}"
+        f"a {what} would need {needed / 1e9:,.3f} GB and has {there / 1e9:,.3f} GB. Of the tables {name!r} takes the most, "
+        f"{of_tables[name] / 1e9:,.3f} GB: max_rows {table.max_rows:,}, dim {table.dim}, optimizer {table.optimizer}, "
+        f"on {number} {what}{'s' * (number > 1)}. Use {', or '.join(ways)}"
     )
 
 
