@@ -216,7 +216,9 @@ def refuse(found: Footprint, device_memory: float, host_memory: float | None) ->
         numbers = (found.num_devices, found.num_shards)
         raise ValueError(_refusal(found, "device", numbers, (device.total, shared, device_memory), of_tables))
     if host_memory is not None and host.total > host_memory:
-        of_tables = {table.name: table.host for table in found.tables}
+        devices = found.num_devices // found.num_hosts
+        # The map, its two copies at a snapshot, and the rows on their way to disk.
+        of_tables = {table.name: 3 * table.host + devices * (table.vectors + table.slots) for table in found.tables}
         numbers = (found.num_hosts, found.num_devices)
         raise ValueError(_refusal(found, "host", numbers, (host.total, 3 * host.memories, host_memory), of_tables))
 

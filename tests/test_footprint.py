@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused_with_a_size_that_does() -> None:
 
 def test_a_host_that_is_too_small_is_refused() -> None:
     found = small_footprint()
-    with pytest.raises(ValueError, match=r"a host would need .* 'video' .*--hosts=4") as caught:
+    with pytest.raises(ValueError, match=r"a host would need .* 'video' .*--hosts=4, or a TableConfig.max_rows") as caught:
         refuse(found, 80e9, found.host.total / 3)
     assert "fewer slots" not in str(caught.value)
     refuse(small_footprint(num_hosts=4), 80e9, found.host.total / 3)

@@ -18,7 +18,7 @@ from monolith_jax.ids.lines import LINE_WORDS
 from monolith_jax.ids.mapper import Rule, fresh_size, grown_size
 
 ZIPF = 1.05
-"""Exponent of the estimate: what click logs show (DynamicEmb and FBGEMM measure with it)."""
+"""Exponent of the estimate, that of the benchmarks (`launch.bench`)."""
 
 DistinctIds = Callable[[float, float], float]
 """Distinct ids among `draws` of a table of `rows`."""
