@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _GIN = "--gin."
+_GIN_USAGE = "%(prog)s --gin_file=PATH [--gin_file=PATH ...] [--gin.NAME=VALUE ...] "
 _FLAGS = ("--gin_file", "--workdir", "--help")
 _PROCESS_FLAGS = ("--coordinator", "--num_processes", "--process_id", "--join_timeout_s")
 _OVERRIDES = """\
@@ -60,25 +61,39 @@ def parse(argv: Sequence[str] | None, description: str, example: str, several: b
     Returns:
       The gin files, the overrides, the run folder and what was said of processes.
     """
+    parser = gin_parser(description, example, "--workdir=FOLDER")
+    parser.add_argument("--workdir", type=Path, required=True, metavar="FOLDER", help="the run folder; made when missing")
+    if several:
+        _add_processes(parser)
+    known, overrides = parse_gin(parser, argv, (*_FLAGS, *_PROCESS_FLAGS) if several else _FLAGS)
+    processes = ProcessFlags(*(getattr(known, name) for name in ProcessFlags._fields)) if several else ProcessFlags()
+    return Arguments(known.gin_file, overrides, known.workdir, processes)
+
+
+def gin_parser(description: str, example: str, usage: str) -> argparse.ArgumentParser:
+    """Returns a parser of a command that reads gin files; `usage` names its further flags, which the caller adds."""
     parser = argparse.ArgumentParser(
         prog=" ".join(example.split()[:3]),
         description=description,
         epilog=_OVERRIDES + f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="%(prog)s --gin_file=PATH [--gin_file=PATH ...] [--gin.NAME=VALUE ...] --workdir=FOLDER",
+        usage=_GIN_USAGE + usage,
     )
     parser.add_argument("--gin_file", action="append", required=True, metavar="PATH", help="a gin file; later ones win")
-    parser.add_argument("--workdir", type=Path, required=True, metavar="FOLDER", help="the run folder; made when missing")
-    if several:
-        _add_processes(parser)
+    return parser
+
+
+def parse_gin(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, flags: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Returns what the parser found, and the overrides; exits where it would. `flags`: all of its flags."""
     known, unknown = parser.parse_known_args(argv)
     overrides = [_override(parser, argument) for argument in unknown if argument.startswith(_GIN)]
     for argument in unknown:
         if not argument.startswith(_GIN):
-            parser.error(_unknown(argument, (*_FLAGS, *_PROCESS_FLAGS) if several else _FLAGS))
-    processes = ProcessFlags(*(getattr(known, name) for name in ProcessFlags._fields)) if several else ProcessFlags()
-    return Arguments(known.gin_file, overrides, known.workdir, processes)
+            parser.error(_unknown(argument, flags))
+    return known, overrides
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:

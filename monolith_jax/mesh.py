@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 SHARD, MODEL = "shard", "model"
 
@@ -57,6 +57,20 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if config.num_shards % num_devices:
         raise ValueError(f"{num_devices} devices do not divide MeshConfig.num_shards = {config.num_shards}; use a power of two")
     return jax.make_mesh((num_devices, 1), (SHARD, MODEL), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:num_devices])
+
+
+def make_abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """Returns a mesh of `num_devices` devices that need not be there: programs can be traced on it, not run.
+
+    Raises:
+        ValueError: The devices do not divide the shards.
+    """
+    if config.num_devices < 1 or config.num_shards % config.num_devices:
+        raise ValueError(
+            f"{config.num_devices} devices do not divide MeshConfig.num_shards = {config.num_shards}; use a power of two, and "
+            "raise MeshConfig.num_shards where there are more devices"
+        )
+    return AbstractMesh((config.num_devices, 1), (SHARD, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
 def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:

@@ -88,14 +88,7 @@ class GroupMapper:
         Raises:
             ValueError: S does not divide L, or a device would have more rows than int32 can count.
         """
-        if layout.num_shards % num_devices:
-            raise ValueError(f"{layout.num_shards} shards cannot be divided among {num_devices} devices; use a power of two")
-        self._rows_per_device = layout.num_shards // num_devices * layout.rows_per_shard
-        if self._rows_per_device + _FRESH_SIZES[-1] >= 2**31:
-            raise ValueError(
-                f"a device would hold {self._rows_per_device:,} rows of tables {layout.names}, more than int32 counts; use "
-                f"more than {num_devices} devices or a smaller TableConfig.max_rows"
-            )
+        self._rows_per_device = rows_per_device(layout, num_devices)
         self._layout = layout
         self._threads, self._alone = threads or ShardThreads(1, ()), ShardThreads(1, ())
         self.maps = IdMaps(layout, self._threads)
@@ -247,7 +240,7 @@ class GroupMapper:
             self._work.distinct, per_device, layout.rows_per_shard, layout.row_offsets, hashes, tables, rows, numbers
         )
         ids = self.maps.ids_of(hashes, tables).view(np.uint32).reshape(-1, 2)
-        size = next(size for size in _FRESH_SIZES if size >= numbers.max())
+        size = fresh_size(int(numbers.max()))
         fresh_rows = np.tile(np.arange(self._rows_per_device, self._rows_per_device + size, dtype=np.int32), (num_devices, 1))
         fresh_ids = np.zeros((num_devices, size, 2), np.uint32)
         fresh_tables = np.zeros((num_devices, size), np.int32)
@@ -270,8 +263,8 @@ class GroupMapper:
 
         threads.run(count, layout.num_shards)
         touched_of, sent_of = num_touched.reshape(num_devices, -1), num_sent.reshape(num_devices, -1, num_devices)
-        self._touched_size = _grown(self._touched_size, int(touched_of.sum(1).max()))
-        self._sent_size = _grown(self._sent_size, int(sent_of.sum(1).max()))
+        self._touched_size = grown_size(self._touched_size, int(touched_of.sum(1).max()))
+        self._sent_size = grown_size(self._sent_size, int(sent_of.sum(1).max()))
         touched = np.empty((num_devices, self._touched_size), np.int32)
         sent = np.empty((num_devices, num_devices, self._sent_size), np.int32)
         positions = np.empty(batch.ids.shape, np.int32)
@@ -371,5 +364,28 @@ class Mapper:
             group.set_state(of_group)
 
 
-def _grown(size: int, needed: int) -> int:
+def rows_per_device(layout: MapLayout, num_devices: int) -> int:
+    """Returns the rows of a group that each of S devices holds.
+
+    Raises:
+        ValueError: S does not divide L, or a device would have more rows than int32 can count.
+    """
+    if layout.num_shards % num_devices:
+        raise ValueError(f"{layout.num_shards} shards cannot be divided among {num_devices} devices; use a power of two")
+    rows = layout.num_shards // num_devices * layout.rows_per_shard
+    if rows + _FRESH_SIZES[-1] >= 2**31:
+        raise ValueError(
+            f"a device would hold {rows:,} rows of tables {layout.names}, more than int32 counts; use more than {num_devices} "
+            "devices or a smaller TableConfig.max_rows"
+        )
+    return rows
+
+
+def fresh_size(number: int) -> int:
+    """Returns the padded size F for the fresh rows of a device."""
+    return next(size for size in _FRESH_SIZES if size >= number)
+
+
+def grown_size(size: int, needed: int) -> int:
+    """Returns the padded size V or U of a plan that needs so much, after one of `size`."""
     return size if needed <= size else ladder(max(int(needed * _ROOM), size + size // 2))

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout
+from monolith_jax.ids.footprint import map_bytes
 from monolith_jax.stream.events import labels
 from monolith_jax.stream.history import ids_of, rows_of, take_over
 
@@ -156,3 +157,11 @@ class Counters:
             mine = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
             key.maps.set_state({name[5:]: array for name, array in mine.items() if name.startswith("maps.")})
             take_over(key.arrays, mine, "CountersConfig")
+
+
+def counters_bytes(config: CountersConfig) -> int:
+    """Returns the bytes of the arrays of `Counters`."""
+    layouts = [MapLayout(("counters." + key,), (config.max_rows,), 2) for key in config.keys]
+    of_labels = 16 * len(config.labels)
+    of_keys = [2 * layout.rows_per_shard * (of_labels + 16) + of_labels + 8 for layout in layouts]
+    return sum(of_keys) + sum(sum(map_bytes(layout).values()) for layout in layouts)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout
+from monolith_jax.ids.footprint import map_bytes
 from monolith_jax.ids.strings import string_ids
 from monolith_jax.stream.events import labels, valid_mask
 
@@ -157,6 +158,12 @@ def take_over(arrays: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray],
             raise ValueError(f"the state of {name!r} is {there}, expected {array.shape}; was it made with another {config}?")
     for name, array in arrays.items():
         array[:] = state[name]
+
+
+def history_bytes(config: HistoryConfig) -> int:
+    """Returns the bytes of the arrays of a `History`."""
+    layout = MapLayout(("history." + config.user_column,), (config.max_users,), 2)
+    return sum(map_bytes(layout).values()) + 2 * layout.rows_per_shard * (17 * config.length + 8) + 8
 
 
 def ids_of(examples: pa.RecordBatch, column: str, field: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,340 @@
+"""What a run will hold and move, before it runs: on each device, on each host, on disk.
+
+In: a model on a mesh whose devices need not be there, and the host's configs. Out: a `Footprint`, all in bytes, or a
+`ValueError` that names the table for which it does not fit. Nothing is allocated: training's own functions are traced on shapes
+(`jax.eval_shape`), so that their sizes are those of training. Exact: tables, dense weights, optimizer, id maps, filters,
+histories, counters. By an assumption on distinct ids: index arrays and exchange. By XLA's analysis, for the backend of this
+process: the towers. Transient arrays beside the towers are counted as if all of a program's were there at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from monolith_jax.ids.footprint import (
+    DistinctIds,
+    array_bytes,
+    bytes_of_tables,
+    most_distinct,
+    plan_sizes,
+    work_bytes,
+    zipf_distinct,
+)
+from monolith_jax.ids.mapper import Rule, rows_per_device
+from monolith_jax.planner import AHEAD
+from monolith_jax.stream.counters import CountersConfig, counters_bytes
+from monolith_jax.stream.history import HistoryConfig, history_bytes
+from monolith_jax.tables.table import Group
+from monolith_jax.train.loop import IN_FLIGHT
+from monolith_jax.train.shapes import bytes_by, exchanged, input_shapes, local_bytes, tower_bytes, whole_bytes
+from monolith_jax.train.state import Model, TrainState, first_state, input_shardings, state_shardings
+from monolith_jax.train.step import make_read, make_train_step
+
+NOISE_LEFT, MAPS_LEFT = 0.92, 0.70
+"""What Orbax's zstd leaves of float32 noise, and of full id maps with random ids (measured)."""
+
+
+@dataclass(frozen=True)
+class TableBytes:
+    """A table's part of each device and host."""
+
+    name: str
+    max_rows: int
+    rows: int
+    """Rows a device that are reserved: its part of `max_rows`, and the headroom of `MapLayout.caps`."""
+    dim: int
+    optimizer: str
+    vectors: float
+    """Bytes a device, of all rows that are reserved."""
+    slots: float
+    """Bytes a device of the optimizer's state beside them."""
+    host: float
+    """Bytes a host of id map and filter."""
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """What a device holds in the costliest moment of a step."""
+
+    tables: int
+    weights: int
+    """Dense weights."""
+    optimizer: int
+    """State of their optimizer, and the step."""
+    inputs: int
+    """Index arrays and values of all steps planned or running."""
+    rows: int
+    """Touched rows, before and after their update, and their vectors in the batch."""
+    exchange: int
+    """What `all_to_all` takes and gives."""
+    towers: int
+    """Activations and gradients at the device's part of the batch."""
+
+    @property
+    def total(self) -> int:
+        """Sum."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one step moves, a device, under one assumption on the distinct ids of a batch."""
+
+    to_batch: int
+    """Bytes that leave a device with vectors, padding included."""
+    to_owners: int
+    """Bytes that leave it with gradients, padding included."""
+    needed: float
+    """Both without padding: distinct ids of its slice whose owner is another device, times dim."""
+    dense: int
+    """Bytes that leave a device in the ring all-reduce of the gradients of the dense weights."""
+    inputs: int
+    """Bytes from the host to a device."""
+    index_arrays: int
+    """Those of them that are plans."""
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """What a host holds."""
+
+    maps: int
+    filters: int
+    memories: int
+    """Histories and counters, whole on each host."""
+    work: int
+    """The mapper's scratch, and the inputs of the plan being made."""
+    frozen: int
+    """At a snapshot: the copy of maps, filters and memories as they were after its plan, and Orbax's copy of that."""
+    state: int
+    """At a snapshot: what the host's devices hold, on its way to disk."""
+
+    @property
+    def total(self) -> int:
+        """Sum, at a snapshot."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a run holds and moves, in bytes."""
+
+    num_devices: int
+    num_hosts: int
+    num_shards: int
+    parameters: int
+    """Floats that can be learned: `max_rows` times dim, and the dense weights."""
+    tables: tuple[TableBytes, ...]
+    device: DeviceBytes
+    """With all ids of a batch distinct."""
+    all_distinct: Traffic
+    """Upper bound: all ids of a batch are distinct as far as `max_rows` goes."""
+    zipf: Traffic
+    """Estimate: ids follow rank^-1.05 over `max_rows` ids."""
+    host: HostBytes
+    """With all ids of a batch distinct."""
+    snapshot: int
+    """One snapshot when the tables are full, before compression."""
+    written: int
+    """Estimate of its size on disk, at most: as if all floats were noise."""
+
+
+def measure(
+    model: Model,
+    weights: Any,
+    batch_size: int,
+    num_hosts: int,
+    history: HistoryConfig | None = None,
+    counters: CountersConfig | None = None,
+) -> Footprint:
+    """Returns the footprint of a run.
+
+    Args:
+        model: On a mesh of `make_abstract_mesh`, or a real one.
+        weights: Its dense weights; shapes are enough.
+        batch_size: B, over all devices.
+        num_hosts: Hosts that share the devices and the shards of the id maps evenly.
+        history: Kept by each host.
+        counters: Kept by each host.
+
+    Raises:
+        ValueError: The devices do not divide batch or shards, the hosts do not divide the devices, or a device would have more
+            rows of a group than int32 counts.
+    """
+    num_devices = model.mesh.size
+    if num_hosts < 1 or num_devices % num_hosts:
+        raise ValueError(f"{num_devices} devices cannot be divided among {num_hosts} hosts; use a power of two")
+    for group in model.groups:
+        rows_per_device(group.maps, num_devices)
+    if batch_size % num_devices:
+        raise ValueError(f"TrainConfig.batch_size {batch_size} is no multiple of the {num_devices} devices")
+    state = jax.eval_shape(lambda weights: first_state(model, weights), weights)
+    of_state = bytes_by(state_shardings(model), state)
+    most = _Step(model, state, batch_size, most_distinct)
+    host = _host_bytes(model, most, num_hosts, history, counters)
+    host = dataclasses.replace(host, state=sum(jax.tree.leaves(of_state)) * (num_devices // num_hosts))
+    whole = sum(whole_bytes(leaf) for leaf in jax.tree.leaves(state))
+    maps = (host.maps + host.filters) * num_hosts
+    floats = sum(table.max_rows * group.dim for group in model.groups for table in group.tables)
+    return Footprint(
+        num_devices=num_devices,
+        num_hosts=num_hosts,
+        num_shards=model.groups[0].maps.num_shards,
+        parameters=floats + sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights)),
+        tables=tuple(_table_bytes(model, of_state, num_hosts)),
+        device=_device_bytes(most, of_state),
+        all_distinct=most.traffic(of_state),
+        zipf=_Step(model, state, batch_size, zipf_distinct).traffic(of_state),
+        host=host,
+        snapshot=whole + maps + host.memories,
+        written=round(NOISE_LEFT * whole + MAPS_LEFT * maps) + host.memories,
+    )
+
+
+def refuse(found: Footprint, device_memory: float, host_memory: float | None) -> None:
+    """Refuses what does not fit.
+
+    Args:
+        found: What is needed.
+        device_memory: Bytes of a device.
+        host_memory: Bytes of a host; None: whatever is needed is there.
+
+    Raises:
+        ValueError: It does not fit. The message names the largest table and what to change.
+    """
+    device, host = found.device, found.host
+    if device.total > device_memory:
+        of_tables = {table.name: table.vectors + table.slots for table in found.tables}
+        shared = device.weights + device.optimizer + device.inputs + device.exchange
+        numbers = (found.num_devices, found.num_shards)
+        raise ValueError(_refusal(found, "device", numbers, (device.total, shared, device_memory), of_tables))
+    if host_memory is not None and host.total > host_memory:
+        devices = found.num_devices // found.num_hosts
+        # The map, its two copies at a snapshot, and the rows on their way to disk.
+        of_tables = {table.name: 3 * table.host + devices * (table.vectors + table.slots) for table in found.tables}
+        numbers = (found.num_hosts, found.num_devices)
+        raise ValueError(_refusal(found, "host", numbers, (host.total, 3 * host.memories, host_memory), of_tables))
+
+
+def _refusal(
+    found: Footprint, what: str, numbers: tuple[int, int], sizes: tuple[float, float, float], of_tables: dict[str, float]
+) -> str:
+    """Returns why it does not fit.
+
+    Args:
+        found: What is needed.
+        what: "device" or "host".
+        numbers: How many of them there are, and could be.
+        sizes: Bytes that one needs, the part of it that more of them would not make less, and what one has.
+        of_tables: Bytes of one for each table.
+    """
+    (number, most), (needed, shared, there) = numbers, sizes
+    name = max(of_tables, key=lambda name: of_tables[name])
+    table = next(table for table in found.tables if table.name == name)
+
+    def fits(more: int) -> bool:
+        return (needed - shared) * number / more + shared <= there
+
+    more = number
+    while not fits(more) and 2 * more <= most:
+        more *= 2
+    ways = [f"--{what}s={more}"] if fits(more) else []
+    rows = int(table.max_rows * (1 - (needed - there) / of_tables[name]) * 0.99)
+    if rows > 0:
+        ways += [f"a TableConfig.max_rows of {rows:,} for it"]
+        if what == "device":
+            ways += ["a smaller TableConfig.dim", "an OptimizerConfig with fewer slots"]
+    if not ways or of_tables[name] < needed / 2:
+        ways += ["a smaller TrainConfig.batch_size", "smaller towers" if what == "device" else "smaller histories and counters"]
+    return (
+        f"a {what} would need {needed / 1e9:,.3f} GB and has {there / 1e9:,.3f} GB. Of the tables {name!r} takes the most, "
+        f"{of_tables[name] / 1e9:,.3f} GB: max_rows {table.max_rows:,}, dim {table.dim}, optimizer {table.optimizer}, "
+        f"on {number} {what}{'s' * (number > 1)}. Use {', or '.join(ways)}"
+    )
+
+
+class _Step:
+    """One step's shapes under an assumption."""
+
+    def __init__(self, model: Model, state: TrainState, batch_size: int, distinct: DistinctIds) -> None:
+        num_devices, groups = model.mesh.size, model.groups
+        tables = [model.layout.position_tables(index, group.maps.names) for index, group in enumerate(groups)]
+        self.model, self.state, self.batch_size = model, state, batch_size
+        self.sizes = [
+            plan_sizes(group.maps, of_group, batch_size, num_devices, distinct)
+            for group, of_group in zip(groups, tables, strict=True)
+        ]
+        self.inputs = input_shapes(model, batch_size, self.sizes)
+
+    def traffic(self, of_state: TrainState) -> Traffic:
+        """Returns what it moves, from the `all_to_all`s in its program."""
+        model, plans = self.model, self.inputs.plans
+        leaving = (model.mesh.size - 1) / model.mesh.size
+        to_batch = sum(exchanged(jax.make_jaxpr(make_read(model))(self.state.groups, plans)))
+        both = sum(exchanged(jax.make_jaxpr(make_train_step(model))(self.state, self.inputs)))
+        parts = zip(self.sizes, model.groups, strict=True)
+        needed = sum(2 * sizes.in_slice * group.dim * jnp.float32.dtype.itemsize for sizes, group in parts)
+        of_inputs = bytes_by(input_shardings(model, self.inputs), self.inputs)
+        return Traffic(
+            to_batch=round(to_batch * leaving),
+            to_owners=round((both - to_batch) * leaving),
+            needed=needed * leaving,
+            dense=round(2 * leaving * sum(jax.tree.leaves(of_state.weights))),
+            inputs=sum(jax.tree.leaves(of_inputs)),
+            index_arrays=sum(jax.tree.leaves(of_inputs.plans)),
+        )
+
+
+def _device_bytes(step: _Step, of_state: TrainState) -> DeviceBytes:
+    model, plans = step.model, step.inputs.plans
+    read = make_read(model)
+    rows, vectors, valid = jax.eval_shape(read, step.state.groups, plans)
+    gathered = [sum(local_bytes(leaf) for leaf in jax.tree.leaves(part)) for part in (rows, vectors, valid)]
+    of_inputs = bytes_by(input_shardings(model, step.inputs), step.inputs)
+    taken = sum(exchanged(jax.make_jaxpr(read)(step.state.groups, plans)))
+    return DeviceBytes(
+        tables=sum(jax.tree.leaves(of_state.groups)),
+        weights=sum(jax.tree.leaves(of_state.weights)),
+        optimizer=sum(jax.tree.leaves((of_state.optimizer, of_state.step))),
+        inputs=(AHEAD + IN_FLIGHT) * sum(jax.tree.leaves(of_inputs)),
+        rows=2 * gathered[0] + gathered[1] + gathered[2],
+        exchange=2 * taken,
+        towers=tower_bytes(model, step.state, step.inputs),
+    )
+
+
+def _rules(group: Group) -> list[Rule]:
+    return [Rule(table.admission, table.ttl_s) for table in group.tables]
+
+
+def _table_bytes(model: Model, of_state: TrainState, num_hosts: int) -> Iterator[TableBytes]:
+    for group, arrays in zip(model.groups, of_state.groups, strict=True):
+        shards = group.maps.num_shards // model.mesh.size
+        of_group = sum(jax.tree.leaves(arrays)) / group.maps.caps.sum()
+        slots = sum(math.prod(shape) for shape in group.rows.shapes) / group.rows.width
+        on_host = bytes_of_tables(group.maps, _rules(group)) / num_hosts
+        for table, cap, host in zip(group.tables, group.maps.caps.tolist(), on_host.tolist(), strict=True):
+            sizes = (of_group * cap * (1 - slots), of_group * cap * slots, host)
+            yield TableBytes(table.name, table.max_rows, cap * shards, table.dim, table.optimizer.name, *sizes)
+
+
+def _host_bytes(
+    model: Model, step: _Step, num_hosts: int, history: HistoryConfig | None, counters: CountersConfig | None
+) -> HostBytes:
+    maps = filters = work = 0
+    for index, group in enumerate(model.groups):
+        arrays = array_bytes(group.maps, _rules(group))
+        of_filters = sum(size for name, size in arrays.items() if name.startswith("filter"))
+        maps, filters = maps + sum(arrays.values()) - of_filters, filters + of_filters
+        work += work_bytes(group.maps, _rules(group), step.batch_size * model.layout.num_positions(index))
+    inputs = sum(whole_bytes(leaf) for leaf in jax.tree.leaves(step.inputs))
+    memories = (history_bytes(history) if history else 0) + (counters_bytes(counters) if counters else 0)
+    maps, filters = -(-maps // num_hosts), -(-filters // num_hosts)
+    return HostBytes(maps, filters, memories, (work + inputs) // num_hosts, 2 * (maps + filters + memories), 0)
