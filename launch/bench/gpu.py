@@ -8,8 +8,8 @@ Parts, each in a process of its own, so that one that fails or takes too long lo
   mmoe         the same with MMoE, 8 heads, at batch 16,384
   map          ids a second of the host's maps, on 1, half and all cores
 
-Every part measures the copy bandwidth and the rates of matrix products first; ratios are to those. Needs jax, flax, optax, numpy,
-pyarrow and numba; neither grain nor gin nor orbax. Runs on a CPU too (`--small`), to try the script.
+Every part measures the copy bandwidth and the rates of matrix products first; ratios are to those. Needs jax, flax, optax,
+numpy, pyarrow and numba; neither grain nor gin nor orbax. Runs on a CPU too (`--small`), to try the script.
 """
 
 from __future__ import annotations

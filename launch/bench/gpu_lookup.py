@@ -3,9 +3,9 @@
 In: sizes, measured limits. Out: figures by name.
 
 Workload of DynamicEmb's benchmark (NVIDIA recsys-examples): 10 tables, dim 128, 24M rows in all, 104,857 ids a table and step,
-zipf(1.05). A step gathers the distinct rows, puts a vector at each id, takes a gradient for each id, sums those of equal ids, and
-updates and writes the rows. Least bytes, with V distinct rows and N ids: V vectors read, N written; N gradients read, V rows
-(vector and optimizer state) read and written; an index of 4 bytes an id, twice.
+zipf(1.05). A step gathers the distinct rows, puts a vector at each id, takes a gradient for each id, sums those of equal ids,
+and updates and writes the rows. Least bytes, with V distinct rows and N ids: V vectors read, N written; N gradients read, V
+rows (vector and optimizer state) read and written; an index of 4 bytes an id, twice.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def make_ids(sizes: LookupSizes, seed: int = 1) -> list[GroupIds]:
 
 
 def host_map(mapper: GroupMapper, batches: list[GroupIds], rounds: int = 3) -> tuple[list[GroupPlan], float]:
-    """Returns the plans of the batches and the median milliseconds of a plan; the first round, which compiles, does not count."""
+    """Returns the plans of the batches and a plan's median milliseconds; the first round, which compiles, is not counted."""
     seen_s = np.zeros(batches[0].ids.shape[0], np.uint32)
     plans, times, number = [], [], 0
     for round_number in range(rounds + 1):
@@ -197,7 +197,10 @@ def lookup_figures(
     both_ms, read_ms, write_ms = (
         chain_ms(run, repeats) for run in (run_both, lambda: read(kept[0], plans[at[0] % len(plans)]), run_write)
     )
-    num_ids, distinct = batches[0].positions.size, statistics.mean(int((one.sent < one.touched.shape[1]).sum()) for one in batches)
+    num_ids, distinct = (
+        batches[0].positions.size,
+        statistics.mean(int((one.sent < one.touched.shape[1]).sum()) for one in batches),
+    )
     vector_bytes, row_bytes = 4 * sizes.dim, model.groups[0].shape[2] * array.dtype.itemsize
     least = distinct * (vector_bytes + 2 * row_bytes) + num_ids * (2 * vector_bytes + 8)
     counted = [xla_counts(one) for one in (read, write)]
@@ -240,8 +243,8 @@ def _sums(positions: jax.Array, size: int) -> dict[str, Callable[..., jax.Array]
 def sum_figures(plan: GroupPlan, dim: int, repeats: int) -> dict[str, float]:
     """Returns the milliseconds of summing the gradients of equal ids in three ways, and of sorting positions alone.
 
-    `scattered` adds each where it belongs, in no order: on NVIDIA GPUs jaxlib makes that a loop of compare-and-swap. The others add
-    runs of equal indices, whose order the device makes (`sorted_on_device`) or is given (`order_given`).
+    `scattered` adds each where it belongs, in no order: on NVIDIA GPUs jaxlib makes that a loop of compare-and-swap. The others
+    add runs of equal indices, whose order the device makes (`sorted_on_device`) or is given (`order_given`).
     """
     drawn = np.random.default_rng(0).normal(size=(plan.positions.size, dim)).astype(np.float32)
     gradients = jnp.asarray(drawn)

@@ -32,8 +32,8 @@ from monolith_jax.train.step import make_fresh, make_learn, make_read, make_trai
 
 HEADS = ("like", "click", "follow", "share", "comment", "profile", "dislike", "finish")
 TOLERANCE = {"sgd": 1e-4, "adagrad": 2e-3, "adam": 5e-2}
-"""Largest difference of a table's value after the steps, over the largest value. Adam divides by the root of a second moment that
-is near zero where gradients cancel, so single elements differ: 1e-2 between 1 and 8 CPU devices too."""
+"""Largest difference of a table's value after the steps, over the largest value. Adam divides by the root of a second moment
+that is near zero where gradients cancel, so single elements differ: 1e-2 between 1 and 8 CPU devices too."""
 LOSS_TOLERANCE = 1e-4
 
 
@@ -80,8 +80,7 @@ def correctness(batch_size: int, max_rows: int, steps: int) -> dict[str, Any]:
 def _counts(work: Workload, inputs: Any) -> dict[str, dict[str, float]]:
     """Returns the least bytes and operations of each program."""
     plan, group = inputs.plans[0], work.model.groups[0]
-    row_bytes = jax.eval_shape(lambda: jnp.zeros(group.shape[2], jnp.float32)).size * 4
-    rows = int((np.asarray(plan.sent) < plan.touched.shape[1]).sum()) * row_bytes
+    rows = int((np.asarray(plan.sent) < plan.touched.shape[1]).sum()) * group.shape[2] * 4
     vectors = plan.positions.size * group.dim * 4
     # Towers that are computed together have kernels [N, I, O] and biases [N, O].
     leaves = jax.tree.leaves(work.weights)
@@ -99,7 +98,7 @@ def _counts(work: Workload, inputs: Any) -> dict[str, dict[str, float]]:
 
 
 def programs(work: Workload, inputs: Any, limits: dict[str, float], repeats: int) -> dict[str, dict[str, float]]:
-    """Returns for each program of the step its time alone, what it must move and compute, and how near that is to the limits."""
+    """Returns for each program of the step its time alone, what it must move and compute, and how near that is to limits."""
     model = work.model
     state = first_state(model, jax.tree.map(np.array, work.weights))
     seen = inputs._replace(plans=())
@@ -140,7 +139,13 @@ def programs(work: Workload, inputs: Any, limits: dict[str, float], repeats: int
 
 
 def step_figures(
-    config: ModelConfig, labels: tuple[str, ...], batch_size: int, max_rows: int, pool: int, repeats: int, limits: dict[str, float]
+    config: ModelConfig,
+    labels: tuple[str, ...],
+    batch_size: int,
+    max_rows: int,
+    pool: int,
+    repeats: int,
+    limits: dict[str, float],
 ) -> dict[str, Any]:
     """Returns the figures of one workload: full step, dense half, host, and each program alone."""
     # The pool's ids need rows: of the 10M, as many as half the rows.
@@ -165,7 +170,9 @@ def step_figures(
     for lane in lanes.values():
         lane.close()
     found: dict[str, Any] = {name: statistics.median(lane.step_ms) for name, lane in lanes.items()}
-    least = {name: sum(one[name] for one in of_programs.values()) for name in ("least_bytes", "flops", "xla_bytes", "xla_flops")}
+    least = {
+        name: sum(one[name] for one in of_programs.values()) for name in ("least_bytes", "flops", "xla_bytes", "xla_flops")
+    }
     return {
         "batch": batch_size,
         "ids": batch_size * workload.NUM_FEATURES,

@@ -94,7 +94,7 @@ def _answer(process: subprocess.Popen[str], count: int) -> dict[str, float]:
 
 def _end(process: subprocess.Popen[str]) -> None:
     process.kill()
-    process.wait()
+    process.communicate()  # Closes its pipes too.
 
 
 def measure(

@@ -27,8 +27,8 @@ import numpy as np
 
 LARGE_ROWS, SMALL_ROWS = 100_000_000, 1_000_000
 BYTES_A_ROW = 16 + 19 + 40
-"""Of a large table with dim 4 while its maps are being filled: the row, the map's entry, the ids in two orders and the rows that
-the maps return."""
+"""Of a large table with dim 4 while its maps are being filled: the row, the map's entry, the ids in two orders and the rows
+that the maps return."""
 ROW_ROUNDS = 9
 
 
