@@ -24,7 +24,7 @@ DistinctIds = Callable[[float, float], float]
 """Distinct ids among `draws` of a table of `rows`."""
 
 _LINE_BYTES = 4 * LINE_WORDS
-_OCCURRENCE_BYTES = 53 + 2 * 16
+_OCCURRENCE_BYTES = 57 + 2 * 16
 """Scratch of `GroupMapper` for an id position: itself, and room for two freed rows."""
 
 

@@ -6,6 +6,8 @@ its owner. Each function is one `jax.shard_map` over all devices:
     owner: gather touched rows -> pick what each slice asked for -> all_to_all -> slice: put vectors where the ids stood
     slice: sum gradients of equal ids -> all_to_all -> owner: sum over slices -> update -> write each touched row once
 
+With one device there is nothing to exchange: a plan's positions are places in its touched rows.
+
 Padding indices lie beyond the end. What they read on the way is never looked at, positions without an id read 0, and writes to
 them are dropped. Gradients are taken with respect to the vectors, never
 the table, so the cost of a step grows with the distinct ids of the batch, not with the table.
@@ -29,6 +31,36 @@ from monolith_jax.types import GroupPlan
 
 def _flat(array: jax.Array) -> jax.Array:
     return array.reshape(-1, array.shape[-1])
+
+
+def _places(positions: jax.Array, sent: jax.Array, num_rows: int) -> jax.Array:
+    """Returns the places of positions in the touched rows of the only device; those without a row lie beyond the end."""
+    # The lists have other lengths where their sizes come from a snapshot of several devices.
+    return jnp.where(positions < sent.shape[2], positions, num_rows) if sent.shape[2] < num_rows else positions
+
+
+def sum_by_index(values: jax.Array, indices: jax.Array, size: int) -> jax.Array:
+    """Returns [size, D]: the sums of the values [N, D] that have each index; those of indices from `size` on are left out.
+
+    Values of one index are added in their order. On a CPU that is a loop over N. jaxlib turns the same program for a GPU into a
+    compare-and-swap a number (openxla/xla 46225), hundreds of times slower where indices repeat: there, runs of equal indices
+    are added.
+
+    Args:
+        values: float [N, D].
+        indices: int32 [N], none below 0.
+        size: Sums.
+    """
+    zeros = jnp.zeros((size, values.shape[1]), values.dtype)
+
+    def in_place(values: jax.Array, indices: jax.Array) -> jax.Array:
+        return zeros.at[indices].add(values, mode="drop")
+
+    def in_runs(values: jax.Array, indices: jax.Array) -> jax.Array:
+        in_order, order = jax.lax.sort_key_val(indices, jnp.arange(indices.size, dtype=jnp.int32))
+        return zeros.at[in_order].add(values[order], mode="drop", indices_are_sorted=True)
+
+    return jax.lax.platform_dependent(values, indices, cpu=in_place, default=in_runs)
 
 
 def write_fresh_rows(mesh: Mesh, group: Group, seed: int, array: jax.Array, plan: GroupPlan) -> jax.Array:
@@ -60,8 +92,10 @@ def send_vectors(mesh: Mesh, group: Group, rows: jax.Array, plan: GroupPlan, exc
     check_exchange(exchange, mesh)
 
     def local(rows: jax.Array, sent: jax.Array, num_sent: jax.Array, positions: jax.Array) -> jax.Array:
-        vectors = vectors_of(group.rows, rows[0]).at[sent[0]].get(mode="clip")
-        received = swap_blocks(vectors, num_sent[0], False, exchange)
+        vectors = vectors_of(group.rows, rows[0])
+        if mesh.size == 1:
+            return vectors.at[_places(positions, sent, rows.shape[1])].get(mode="fill", fill_value=0)
+        received = swap_blocks(vectors.at[sent[0]].get(mode="clip"), num_sent[0], False, exchange)
         return _flat(received).at[positions].get(mode="fill", fill_value=0)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(ROWS, ROWS, ROWS, BATCH), out_specs=BATCH, check_vma=False)
@@ -78,11 +112,12 @@ def return_gradients(mesh: Mesh, gradients: jax.Array, plan: GroupPlan, exchange
 
     def local(gradients: jax.Array, sent: jax.Array, num_sent: jax.Array, positions: jax.Array) -> jax.Array:
         num_devices, size = sent.shape[1:]
-        dim, dtype = gradients.shape[-1], gradients.dtype
-        of_ids = jnp.zeros((num_devices * size, dim), dtype).at[positions.reshape(-1)].add(_flat(gradients), mode="drop")
-        received = swap_blocks(of_ids.reshape(num_devices, size, dim), num_sent[0], True, exchange)
-        of_rows = jnp.zeros((plan.touched.shape[1], dim), dtype)
-        return of_rows.at[sent[0].reshape(-1)].add(_flat(received), mode="drop")[None]
+        num_rows = plan.touched.shape[1]
+        if num_devices == 1:
+            return sum_by_index(_flat(gradients), _places(positions, sent, num_rows).reshape(-1), num_rows)[None]
+        of_ids = sum_by_index(_flat(gradients), positions.reshape(-1), num_devices * size)
+        received = swap_blocks(of_ids.reshape(num_devices, size, -1), num_sent[0], True, exchange)
+        return sum_by_index(_flat(received), sent[0].reshape(-1), num_rows)[None]
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(BATCH, ROWS, ROWS, BATCH), out_specs=ROWS, check_vma=False)
     return mapped(gradients, plan.sent, plan.num_sent, plan.positions)

@@ -51,6 +51,7 @@ def input_shapes(model: Model, batch_size: int, sizes: Sequence[PlanSizes]) -> I
                 shape(num_devices, of_plan.fresh, dtype=jnp.int32),
                 shape(num_devices, of_plan.fresh, 2, dtype=jnp.uint32),
                 shape(num_devices, of_plan.fresh, dtype=jnp.int32),
+                shape(num_devices, num_devices, dtype=jnp.int32),
             )
         )
         weights.append(shape(*positions) if any(slot.weighted for slot in model.layout.groups[index]) else None)

@@ -56,7 +56,7 @@ def make_train_step(model: Model) -> Callable[[TrainState, Inputs], tuple[TrainS
     Four programs: XLA's CPU backend runs the towers a third slower when tables and towers share one (113 ms for what takes
     84 ms in parts), and the padded number of fresh rows changes more often than any other shape.
     """
-    fresh, read, learn, write = _make_fresh(model), make_read(model), make_learn(model), _make_write(model)
+    fresh, read, learn, write = make_fresh(model), make_read(model), make_learn(model), make_write(model)
 
     def step(state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
         groups = fresh(state.groups, inputs.plans)
@@ -70,7 +70,7 @@ def make_train_step(model: Model) -> Callable[[TrainState, Inputs], tuple[TrainS
     return step
 
 
-def _make_fresh(model: Model) -> Callable[..., Groups]:
+def make_fresh(model: Model) -> Callable[..., Groups]:
     """Returns what gives fresh rows their first value."""
 
     def fresh(arrays: Groups, plans: Plans) -> Groups:
@@ -120,7 +120,7 @@ def make_learn(model: Model) -> Callable[..., tuple[jax.Array, Any, Any, Metrics
     return jax.jit(learn, donate_argnums=(1, 2), out_shardings=out_shardings)
 
 
-def _make_write(model: Model) -> Callable[..., Groups]:
+def make_write(model: Model) -> Callable[..., Groups]:
     """Returns what takes gradients back to the owners and updates the touched rows."""
 
     def write(arrays: Groups, rows: Groups, gradients: Groups, number: jax.Array, plans: Plans) -> Groups:
