@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from monolith_jax.models.layers import ComputeDtype, InputShapes, Mlp, ModelInputs, StackedMlp, flat, pairs
+from monolith_jax.models.layers import ComputeDtype, InputShapes, Mlp, ModelInputs, StackedMlp, flat, float_dtype, pairs
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,4 @@ class MMoE(nnx.Module):
         experts_BED = self.experts(x_BI)
         gates_BTE = jax.nn.softmax(self.gates(x_BI)).astype(experts_BED.dtype)
         mixed_BTD = jnp.einsum("bte,bed->btd", gates_BTE, experts_BED)
-        return self.towers(mixed_BTD)[:, :, 0].astype(jnp.float32)
+        return self.towers(mixed_BTD)[:, :, 0].astype(float_dtype())

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from monolith_jax.mesh import BATCH, MODEL, REPLICATED, ROWS, SHARD
+from monolith_jax.mesh import BATCH_ALL, MODEL, REPLICATED, ROWS, SHARD
 from monolith_jax.tables.table import Group, first_vectors
 from monolith_jax.tables.update import first_rows, updated_rows
 from monolith_jax.types import GroupPlan
@@ -57,7 +57,7 @@ def send_vectors(mesh: Mesh, group: Group, rows: jax.Array, plan: GroupPlan) -> 
         received = jax.lax.all_to_all(vectors, (SHARD, MODEL), 0, 0)
         return _flat(received).at[positions].get(mode="fill", fill_value=0)
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(ROWS, ROWS, BATCH), out_specs=BATCH, check_vma=False)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(ROWS, ROWS, BATCH_ALL), out_specs=BATCH_ALL, check_vma=False)
     return mapped(rows, plan.sent, plan.positions)
 
 
@@ -72,7 +72,7 @@ def return_gradients(mesh: Mesh, gradients: jax.Array, plan: GroupPlan) -> jax.A
         of_rows = jnp.zeros((plan.touched.shape[1], dim), jnp.float32)
         return of_rows.at[sent[0].reshape(-1)].add(_flat(received), mode="drop")[None]
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(BATCH, ROWS, BATCH), out_specs=ROWS, check_vma=False)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(BATCH_ALL, ROWS, BATCH_ALL), out_specs=ROWS, check_vma=False)
     return mapped(gradients, plan.sent, plan.positions)
 
 
