@@ -127,6 +127,7 @@ class Mlp(nnx.Module):
         )
         for first, second in zip(self.layers[::2], self.layers[1::2], strict=False):
             first.kernel.set_metadata(axes=(None, "hidden"))
+            assert first.bias is not None
             first.bias.set_metadata(axes=("hidden",))
             second.kernel.set_metadata(axes=("hidden", None))
         self.activate_last = activate_last
