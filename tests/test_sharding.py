@@ -5,6 +5,10 @@ Rows, weights and sums are float32 by construction; only the order of sums can d
 """
 
 import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +21,7 @@ from monolith_jax.models.mmoe import MMoEConfig
 from monolith_jax.tables.update import OptimizerConfig
 from monolith_jax.train.state import ModelConfig
 from monolith_jax.train.step import make_train_step
+from tests.float64_run import MESHES, OPTIMIZERS
 from tests.small_model import make_examples, make_small
 
 MODELS = {"deepfm": DeepFMConfig(hidden=(16, 8)), "mmoe": MMoEConfig(4, (16, 8), (4,))}
@@ -106,3 +111,13 @@ def test_experts_are_split_and_a_number_that_does_not_divide_is_not() -> None:
 def test_towers_that_the_devices_cannot_share_are_refused(model_parallel: int) -> None:
     with pytest.raises(ValueError, match=rf"MeshConfig\.model_parallel is {model_parallel}, which does not divide 8 devices"):
         make_mesh(MeshConfig(num_devices=8, model_parallel=model_parallel))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_float64_learns_the_same_on_every_mesh(name: str) -> None:
+    command = [sys.executable, "-W", "error", "-m", "tests.float64_run", name]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == len(MESHES) and max(found.values()) < 1e-9, found
