@@ -1,11 +1,13 @@
 """The mesh and every PartitionSpec. The only file that names a mesh axis.
 
-Axes: `shard` splits the rows of the tables and the batch; `model` is for splitting towers (size 1 so far). Tables are split
-over all devices, by their leading axis of logical shards.
+Axes: `shard` splits the batch in the towers, `model` splits the towers. Tables are split over all devices, by their leading
+axis of logical shards, and so is the batch on its way to and from them. Dense weights carry logical axes; `weight_spec` says
+which mesh axis each of them is split over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -15,10 +17,14 @@ SHARD, MODEL = "shard", "model"
 
 ROWS = PartitionSpec((SHARD, MODEL))
 """Group arrays [L, R, W] and the index arrays of a plan, [S, ...]."""
+BATCH_ALL = PartitionSpec((SHARD, MODEL))
+"""The batch on its way from and to the tables: one slice a device."""
 BATCH = PartitionSpec(SHARD)
-"""Everything with the batch as leading axis."""
+"""The batch in the towers: devices that share a tower's weights see the same slice."""
 REPLICATED = PartitionSpec()
-"""Dense weights, scalars."""
+"""Scalars, and dense weights that are not split."""
+LOGICAL_AXES = {"hidden": MODEL, "stack": MODEL}
+"""Logical axis of a dense weight -> mesh axis: units of a hidden layer; experts, gates or task towers computed together."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class MeshConfig:
 
     num_devices: int = 0
     """Devices to use; 0: all there are. A power of two that divides the batch."""
+    model_parallel: int = 1
+    """Devices among which the towers are split; divides the number of devices. 1: every device holds whole towers."""
     num_shards: int = 64
     """L, logical shards of every table for the model's whole life: a power of two, at least the largest mesh ever meant."""
     cpu_devices: int = 1
@@ -45,7 +53,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """Returns the mesh of a run.
 
     Raises:
-        ValueError: There are fewer devices, or they do not divide the shards.
+        ValueError: There are fewer devices, they do not divide the shards, or `model_parallel` does not divide them.
     """
     there = len(jax.devices())
     num_devices = config.num_devices or there
@@ -54,28 +62,52 @@ def make_mesh(config: MeshConfig) -> Mesh:
         raise ValueError(
             f"MeshConfig.num_devices is {num_devices}, but there are {there} {jax.default_backend()} devices; {hint}"
         )
-    if config.num_shards % num_devices:
-        raise ValueError(f"{num_devices} devices do not divide MeshConfig.num_shards = {config.num_shards}; use a power of two")
-    return jax.make_mesh((num_devices, 1), (SHARD, MODEL), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:num_devices])
+    sizes = _axis_sizes(config, num_devices)
+    return jax.make_mesh(sizes, (SHARD, MODEL), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:num_devices])
 
 
 def make_abstract_mesh(config: MeshConfig) -> AbstractMesh:
     """Returns a mesh of `num_devices` devices that need not be there: programs can be traced on it, not run.
 
     Raises:
-        ValueError: The devices do not divide the shards.
+        ValueError: The devices do not divide the shards, or `model_parallel` does not divide them.
     """
-    if config.num_devices < 1 or config.num_shards % config.num_devices:
+    return AbstractMesh(_axis_sizes(config, config.num_devices), (SHARD, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def _axis_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int]:
+    if num_devices < 1 or config.num_shards % num_devices:
         raise ValueError(
-            f"{config.num_devices} devices do not divide MeshConfig.num_shards = {config.num_shards}; use a power of two, and "
-            "raise MeshConfig.num_shards where there are more devices"
+            f"{num_devices} devices do not divide MeshConfig.num_shards = {config.num_shards}; use a power of two, and raise "
+            "MeshConfig.num_shards where there are more devices"
         )
-    return AbstractMesh((config.num_devices, 1), (SHARD, MODEL), axis_types=(AxisType.Auto,) * 2)
+    if config.model_parallel < 1 or num_devices % config.model_parallel:
+        raise ValueError(
+            f"MeshConfig.model_parallel is {config.model_parallel}, which does not divide {num_devices} devices; "
+            "use 1 or another power of two up to their number"
+        )
+    return num_devices // config.model_parallel, config.model_parallel
 
 
 def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     """Returns where an array of this spec lives."""
     return NamedSharding(mesh, spec)
+
+
+def weight_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """Returns how a dense weight is split: by the first of its logical axes whose size the mesh axis divides, else not at all.
+
+    Args:
+        mesh: The mesh.
+        axes: Logical axis of each dimension, None for those that are never split; () for a weight that is never split.
+        shape: Its shape.
+    """
+    assert not axes or len(axes) == len(shape), (axes, shape)
+    for dimension, (name, size) in enumerate(zip(axes, shape, strict=False)):
+        ways = mesh.shape[LOGICAL_AXES[name]] if name else 1
+        if name and ways > 1 and size % ways == 0:
+            return PartitionSpec(*[None] * dimension, LOGICAL_AXES[name])
+    return REPLICATED
 
 
 def num_devices(mesh: Mesh) -> int:

@@ -63,9 +63,10 @@ def make_small(
     features: Sequence[FeatureConfig] = FEATURES,
     dense_optimizer: OptimizerConfig = SGD,
     seed: int = 0,
+    model_parallel: int = 1,
 ) -> Small:
     """Makes a model; by default one whose logits are linear in its inputs but for the products of a factorisation machine."""
-    mesh = make_mesh(MeshConfig(num_devices=num_devices, num_shards=8))
+    mesh = make_mesh(MeshConfig(num_devices, model_parallel, num_shards=8))
     config = config or DeepFMConfig(hidden=())
     model, weights = make_model(config, tables, features, HEADS, dense_optimizer, seed, 8, mesh)
     mappers = [

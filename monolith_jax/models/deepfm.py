@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from monolith_jax.models.layers import ComputeDtype, InputShapes, Mlp, ModelInputs, flat, pairs
+from monolith_jax.tables.update import float_dtype
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class DeepFM(nnx.Module):
         if len(dims) != 1 or min(dims) < 2:
             raise ValueError(f"DeepFM needs one TableConfig.dim of at least 2 for all tables, got {sorted(dims)}")
         self.deep = Mlp((shapes.flat, *config.hidden, num_tasks), False, config.compute_dtype, rngs)
-        self.wide = nnx.Param(jnp.ones((num_tasks,), jnp.float32))
+        self.wide = nnx.Param(jnp.ones((num_tasks,), float_dtype()))
 
     def __call__(self, inputs: ModelInputs) -> jax.Array:
         """Returns logits, float32 [B, T]."""
         fields = jnp.concatenate(inputs.fields, axis=1)
         wide = fields[:, :, 0].sum(1) + pairs(fields[:, :, 1:]).sum(1)
-        return self.deep(flat(inputs)).astype(jnp.float32) + wide[:, None] * self.wide[...]
+        return self.deep(flat(inputs)).astype(float_dtype()) + wide[:, None] * self.wide[...]

@@ -1,22 +1,33 @@
 """The pieces that models are made of.
 
 In: vectors of the id positions of a batch [B, P, D] and dense values [B, n]. Out: fields (one vector a feature), and modules
-over them.
+over them. Weights carry the logical axes that `mesh.weight_spec` splits them by, as metadata `axes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from monolith_jax.features import Slot
+from monolith_jax.tables.update import float_dtype
 
 ComputeDtype = Literal["float32", "bfloat16"]
+
+
+def product_dtype(dtype: ComputeDtype) -> jnp.dtype:
+    """Returns the type of matrix products; "float32" means `float_dtype`."""
+    return float_dtype() if dtype == "float32" else jnp.dtype(dtype)
+
+
+def axes_of(weights: nnx.State) -> dict[str, Any]:
+    """Returns the logical axes of each weight, () where it is not split, as a tree of the form of `nnx.to_pure_dict`."""
+    return nnx.to_pure_dict(nnx.map_state(lambda _, weight: weight.get_metadata().get("axes", ()), weights))
 
 
 class ModelInputs(NamedTuple):
@@ -63,8 +74,8 @@ def combine(slots: Sequence[Slot], vectors: jax.Array, valid: jax.Array, weights
         where = slice(slot.start, slot.start + slot.length)
         of_list = vectors[:, where]
         if slot.weighted and weights is not None:
-            of_list = of_list * weights[:, where, None]
-        fields.append(_combined(slot, of_list, valid[:, where].astype(jnp.float32).sum(1)[:, None, None]))
+            of_list = of_list * weights[:, where, None].astype(vectors.dtype)
+        fields.append(_combined(slot, of_list, valid[:, where].astype(vectors.dtype).sum(1)[:, None, None]))
     return jnp.concatenate(fields, axis=1) if len(fields) > 1 else fields[0]
 
 
@@ -85,7 +96,7 @@ def _combined(slot: Slot, of_list: jax.Array, count: jax.Array) -> jax.Array:
 def flat(inputs: ModelInputs) -> jax.Array:
     """Returns all that is known of an example side by side, [B, flat]."""
     fields = [field.reshape(field.shape[0], -1) for field in inputs.fields]
-    return jnp.concatenate([*fields, inputs.dense], axis=1)
+    return jnp.concatenate([*fields, inputs.dense.astype(float_dtype())], axis=1)
 
 
 def pairs(fields: jax.Array) -> jax.Array:
@@ -95,16 +106,26 @@ def pairs(fields: jax.Array) -> jax.Array:
 
 
 class Mlp(nnx.Module):
-    """Dense layers with relu between them; weights are float32, products in the compute dtype."""
+    """Dense layers with relu between them; weights are float32, products in the compute dtype.
+
+    Two layers in a row are split among the devices of the model axis as in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053,
+    section 3): the first by its outputs, the second by its inputs, so that only the second's sums are exchanged. A last layer
+    without a partner is not split.
+    """
 
     def __init__(self, sizes: Sequence[int], activate_last: bool, dtype: ComputeDtype, rngs: nnx.Rngs) -> None:
         """Makes the layers from sizes[0] inputs to sizes[-1] outputs."""
         self.layers = nnx.List(
             [
-                nnx.Linear(inputs, outputs, dtype=jnp.dtype(dtype), param_dtype=jnp.float32, rngs=rngs)
+                nnx.Linear(inputs, outputs, dtype=product_dtype(dtype), param_dtype=float_dtype(), rngs=rngs)
                 for inputs, outputs in pairwise(sizes)
             ]
         )
+        for first, second in zip(self.layers[::2], self.layers[1::2], strict=False):
+            first.kernel.set_metadata(axes=(None, "hidden"))
+            assert first.bias is not None
+            first.bias.set_metadata(axes=("hidden",))
+            second.kernel.set_metadata(axes=("hidden", None))
         self.activate_last = activate_last
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -117,16 +138,20 @@ class Mlp(nnx.Module):
 
 
 class StackedMlp(nnx.Module):
-    """N Mlps of equal sizes, computed together: few large products instead of many small ones."""
+    """N Mlps of equal sizes, computed together: few large products instead of many small ones.
+
+    Whole Mlps are split among the devices of the model axis.
+    """
 
     def __init__(self, number: int, sizes: Sequence[int], activate_last: bool, dtype: ComputeDtype, rngs: nnx.Rngs) -> None:
         """Makes N times the layers from sizes[0] inputs to sizes[-1] outputs."""
         initial = nnx.initializers.lecun_normal(batch_axis=0)
-        kernels = [initial(rngs.params(), (number, *pair), jnp.float32) for pair in pairwise(sizes)]
-        self.kernels = nnx.List([nnx.Param(kernel) for kernel in kernels])
-        self.biases = nnx.List([nnx.Param(jnp.zeros((number, size), jnp.float32)) for size in sizes[1:]])
+        kernels = [initial(rngs.params(), (number, *pair), float_dtype()) for pair in pairwise(sizes)]
+        self.kernels = nnx.List([nnx.Param(kernel, axes=("stack", None, None)) for kernel in kernels])
+        biases = [jnp.zeros((number, size), float_dtype()) for size in sizes[1:]]
+        self.biases = nnx.List([nnx.Param(bias, axes=("stack", None)) for bias in biases])
         self.activate_last = activate_last
-        self.dtype = jnp.dtype(dtype)
+        self.dtype = product_dtype(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps one input for all, [B, I], or one each, [B, N, I], to [B, N, O], in the compute dtype."""

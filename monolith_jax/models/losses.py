@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from monolith_jax.tables.update import float_dtype
+
 
 @dataclass(frozen=True)
 class HeadConfig:
@@ -42,7 +44,7 @@ def offsets(heads: Sequence[HeadConfig]) -> jax.Array:
             raise ValueError(f"HeadConfig.base_rate of {head.label!r} must be above 0 (binary: below 1), got {head.base_rate}")
         odds = head.base_rate / (1 - head.base_rate) if head.kind == "binary" else math.expm1(head.base_rate)
         values.append(math.log(odds))
-    return jnp.asarray(values, jnp.float32)
+    return jnp.asarray(values, float_dtype())
 
 
 def scores(logits: jax.Array, heads: Sequence[HeadConfig]) -> jax.Array:
@@ -62,6 +64,7 @@ def multi_task_loss(logits: jax.Array, labels: jax.Array, masks: jax.Array, head
         masks: float32 [B, T], the example's weight where the label is defined, 0 elsewhere.
         heads: T heads.
     """
+    labels, masks = labels.astype(logits.dtype), masks.astype(logits.dtype)
     losses = []
     for task, head in enumerate(heads):
         if head.kind == "binary":

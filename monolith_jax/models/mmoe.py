@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from monolith_jax.models.layers import ComputeDtype, InputShapes, Mlp, ModelInputs, StackedMlp, flat, pairs
+from monolith_jax.tables.update import float_dtype
 
 
 @dataclass(frozen=True)
@@ -50,4 +51,4 @@ class MMoE(nnx.Module):
         experts_BED = self.experts(x_BI)
         gates_BTE = jax.nn.softmax(self.gates(x_BI)).astype(experts_BED.dtype)
         mixed_BTD = jnp.einsum("bte,bed->btd", gates_BTE, experts_BED)
-        return self.towers(mixed_BTD)[:, :, 0].astype(jnp.float32)
+        return self.towers(mixed_BTD)[:, :, 0].astype(float_dtype())

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from monolith_jax.mesh import BATCH, MODEL, REPLICATED, ROWS, SHARD
+from monolith_jax.mesh import BATCH_ALL, MODEL, REPLICATED, ROWS, SHARD
 from monolith_jax.tables.half_words import noise_of
 from monolith_jax.tables.table import Group, first_vectors, rounding_seed
 from monolith_jax.tables.update import first_rows, learning_rate, updated_rows, vectors_of
@@ -98,7 +98,7 @@ def send_vectors(mesh: Mesh, group: Group, rows: jax.Array, plan: GroupPlan, exc
         received = swap_blocks(vectors.at[sent[0]].get(mode="clip"), num_sent[0], False, exchange)
         return _flat(received).at[positions].get(mode="fill", fill_value=0)
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(ROWS, ROWS, ROWS, BATCH), out_specs=BATCH, check_vma=False)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(ROWS, ROWS, ROWS, BATCH_ALL), out_specs=BATCH_ALL, check_vma=False)
     return mapped(rows, plan.sent, plan.num_sent, plan.positions)
 
 
@@ -119,7 +119,7 @@ def return_gradients(mesh: Mesh, gradients: jax.Array, plan: GroupPlan, exchange
         received = swap_blocks(of_ids.reshape(num_devices, size, -1), num_sent[0], True, exchange)
         return sum_by_index(_flat(received), sent[0].reshape(-1), num_rows)[None]
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(BATCH, ROWS, ROWS, BATCH), out_specs=ROWS, check_vma=False)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(BATCH_ALL, ROWS, ROWS, BATCH_ALL), out_specs=ROWS, check_vma=False)
     return mapped(gradients, plan.sent, plan.num_sent, plan.positions)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from monolith_jax.ids.footprint import PlanSizes
-from monolith_jax.mesh import MeshConfig, make_mesh
+from monolith_jax.mesh import BATCH, REPLICATED, MeshConfig, make_mesh, sharding
 from monolith_jax.train.state import Inputs, Model, TrainState
 from monolith_jax.train.step import make_learn, make_read
 from monolith_jax.types import GroupPlan
@@ -62,18 +62,23 @@ def input_shapes(model: Model, batch_size: int, sizes: Sequence[PlanSizes]) -> I
 def tower_bytes(model: Model, state: TrainState, inputs: Inputs) -> int:
     """Returns what XLA needs for the towers at one device's part of the batch, beside their arguments.
 
-    They are compiled for one device that is here. Towers that are split over devices need less than that.
+    They are compiled for one device that is here, whole. Towers that are split over devices need less than that.
     """
-    num_shards = model.groups[0].maps.num_shards
-    alone = dataclasses.replace(model, mesh=make_mesh(MeshConfig(num_devices=1, num_shards=num_shards)))
-    of_device = inputs.dense.shape[0] // model.mesh.size
+    mesh = make_mesh(MeshConfig(num_devices=1, num_shards=model.groups[0].maps.num_shards))
+    here = sharding(mesh, REPLICATED)
+    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), model.weights)
+    alone = dataclasses.replace(model, mesh=mesh, weights=weights)
 
     def part(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((of_device, *leaf.shape[1:]), leaf.dtype)
+        return jax.ShapeDtypeStruct(sharding(model.mesh, BATCH).shard_shape(leaf.shape), leaf.dtype)
+
+    def whole(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     _, vectors, valid = jax.eval_shape(make_read(model), state.groups, inputs.plans)
     parts = jax.tree.map(part, (vectors, valid, inputs._replace(plans=())))
-    found = make_learn(alone).lower(state.step, state.weights, state.optimizer, *parts).compile().memory_analysis()
+    of_state = jax.tree.map(whole, (state.step, state.weights, state.optimizer))
+    found = make_learn(alone).lower(*of_state, *parts).compile().memory_analysis()
     assert found is not None, "this backend's XLA tells nothing about memory"
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 

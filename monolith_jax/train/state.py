@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from monolith_jax.features import FeatureConfig, FeatureLayout, feature_layout
-from monolith_jax.mesh import BATCH, REPLICATED, ROWS, sharding
+from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, sharding, weight_spec
 from monolith_jax.models.deepfm import DeepFM, DeepFMConfig
-from monolith_jax.models.layers import InputShapes, num_fields
+from monolith_jax.models.layers import InputShapes, axes_of, num_fields
 from monolith_jax.models.losses import HeadConfig
 from monolith_jax.models.mmoe import MMoE, MMoEConfig
 from monolith_jax.tables.table import Group, TableConfig, empty_array, make_groups
@@ -35,9 +36,9 @@ class TrainState(NamedTuple):
     step: Array
     """int32 scalar, steps done."""
     weights: Any
-    """Dense weights of the model, replicated."""
+    """Dense weights of the model, split by their logical axes."""
     optimizer: Any
-    """State of their optimizer, replicated."""
+    """State of their optimizer, split like them."""
     groups: tuple[Array, ...]
     """Of each group of tables float32 [L, R, W], split over all devices."""
 
@@ -67,6 +68,8 @@ class Model:
     optimizer: OptimizerConfig
     seed: int
     mesh: Mesh
+    weights: Any
+    """Shape, type and sharding of each dense weight."""
 
     @property
     def transformation(self) -> optax.GradientTransformation:
@@ -106,27 +109,49 @@ def make_model(
         case MMoEConfig():
             module = MMoE(config, shapes, len(heads), rngs)
     graph, weights = nnx.split(module, nnx.Param)
-    return Model(graph, groups, layout, tuple(heads), optimizer, seed, mesh), nnx.to_pure_dict(weights)
+    pure = nnx.to_pure_dict(weights)
+    shapes = jax.tree.map(partial(_shape, mesh), pure, axes_of(weights))
+    return Model(graph, groups, layout, tuple(heads), optimizer, seed, mesh, shapes), pure
+
+
+def _shape(mesh: Mesh, weight: jax.Array, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+    where = sharding(mesh, weight_spec(mesh, axes, weight.shape))
+    return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=where)
 
 
 def first_state(model: Model, weights: Any) -> TrainState:
     """Returns the state before the first step: these dense weights, and empty tables."""
-    replicated = sharding(model.mesh, REPLICATED)
-    weights = jax.device_put(weights, replicated)
-    optimizer = jax.jit(model.transformation.init, out_shardings=replicated)(weights)
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
+    where = state_shardings(model)
+    weights = jax.device_put(weights, where.weights)
+    optimizer = jax.jit(model.transformation.init, out_shardings=where.optimizer)(weights)
+    step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
     return TrainState(step, weights, optimizer, tuple(empty_array(group, model.mesh) for group in model.groups))
 
 
 def state_shardings(model: Model) -> Any:
-    """Returns where each part of the state lives, as a prefix tree."""
-    replicated = sharding(model.mesh, REPLICATED)
-    return TrainState(replicated, replicated, replicated, tuple(sharding(model.mesh, ROWS) for _ in model.groups))
+    """Returns where each part of the state lives, as a tree of the same form."""
+    weights = jax.tree.map(lambda weight: weight.sharding, model.weights)
+    rows = tuple(sharding(model.mesh, ROWS) for _ in model.groups)
+    return TrainState(sharding(model.mesh, REPLICATED), weights, _optimizer_shardings(model), rows)
+
+
+def _optimizer_shardings(model: Model) -> Any:
+    """A leaf that stands at the path of a weight and has its shape (a moment, an accumulator) is split like that weight."""
+    weights = dict(jax.tree.leaves_with_path(model.weights))
+
+    def where(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+        for start in range(len(path)):
+            weight = weights.get(path[start:])
+            if weight is not None and weight.shape == leaf.shape:
+                return weight.sharding
+        return sharding(model.mesh, REPLICATED)
+
+    return jax.tree.map_with_path(where, jax.eval_shape(model.transformation.init, model.weights))
 
 
 def input_shardings(model: Model, inputs: Inputs) -> Any:
     """Returns where each part of the inputs goes, as a tree of the same form."""
     rows, batch = sharding(model.mesh, ROWS), sharding(model.mesh, BATCH)
-    plan = GroupPlan(rows, rows, batch, rows, rows, rows, rows)
+    plan = GroupPlan(rows, rows, sharding(model.mesh, BATCH_ALL), rows, rows, rows, rows)
     weights = tuple(None if array is None else batch for array in inputs.weights)
     return Inputs(tuple(plan for _ in inputs.plans), weights, batch, batch, batch)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from monolith_jax.mesh import BATCH, REPLICATED, ROWS, sharding
+from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, sharding
 from monolith_jax.models.layers import ModelInputs, combine
 from monolith_jax.models.losses import multi_task_loss, offsets, scores
 from monolith_jax.tables.lookup import gather_rows, return_gradients, send_vectors, write_fresh_rows, write_rows
@@ -115,9 +115,11 @@ def make_learn(model: Model) -> Callable[..., tuple[jax.Array, Any, Any, Metrics
         loss = jnp.where(jnp.isfinite(total), loss, jnp.nan)
         return number + 1, weights, optimizer, Metrics(loss, scores(logits, model.heads)), of_vectors
 
-    replicated, batch = sharding(model.mesh, REPLICATED), sharding(model.mesh, BATCH)
-    out_shardings = (replicated, replicated, replicated, Metrics(replicated, batch), batch)
-    return jax.jit(learn, donate_argnums=(1, 2), out_shardings=out_shardings)
+    replicated, batch, where = sharding(model.mesh, REPLICATED), sharding(model.mesh, BATCH), state_shardings(model)
+    of_state = (where.step, where.weights, where.optimizer)
+    in_shardings = (*of_state, batch, batch, batch)
+    out_shardings = (*of_state, Metrics(replicated, batch), sharding(model.mesh, BATCH_ALL))
+    return jax.jit(learn, donate_argnums=(1, 2), in_shardings=in_shardings, out_shardings=out_shardings)
 
 
 def make_write(model: Model) -> Callable[..., Groups]:
@@ -140,7 +142,9 @@ def make_predict_step(model: Model) -> Callable[[TrainState, Inputs], jax.Array]
     def predict(weights: Any, vectors: Groups, valid: Groups, inputs: Inputs) -> jax.Array:
         return scores(forward(model, weights, vectors, valid, inputs), model.heads)
 
-    compiled = jax.jit(predict, out_shardings=sharding(model.mesh, BATCH))
+    batch = sharding(model.mesh, BATCH)
+    in_shardings = (state_shardings(model).weights, batch, batch, batch)
+    compiled = jax.jit(predict, in_shardings=in_shardings, out_shardings=batch)
 
     def step(state: TrainState, inputs: Inputs) -> jax.Array:
         _, vectors, valid = read(state.groups, inputs.plans)

@@ -18,11 +18,11 @@ import numpy as np
 
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout
 from monolith_jax.ids.mapper import Mapper
-from monolith_jax.mesh import REPLICATED, ROWS, sharding
+from monolith_jax.mesh import ROWS, sharding
 from monolith_jax.snapshot import Restored
 from monolith_jax.tables.table import Group
 from monolith_jax.tables.update import first_rows, vectors_of
-from monolith_jax.train.state import Model, TrainState
+from monolith_jax.train.state import Model, TrainState, state_shardings
 
 
 def take_over(
@@ -54,7 +54,7 @@ def take_over(
             lines.append(_take_table(group, index, mapper_of_group.maps, array, source))
         arrays.append(jax.device_put(array, sharding(model.mesh, ROWS)))
     weights = _take_weights(state.weights, old.state["weights"], lines)
-    return state._replace(weights=jax.device_put(weights, sharding(model.mesh, REPLICATED)), groups=tuple(arrays)), lines
+    return state._replace(weights=jax.device_put(weights, state_shardings(model).weights), groups=tuple(arrays)), lines
 
 
 def _old_tables(old: Restored, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
