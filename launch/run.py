@@ -19,7 +19,8 @@ from launch.process import prepare
 from monolith_jax.evaluate.prequential import Prequential
 from monolith_jax.evaluate.report import closing_table
 from monolith_jax.experiment import Experiment, SourceConfig, to_gin
-from monolith_jax.ids.mapper import GroupMapper, Mapper, Rule
+from monolith_jax.ids.group import GroupMapper, Rule
+from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.threads import make_threads
 from monolith_jax.mesh import make_mesh, num_devices
 from monolith_jax.planner import Memory, Planner

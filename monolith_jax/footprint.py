@@ -27,7 +27,7 @@ from monolith_jax.ids.footprint import (
     work_bytes,
     zipf_distinct,
 )
-from monolith_jax.ids.mapper import Rule, rows_per_device
+from monolith_jax.ids.group import Rule, rows_per_device
 from monolith_jax.planner import AHEAD
 from monolith_jax.stream.counters import CountersConfig, counters_bytes
 from monolith_jax.stream.history import HistoryConfig, history_bytes

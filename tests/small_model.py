@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from monolith_jax.features import DenseFeatureConfig, FeatureConfig, Features, IdFeatureConfig, featurize
-from monolith_jax.ids.mapper import GroupMapper, Mapper
+from monolith_jax.ids.group import GroupMapper
+from monolith_jax.ids.mapper import Mapper
 from monolith_jax.mesh import MeshConfig, make_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.losses import HeadConfig

@@ -17,7 +17,7 @@ from launch.run import Parts, assemble, identity
 from monolith_jax.experiment import Experiment, load
 from monolith_jax.footprint import Footprint, measure, refuse
 from monolith_jax.ids.cuckoo import MapLayout
-from monolith_jax.ids.mapper import GroupMapper
+from monolith_jax.ids.group import GroupMapper
 from monolith_jax.mesh import MeshConfig, make_abstract_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.snapshot import SnapshotConfig, Snapshots

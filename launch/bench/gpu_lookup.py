@@ -23,7 +23,7 @@ import numpy as np
 from launch.bench.device_limits import chain_ms, over_limits, xla_counts
 from launch.bench.workload import ZIPF, ids_of_ranks, zipf_ranks
 from monolith_jax.features import IdFeatureConfig
-from monolith_jax.ids.mapper import GroupMapper
+from monolith_jax.ids.group import GroupMapper
 from monolith_jax.ids.threads import MapperConfig, make_threads
 from monolith_jax.mesh import BATCH, REPLICATED, ROWS, MeshConfig, make_mesh, sharding
 from monolith_jax.models.deepfm import DeepFMConfig

@@ -20,7 +20,8 @@ import numpy as np
 from launch.bench.id_kernels import NUM_SHARDS, POSITIONS, layout_of, slots_of, zipf_ranks
 from monolith_jax.ids.admission import GENERATIONS, AdmissionConfig, make_rules
 from monolith_jax.ids.cuckoo import MAX_LOAD, IdMaps, MapLayout
-from monolith_jax.ids.mapper import GroupMapper, Mapper, Rule
+from monolith_jax.ids.group import GroupMapper, Rule
+from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.types import GroupIds
 

@@ -30,8 +30,8 @@ from launch.bench.id_kernels import (
 )
 from monolith_jax.ids import kernels
 from monolith_jax.ids.admission import AdmissionConfig
+from monolith_jax.ids.group import GroupMapper, Rule
 from monolith_jax.ids.lines import make_distinct
-from monolith_jax.ids.mapper import GroupMapper, Rule
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.types import GroupIds
 

@@ -22,7 +22,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from monolith_jax.features import DenseFeatureConfig, IdFeatureConfig
-from monolith_jax.ids.mapper import GroupMapper, Mapper
+from monolith_jax.ids.group import GroupMapper
+from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.mesh import BATCH, REPLICATED, sharding
 from monolith_jax.models.layers import ModelInputs

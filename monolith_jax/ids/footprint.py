@@ -14,8 +14,8 @@ import numpy as np
 
 from monolith_jax.ids import admission, expiry
 from monolith_jax.ids.cuckoo import MapLayout, ladder
+from monolith_jax.ids.group import Rule, fresh_size, grown_size
 from monolith_jax.ids.lines import LINE_WORDS
-from monolith_jax.ids.mapper import Rule, fresh_size, grown_size
 
 ZIPF = 1.05
 """Exponent of the estimate, that of the benchmarks (`launch.bench`)."""

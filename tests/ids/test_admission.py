@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monolith_jax.ids import admission
-from monolith_jax.ids import mapper as mapper_module
+from monolith_jax.ids import group as group_module
 from monolith_jax.ids.admission import CELLS, AdmissionConfig
 from monolith_jax.ids.cuckoo import MapLayout
+from monolith_jax.ids.group import GroupMapper, Rule
 from monolith_jax.ids.lines import first_bucket
-from monolith_jax.ids.mapper import GroupMapper, Rule
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.types import GroupIds
 
@@ -227,7 +227,7 @@ def test_each_plan_draws_anew(rule: Any) -> None:
 
 @pytest.mark.parametrize("rule", ["seen", "chance", "chance_each"])
 def test_who_is_admitted_depends_on_the_stream_only(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapper_module, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(group_module, "_WORTH_THREADS", 0)
     ids = random_ids(3000)
 
     def run(num_threads: int, first_number: int, order: int = 1) -> list[np.ndarray]:

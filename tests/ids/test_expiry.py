@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.cuckoo import MapLayout
 from monolith_jax.ids.expiry import CAP_PARTS, SWEEP_PLANS
-from monolith_jax.ids.mapper import GroupMapper, Rule
+from monolith_jax.ids.group import GroupMapper, Rule
 from monolith_jax.types import FreedRows, GroupIds, GroupPlan
 
 SHARDS = 2

@@ -6,7 +6,7 @@ import pytest
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.cuckoo import MapLayout
 from monolith_jax.ids.footprint import ZIPF, array_bytes, bytes_of_tables, largest_part, plan_sizes, work_bytes, zipf_distinct
-from monolith_jax.ids.mapper import GroupMapper, Rule
+from monolith_jax.ids.group import GroupMapper, Rule
 from monolith_jax.types import GroupIds
 
 LAYOUT = MapLayout(("user", "video", "tag"), (3000, 700_000, 9), 16)

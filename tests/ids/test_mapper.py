@@ -3,10 +3,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from monolith_jax.ids import mapper as mapper_module
+from monolith_jax.ids import group as group_module
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.cuckoo import MapLayout, ladder
-from monolith_jax.ids.mapper import GroupMapper, Mapper, Rule
+from monolith_jax.ids.group import GroupMapper, Rule
+from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.types import FreedRows, GroupIds, GroupPlan
 
@@ -165,7 +166,7 @@ def test_rows_do_not_depend_on_the_mesh(rules: Sequence[Rule]) -> None:
 
 @pytest.mark.parametrize("worth_threads", [0, 2**15])
 def test_plans_do_not_depend_on_threads(worth_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapper_module, "_WORTH_THREADS", worth_threads)
+    monkeypatch.setattr(group_module, "_WORTH_THREADS", worth_threads)
     mappers = [new_mapper(1, num_threads) for num_threads in (1, 4)]
     rng = np.random.default_rng(7)
     num_freed = 0
@@ -183,7 +184,7 @@ def test_plans_do_not_depend_on_threads(worth_threads: int, monkeypatch: pytest.
 
 
 def test_more_threads_than_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapper_module, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(group_module, "_WORTH_THREADS", 0)
     layout, rng = MapLayout(("user", "video"), (300, 500), 2), np.random.default_rng(8)
     batches = [draw(rng, 32, 600) for _ in range(4)]
     mappers = [GroupMapper(layout, TABLES, 2, RULES, ShardThreads(number, ())) for number in (1, 5)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from monolith_jax.ids.mapper import GroupMapper
+from monolith_jax.ids.group import GroupMapper
 from monolith_jax.mesh import BATCH, ROWS, MeshConfig, make_mesh, sharding
 from monolith_jax.tables.lookup import gather_rows, return_gradients, send_vectors, write_fresh_rows, write_rows
 from monolith_jax.tables.table import Group, TableConfig, empty_array, make_groups

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from monolith_jax.ids.cuckoo import MapLayout
-from monolith_jax.ids.mapper import GroupMapper
+from monolith_jax.ids.group import GroupMapper
 from monolith_jax.mesh import BATCH, MODEL, ROWS, SHARD, sharding
 from monolith_jax.tables import lookup
 from monolith_jax.tables.lookup import gather_rows, return_gradients, send_vectors

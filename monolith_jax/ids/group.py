@@ -1,0 +1,346 @@
+"""The ids of a batch and of one group of tables to its part of a plan: distinct, admitted, mapped to rows, routed to devices.
+
+In: ids [B, P], event times, and the time. Out: a `GroupPlan` of padded index arrays, and the rows it freed.
+
+    ids -> by shard -> distinct ids -> find, touch -> admit -> insert -> free the unseen -> routes
+           [examples in parallel]    [shards in parallel                                         ]
+
+A plan depends on the stream up to it and on nothing else: not on threads, and its rows not on the mesh. The id maps change in
+the order of the calls; padded sizes only ever grow, so few shapes are compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from monolith_jax.ids import admission, batch, expiry, kernels, routes
+from monolith_jax.ids.admission import AdmissionConfig
+from monolith_jax.ids.cuckoo import IdMaps, MapLayout, ladder
+from monolith_jax.ids.lines import NOT_ADMITTED, Distinct, make_distinct
+from monolith_jax.ids.threads import ShardThreads
+from monolith_jax.types import FreedRows, GroupIds, GroupPlan
+
+_FRESH_SIZES = tuple(4**k for k in range(3, 14))
+_ROOM = 1.05
+"""A padded size that must grow takes this much more than was needed (and half as much again as it was): each size is a
+compilation of the step."""
+_WORTH_THREADS = 2**15
+"""Positions of a batch below which handing it to threads takes longer than the work."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How ids come into a table and leave it."""
+
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    ttl_s: int = 0
+    """Seconds of event time without being seen after which an id is taken out; 0: it stays, and a full table refuses."""
+
+
+@dataclass
+class _Work:
+    """Arrays of one batch, as large as the largest so far. They are used again: fresh memory costs more than the work."""
+
+    size: int
+    distinct: Distinct
+    hashes: np.ndarray
+    positions: np.ndarray
+    inverse: np.ndarray
+    last_slice: np.ndarray
+    sent_at: np.ndarray
+    touched_at: np.ndarray
+    freed: expiry.Freed
+
+
+def _make_work(size: int, num_freed: int, num_shards: int) -> _Work:
+    def empty(dtype: type, number: int = size) -> np.ndarray:
+        return np.empty(number, dtype)
+
+    freed = expiry.Freed(empty(np.uint64, num_freed), empty(np.int32, num_freed), empty(np.int32, num_freed))
+    places = [empty(np.int32) for _ in range(5)]
+    return _Work(size, make_distinct(size, num_shards), empty(np.uint64), *places, freed=freed)
+
+
+class GroupMapper:
+    """Maps the ids of one group of tables. Not thread safe."""
+
+    def __init__(
+        self,
+        layout: MapLayout,
+        position_tables: Sequence[int],
+        num_devices: int,
+        rules: Sequence[Rule] = (),
+        threads: ShardThreads | None = None,
+    ) -> None:
+        """Makes empty maps.
+
+        Args:
+            layout: Tables of the group and their sizes.
+            position_tables: Table index of each of the P id positions of an example.
+            num_devices: S, a divisor of the number of shards.
+            rules: Of each table; none: all ids are admitted and stay.
+            threads: Share the shards; none: all is done in the caller's thread.
+
+        Raises:
+            ValueError: S does not divide L, or a device would have more rows than int32 can count.
+        """
+        self._rows_per_device = rows_per_device(layout, num_devices)
+        self._layout = layout
+        self._threads, self._alone = threads or ShardThreads(1, ()), ShardThreads(1, ())
+        self.maps = IdMaps(layout, self._threads)
+        self._position_tables = np.asarray(position_tables, np.int32)
+        self._num_devices = num_devices
+        rules = rules or (Rule(),) * len(layout.names)
+        self._ttl_s = np.array([rule.ttl_s for rule in rules], np.int64)
+        self._shares = np.minimum([-(-rows // layout.num_shards) for rows in layout.max_rows], layout.caps)
+        self._rules = admission.make_rules([rule.admission for rule in rules], layout.max_rows, layout.num_shards)
+        self._filters = admission.empty_filters(self._rules, layout.num_shards)
+        self._pinned = np.zeros_like(self.maps.arrays.used) if self._ttl_s.any() else np.zeros((1, 1), np.uint32)
+        shape = self.maps.arrays.counts.shape
+        self._expiry = {"sweeps": np.zeros(shape, np.int32), "wanted": np.zeros(shape, np.int32)}
+        self._work = _make_work(0, 0, layout.num_shards)
+        self._touched_size = self._sent_size = ladder(0)
+
+    def plan(
+        self, batch: GroupIds, seen_s: np.ndarray, now_s: int, plan_number: int, insert: bool = True
+    ) -> tuple[GroupPlan, FreedRows, dict[str, float]]:
+        """Returns the plan of one batch, what it freed, and its counts; the maps are as they are after it.
+
+        Args:
+            batch: ids [B, P]; S must divide B.
+            seen_s: uint32 [B], event times in seconds.
+            now_s: The time, in seconds; never less than in the plan before.
+            plan_number: How many plans there were before.
+            insert: Whether new ids get rows; if not, they read zeros and nothing changes but padded sizes, which may grow.
+
+        Raises:
+            ValueError: S does not divide B.
+        """
+        if batch.ids.shape[0] % self._num_devices:
+            raise ValueError(f"{batch.ids.shape[0]} examples cannot be divided among {self._num_devices} devices")
+        threads = self._threads if batch.ids.size >= _WORTH_THREADS else self._alone
+        ends = self._group_by_shard(batch, threads)
+        looks, refused, freed = self._map(ends, seen_s, now_s, plan_number, insert, threads)
+        stats = self._stats(int(ends[-1]), refused, freed)
+        stats["probe_length"] = 1 + looks / max(stats["unique"], 1)
+        fresh = self._fresh(int(stats["fresh"]))
+        touched, sent, positions, num_sent, num_touched = self._route(batch, ends, threads)
+        stats["unknown"] = stats["unique"] - num_touched
+        stats["padding"] = 1 - num_touched / touched.size
+        return GroupPlan(touched, sent, positions, *fresh, num_sent), freed[0], stats
+
+    def _group_by_shard(self, batch_ids: GroupIds, threads: ShardThreads) -> np.ndarray:
+        """Fills the occurrences by shard; returns where each shard's part ends."""
+        num_shards, number = self._layout.num_shards, batch_ids.ids.size
+        num_freed = 2 * number + num_shards * self._freed_room(0)
+        if self._work.size < number or self._work.freed.rows.size < num_freed:
+            self._work = _make_work(number, num_freed, num_shards)
+        work, tables = self._work, self._layout.tables
+        ids, valid = np.ascontiguousarray(batch_ids.ids).view(np.uint64), batch_ids.valid
+        parts = dict(threads.ranges(ids.shape[0]))
+        counts = np.zeros((len(parts), num_shards), np.int64)
+        of_part = {first: counts[index] for index, first in enumerate(parts)}
+        sizes = (tables.seeds, tables.shard_shift)
+
+        def count(first: int, last: int) -> None:
+            batch.count_occurrences(ids, valid, self._position_tables, *sizes, first, last, of_part[first])
+
+        threads.run(count, ids.shape[0])
+        ends = counts.sum(0).cumsum()
+        work.distinct.starts[:] = ends - counts.sum(0)
+        places = work.distinct.starts + counts.cumsum(0) - counts
+        place_of = {first: places[index] for index, first in enumerate(parts)}
+
+        def group(first: int, last: int) -> None:
+            batch.group_by_shard(
+                ids, valid, self._position_tables, *sizes, first, last, place_of[first], work.hashes, work.positions
+            )
+
+        threads.run(group, ids.shape[0])
+        return ends
+
+    def _freed_room(self, occurrences: Any) -> Any:
+        """Returns how many rows one shard may free in a plan."""
+        if not self._ttl_s.any():
+            return 0
+        return 2 * occurrences + max(256, int(self._layout.caps.sum()) // expiry.CAP_PARTS)
+
+    def _map(
+        self, ends: np.ndarray, seen_s: np.ndarray, now_s: int, plan_number: int, insert: bool, threads: ShardThreads
+    ) -> tuple[int, np.ndarray, tuple[FreedRows, int]]:
+        """Finds or makes the rows of the distinct ids, and frees others.
+
+        Returns:
+            Looks into second buckets, refused int64 [L, T, 2], and the freed rows with how many of them were for the cap.
+        """
+        work, tables, maps, distinct = self._work, self._layout.tables, self.maps.arrays, self._work.distinct
+        parts = ends - distinct.starts
+        largest = 1 << max(int(2 * parts.max() - 1).bit_length(), 4)
+        refused = np.zeros((*maps.counts.shape, 2), np.int64)
+        looks, freed_numbers = [], np.zeros((ends.size, 2), np.int64)
+        limits = np.broadcast_to(np.asarray(self._freed_room(parts), np.int64), ends.shape)
+        freed_starts = limits.cumsum() - limits
+        cells = self._filters["filters"].view(np.uint8).reshape(-1, 64)
+        heads, taken = self._filters["filter_heads"], self._filters["filter_taken"]
+        filtered, number = bool(self._rules.kinds.any()), np.uint64(plan_number)
+
+        def of_shards(first: int, last: int) -> None:
+            scratch = np.empty(largest, np.int32)
+            batch.dedup(
+                ends, work.hashes, work.positions, self._position_tables, seen_s, first, last, scratch, distinct, work.inverse
+            )
+            looks.append(kernels.find(tables, maps.lines, distinct, first, last, insert))
+            if not insert:
+                return
+            if filtered:
+                admission.admit(self._rules, cells, heads, taken, distinct, number, first, last)
+            kernels.insert(tables, maps, distinct, first, last, refused)
+            if self._ttl_s.any():
+                expiry.free_unseen(
+                    tables, maps, distinct, refused, self._ttl_s, self._shares, now_s, first, last, self._pinned,
+                    self._expiry["sweeps"], self._expiry["wanted"], freed_starts, limits, work.freed, freed_numbers,
+                )  # fmt: skip
+
+        threads.run(of_shards, ends.size)
+        return sum(looks), refused, (self._freed(freed_starts, freed_numbers[:, 0]), int(freed_numbers[:, 1].sum()))
+
+    def _freed(self, starts: np.ndarray, numbers: np.ndarray) -> FreedRows:
+        freed, shards = self._work.freed, np.repeat(np.arange(numbers.size, dtype=np.int32), numbers)
+        places = np.arange(shards.size) + np.repeat(starts - (numbers.cumsum() - numbers), numbers)
+        tables = freed.tables[places]
+        return FreedRows(self.maps.ids_of(freed.hashes[places], tables).view(np.int64), tables, shards, freed.rows[places])
+
+    def _stats(self, occurrences: int, refused: np.ndarray, freed: tuple[FreedRows, int]) -> dict[str, float]:
+        unique, fresh, not_admitted = routes.count_states(self._work.distinct, NOT_ADMITTED)
+        rows, slots = int(self.maps.num_rows.sum()), 4 * int(self._layout.num_buckets.sum()) * self._layout.num_shards
+        return {
+            "occurrences": float(occurrences),
+            "unique": float(unique),
+            "fresh": float(fresh),
+            "not_admitted": float(not_admitted),
+            "refused_at_cap": float(refused[:, :, 0].sum()),
+            "refused_no_path": float(refused[:, :, 1].sum()),
+            "expired": float(freed[0].ids.size - freed[1]),
+            "freed_at_cap": float(freed[1]),
+            "rows": float(rows),
+            "load": rows / slots,
+        }
+
+    def _fresh(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the padded lists of fresh rows, their ids and tables."""
+        num_devices, layout = self._num_devices, self._layout
+        hashes, tables = np.empty(number, np.uint64), np.empty(number, np.int32)
+        rows, numbers = np.empty(number, np.int64), np.zeros(num_devices, np.int64)
+        per_device = layout.num_shards // num_devices
+        routes.list_fresh(
+            self._work.distinct, per_device, layout.rows_per_shard, layout.row_offsets, hashes, tables, rows, numbers
+        )
+        ids = self.maps.ids_of(hashes, tables).view(np.uint32).reshape(-1, 2)
+        size = fresh_size(int(numbers.max()))
+        fresh_rows = np.tile(np.arange(self._rows_per_device, self._rows_per_device + size, dtype=np.int32), (num_devices, 1))
+        fresh_ids = np.zeros((num_devices, size, 2), np.uint32)
+        fresh_tables = np.zeros((num_devices, size), np.int32)
+        ends = numbers.cumsum()
+        for device, (end, of_device) in enumerate(zip(ends, numbers, strict=True)):
+            mine = slice(end - of_device, end)
+            fresh_rows[device, :of_device], fresh_ids[device, :of_device] = rows[mine], ids[mine]
+            fresh_tables[device, :of_device] = tables[mine]
+        return fresh_rows, fresh_ids, fresh_tables
+
+    def _route(self, batch: GroupIds, ends: np.ndarray, threads: ShardThreads) -> tuple[Any, Any, Any, Any, int]:
+        """Returns touched [S, V], sent [S, S, U], positions [B, P], num_sent [S, S] of the plan; how many rows are touched."""
+        work, layout, num_devices = self._work, self._layout, self._num_devices
+        num_touched = np.zeros(layout.num_shards, np.int64)
+        num_sent = np.zeros((layout.num_shards, num_devices), np.int64)
+        at = (work.distinct, ends, work.positions, work.inverse, batch.ids.size // num_devices)
+
+        def count(first: int, last: int) -> None:
+            routes.count_routes(*at, first, last, work.last_slice, num_touched, num_sent)
+
+        threads.run(count, layout.num_shards)
+        touched_of, sent_of = num_touched.reshape(num_devices, -1), num_sent.reshape(num_devices, -1, num_devices)
+        self._touched_size = grown_size(self._touched_size, int(touched_of.sum(1).max()))
+        self._sent_size = grown_size(self._sent_size, int(sent_of.sum(1).max()))
+        touched = np.empty((num_devices, self._touched_size), np.int32)
+        sent = np.empty((num_devices, num_devices, self._sent_size), np.int32)
+        positions = np.empty(batch.ids.shape, np.int32)
+        if ends[-1] < positions.size:
+            positions[~batch.valid] = num_devices * self._sent_size + 1
+        for device in range(num_devices):
+            used = int(touched_of[device].sum())
+            first_padding = self._rows_per_device + used
+            touched[device, used:] = np.arange(first_padding, first_padding + self._touched_size - used)
+            for part in range(num_devices):
+                sent[device, part, int(sent_of[device, :, part].sum()) :] = self._touched_size
+        first_touched = (touched_of.cumsum(1) - touched_of).reshape(-1)
+        first_sent = (sent_of.cumsum(1) - sent_of).reshape(num_sent.shape)
+        sizes = (layout.num_shards // num_devices, layout.rows_per_shard, layout.row_offsets)
+
+        def fill(first: int, last: int) -> None:
+            scratch = (work.last_slice, work.sent_at, work.touched_at)
+            outputs = (touched, sent, positions.reshape(-1))
+            routes.fill_routes(*at, first, last, *sizes, first_touched, first_sent, *scratch, *outputs)
+
+        threads.run(fill, layout.num_shards)
+        return touched, sent, positions, sent_of.sum(1, dtype=np.int32), int(num_touched.sum())
+
+    def _state(self) -> dict[str, np.ndarray]:
+        return {**self._filters, **self._expiry}
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Returns a copy of the maps, filters, sweeps and padded sizes."""
+        sizes = np.array([self._touched_size, self._sent_size], np.int32)
+        return {**self.maps.get_state(), **{name: array.copy() for name, array in self._state().items()}, "sizes": sizes}
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Takes over what `get_state` returned.
+
+        Raises:
+            ValueError: The state is of another layout or damaged.
+        """
+        mine = self._state()
+        for name, array in mine.items():
+            if name not in state or state[name].shape != array.shape or state[name].dtype != array.dtype:
+                there = f"{state[name].dtype} {state[name].shape}" if name in state else "nothing"
+                raise ValueError(f"the state of tables {self._layout.names} has {there} as {name}, expected {array.shape}")
+        sweeps = state["sweeps"]
+        if (state["filter_heads"] >> 1).any() or (sweeps < 0).any() or (sweeps >= self._layout.num_buckets).any():
+            raise ValueError(f"the state of tables {self._layout.names} is damaged: a place in filters or sweeps is too large")
+        sizes = [int(size) for size in np.asarray(state.get("sizes", ())).reshape(-1)]
+        if len(sizes) != 2 or any(size != ladder(size) or size >= 2**31 for size in sizes):
+            raise ValueError(f"the state of tables {self._layout.names} is damaged: no plan has the padded sizes {sizes}")
+        self.maps.set_state(state)
+        for name, array in mine.items():
+            array[:] = state[name]
+        self._touched_size, self._sent_size = sizes
+
+
+def rows_per_device(layout: MapLayout, num_devices: int) -> int:
+    """Returns the rows of a group that each of S devices holds.
+
+    Raises:
+        ValueError: S does not divide L, or a device would have more rows than int32 can count.
+    """
+    if layout.num_shards % num_devices:
+        raise ValueError(f"{layout.num_shards} shards cannot be divided among {num_devices} devices; use a power of two")
+    rows = layout.num_shards // num_devices * layout.rows_per_shard
+    if rows + _FRESH_SIZES[-1] >= 2**31:
+        raise ValueError(
+            f"a device would hold {rows:,} rows of tables {layout.names}, more than int32 counts; use more than {num_devices} "
+            "devices or a smaller TableConfig.max_rows"
+        )
+    return rows
+
+
+def fresh_size(number: int) -> int:
+    """Returns the padded size F for the fresh rows of a device."""
+    return next(size for size in _FRESH_SIZES if size >= number)
+
+
+def grown_size(size: int, needed: int) -> int:
+    """Returns the padded size V or U of a plan that needs so much, after one of `size`."""
+    return size if needed <= size else ladder(max(int(needed * _ROOM), size + size // 2))
