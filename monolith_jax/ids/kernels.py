@@ -12,6 +12,7 @@ from monolith_jax.ids.lines import (
     SLOTS,
     first_bucket,
     inline,
+    inner,
     jit,
     load,
     mix,
@@ -195,7 +196,7 @@ def _ask_for_others(keys, start, num_buckets, h):
             prefetch(np.int64(keys.ctypes.data) + 64 * (start + other))
 
 
-@jit
+@inner
 def make_room(keys, meta, start, num_buckets, h, queue):
     """Frees a slot in one of a hash's full buckets by moving ids to their other bucket; returns line * SLOTS + slot or -1.
 

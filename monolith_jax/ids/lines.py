@@ -132,6 +132,11 @@ def inline(function: Any) -> Any:
     return jit(function, inline="always")
 
 
+def inner(function: Any) -> Any:
+    """Compiles for other kernels to call; to call it from Python is a crash. Wrappers took a fifth of the time of compiling."""
+    return jit(function, no_cpython_wrapper=True)
+
+
 _BYTES = ir.PointerType(ir.IntType(8))
 
 
