@@ -100,7 +100,7 @@ class GroupMapper:
         self._threads, self._alone = threads or ShardThreads(1, ()), ShardThreads(1, ())
         self.maps = IdMaps(layout, self._threads, num_processes)
         self._first_shard = process_id * self.maps.num_shards
-        self._position_tables = np.asarray(position_tables, np.int32)
+        self.position_tables = np.asarray(position_tables, np.int32)
         self._num_devices = num_devices
         rules = rules or (Rule(),) * len(layout.names)
         self._ttl_s = np.array([rule.ttl_s for rule in rules], np.int64)
@@ -110,7 +110,7 @@ class GroupMapper:
         self._pinned = np.zeros_like(self.maps.arrays.used) if self._ttl_s.any() else np.zeros((1, 1), np.uint32)
         shape = self.maps.arrays.counts.shape
         self._expiry = {"sweeps": np.zeros(shape, np.int32), "wanted": np.zeros(shape, np.int32)}
-        self.work = make_work(0, 0, layout.num_shards)
+        self.work = make_work(0, 0, self.maps.num_shards)
         self._touched_size = self._sent_size = ladder(0)
 
     def plan(
@@ -137,14 +137,13 @@ class GroupMapper:
 
         def dedup(first: int, last: int) -> None:
             scratch = np.empty(scratch_size(parts), np.int32)
-            positions = (work.positions, self._position_tables, seen_s)
+            positions = (work.positions, self.position_tables, seen_s)
             batch_kernels.dedup(ends, work.hashes, *positions, first, last, scratch, work.distinct, work.inverse)
 
         freed, stats = self.map_rows(parts, dedup, now_s, plan_number, insert, threads)
         fresh = self.fresh_lists(int(stats["fresh"]))
         touched, sent, positions, num_sent, num_touched = self._route(batch, ends, threads)
         stats["unknown"] = stats["unique"] - num_touched
-        stats["padding"] = 1 - num_touched / touched.size
         return GroupPlan(touched, sent, positions, *fresh, num_sent), freed, stats
 
     def threads_for(self, size: int) -> ShardThreads:
@@ -167,7 +166,7 @@ class GroupMapper:
         sizes = (tables.seeds, tables.shard_shift)
 
         def count(first: int, last: int) -> None:
-            batch_kernels.count_occurrences(ids, valid, self._position_tables, *sizes, first, last, of_part[first])
+            batch_kernels.count_occurrences(ids, valid, self.position_tables, *sizes, first, last, of_part[first])
 
         threads.run(count, ids.shape[0])
         ends = counts.sum(0).cumsum()
@@ -177,7 +176,7 @@ class GroupMapper:
 
         def group(first: int, last: int) -> None:
             batch_kernels.group_by_shard(
-                ids, valid, self._position_tables, *sizes, first, last, place_of[first], work.hashes, work.positions
+                ids, valid, self.position_tables, *sizes, first, last, place_of[first], work.hashes, work.positions
             )
 
         threads.run(group, ids.shape[0])
@@ -232,7 +231,7 @@ class GroupMapper:
         threads.run(of_shards, parts.size)
         freed = self._freed(freed_starts, freed_numbers[:, 0])
         stats = self._stats(int(parts.sum()), refused, (freed, int(freed_numbers[:, 1].sum())))
-        stats["probe_length"] = 1 + sum(looks) / max(stats["unique"], 1)
+        stats["second_looks"] = float(sum(looks))
         return freed, stats
 
     def _freed(self, starts: np.ndarray, numbers: np.ndarray) -> FreedRows:
@@ -255,8 +254,14 @@ class GroupMapper:
             "expired": float(freed[0].ids.size - freed[1]),
             "freed_at_cap": float(freed[1]),
             "rows": float(rows),
-            "load": rows / slots,
+            "slots": float(slots),
         }
+
+    def grow_sizes(self, touched: int, sent: int) -> tuple[int, int]:
+        """Returns the padded sizes V and U for what a plan needs; they never become smaller."""
+        self._touched_size = grown_size(self._touched_size, touched)
+        self._sent_size = grown_size(self._sent_size, sent)
+        return self._touched_size, self._sent_size
 
     def fresh_lists(self, number: int, size: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the fresh rows of this process's devices with their ids and tables, padded to `size` or as needed."""
@@ -291,8 +296,7 @@ class GroupMapper:
 
         threads.run(count, layout.num_shards)
         touched_of, sent_of = num_touched.reshape(num_devices, -1), num_sent.reshape(num_devices, -1, num_devices)
-        self._touched_size = grown_size(self._touched_size, int(touched_of.sum(1).max()))
-        self._sent_size = grown_size(self._sent_size, int(sent_of.sum(1).max()))
+        self.grow_sizes(int(touched_of.sum(1).max()), int(sent_of.sum(1).max()))
         touched = np.empty((num_devices, self._touched_size), np.int32)
         sent = np.empty((num_devices, num_devices, self._sent_size), np.int32)
         positions = np.empty(batch.ids.shape, np.int32)
