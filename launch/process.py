@@ -7,6 +7,7 @@ joining comes first: several processes need a device more each.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 import traceback
@@ -24,6 +25,8 @@ from monolith_jax.mesh import MeshConfig, split_cpu
 USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 """What a user can cause and put right: told in one line, without a traceback."""
 _VERDICT_S = 2.0
+_OF_XLA = r"[A-Z_]+: "
+"""How XLA's errors begin, which come as ValueError too."""
 
 
 def prepare(mesh: MeshConfig) -> None:
@@ -56,7 +59,7 @@ def join(flags: ProcessFlags) -> Iterator[None]:
         _tell_jax(members, flags.join_timeout_s)
         yield
     except BaseException as error:
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) or re.match(_OF_XLA, str(error)):
             # A collective that broke since another process died: the watch is about to say so, and ends this one.
             time.sleep(_VERDICT_S)
         line = f"{type(error).__name__}: {error}"
