@@ -33,12 +33,13 @@ from monolith_jax.stream.history import History
 from monolith_jax.stream.kuairand import KuaiRandConfig, KuaiRandSource
 from monolith_jax.stream.movielens import MovieLensConfig, MovieLensSource
 from monolith_jax.stream.synthetic import SyntheticConfig, SyntheticSource
-from monolith_jax.tables.table import TableConfig
+from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.train.grow import can_grow, restore_grown
 from monolith_jax.train.log import RunLog
 from monolith_jax.train.loop import predict, run
 from monolith_jax.train.state import Model, TrainState, first_state, make_model
 from monolith_jax.train.step import make_predict_step, make_train_step
+from monolith_jax.train.tiers import Tiers
 from monolith_jax.train.warm_start import take_over
 from monolith_jax.types import Source
 
@@ -63,6 +64,9 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     for name in parts:
         value = getattr(experiment, name)
         plain[name] = [_plain(part) for part in value] if isinstance(value, tuple) else _plain(value)
+    for table in plain["tables"]:
+        # Where rows are kept changes nothing that is learned or saved.
+        del table["memory"], table["device_rows"]
     train = experiment.train
     return plain | {"num_shards": experiment.mesh.num_shards, "batch_size": train.batch_size, "seed": train.seed}
 
@@ -79,6 +83,7 @@ class Parts:
     state: TrainState
     mapper: Mapper
     memories: list[Memory]
+    tiers: Tiers
 
 
 def assemble(experiment: Experiment) -> Parts:
@@ -104,6 +109,7 @@ def assemble(experiment: Experiment) -> Parts:
             num_devices(mesh),
             [Rule(table.admission, table.ttl_s) for table in group.tables],
             threads,
+            make_tier(group),
         )
         for index, group in enumerate(model.groups)
     ]
@@ -112,7 +118,7 @@ def assemble(experiment: Experiment) -> Parts:
         memories.append(History(experiment.history))
     if experiment.counters:
         memories.append(Counters(experiment.counters))
-    return Parts(model, first_state(model, weights), Mapper(mappers), memories)
+    return Parts(model, first_state(model, weights), Mapper(mappers), memories, Tiers(model))
 
 
 def train(experiment: Experiment, workdir: Path, console: Console | None = None) -> dict[str, dict[str, Any]]:
@@ -142,14 +148,14 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
     who = identity(experiment)
 
     def save(state: TrainState, frozen: Mapping[str, Any]) -> None:
-        snapshots.save(log.steps, state, frozen, log.get_state(), who)
+        snapshots.save(log.steps, parts.tiers.whole(state), frozen, log.get_state(), who)
         log.last_snapshot = f"step {log.steps} in {workdir / 'snapshots'}"
 
     try:
         state = _begin(parts, snapshots, planner, log, who, experiment.tables, config.warm_start, console)
         (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
         with log, _stopped_by_sigterm(planner) as stopped:
-            state = run(state, planner, make_train_step(parts.model), log, save)
+            state = run(state, planner, make_train_step(parts.model), log, save, parts.tiers)
     finally:
         planner.close()
         snapshots.close()
@@ -175,16 +181,17 @@ def _begin(
     """Returns the state to start from: the newest snapshot, a warm start, or nothing learned yet."""
     step = snapshots.latest()
     if step is not None:
+        like = parts.tiers.like(parts.state)
         if can_grow(snapshots.read_meta(step)["identity"], who):
-            restored = restore_grown(snapshots, step, parts.model, parts.state, parts.mapper, tables)
+            restored = restore_grown(snapshots, step, parts.model, like, parts.mapper, tables)
             console.print("tables take their new sizes and rules; every id keeps its row", highlight=False)
         else:
-            restored = snapshots.restore(step, parts.state, who)
+            restored = snapshots.restore(step, like, who)
         planner.set_state(restored.host)
         log.set_state(restored.extras)
         log.last_snapshot = f"step {step}"
         console.print(f"going on from the snapshot of step {step:,}", highlight=False)
-        return restored.state
+        return parts.tiers.split(restored.state)
     if not warm_start:
         return parts.state
     old = Snapshots(SnapshotConfig(), find(Path(warm_start)), read_only=True)
@@ -195,7 +202,7 @@ def _begin(
     )
     old.close()
     console.print(f"warm start from step {latest:,} of {warm_start}:\n  " + "\n  ".join(lines), highlight=False)
-    return state
+    return parts.tiers.split(state)
 
 
 def _finish(
@@ -229,7 +236,7 @@ def _finish(
 
 
 def test(experiment: Experiment, parts: Parts, state: TrainState, workdir: Path) -> list[dict[str, Any]]:
-    """Scores the held-out source with a state that stays as it is; returns a row a head.
+    """Scores the held-out source with a state that stays as it is (tables in two tiers use it up); returns a row a head.
 
     Histories and counters go on, as they would in production: an example sees what came before it, never itself.
     """
@@ -245,6 +252,7 @@ def test(experiment: Experiment, parts: Parts, state: TrainState, workdir: Path)
             planner,
             make_predict_step(parts.model),
             lambda seen, scores: measures.add(seen.event_time_ms, seen.groups, scores, seen.labels, seen.masks, seen.optimal),
+            parts.tiers,
         )
     finally:
         planner.close()

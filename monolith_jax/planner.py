@@ -27,7 +27,7 @@ from monolith_jax.ids.strings import string_ids
 from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.stream.events import labels
 from monolith_jax.train.state import Inputs, Model, input_shardings
-from monolith_jax.types import FreedRows, GroupIds
+from monolith_jax.types import FreedRows, GroupIds, Moves
 
 AHEAD = 2
 
@@ -77,6 +77,8 @@ class Planned:
     """Where the batch starts in the stream, for error messages."""
     frozen: dict[str, Any] | None
     """Host state right after this plan, if it was asked for."""
+    moves: tuple[Moves | None, ...] = ()
+    """What the host must bring to the device before the step, and take from it, for each group."""
 
 
 class _End(NamedTuple):
@@ -214,7 +216,7 @@ class Planner:
         self._step += 1
         freeze = self._freeze_every and self._step % self._freeze_every == 0
         frozen = self.get_state() if freeze else None
-        return Planned(inputs, observed, examples.num_rows, epoch, plan.stats, plan.freed, position, frozen)
+        return Planned(inputs, observed, examples.num_rows, epoch, plan.stats, plan.freed, position, frozen, plan.moves)
 
     def _advance_time(self, event_time_ms: np.ndarray, epoch: int) -> np.ndarray:
         """Moves the time on; returns when ids count as seen.

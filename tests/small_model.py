@@ -14,7 +14,7 @@ from monolith_jax.mesh import MeshConfig, make_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.losses import HeadConfig
 from monolith_jax.planner import observe
-from monolith_jax.tables.table import TableConfig
+from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.tables.update import OptimizerConfig
 from monolith_jax.train.state import Inputs, Model, ModelConfig, TrainState, first_state, input_shardings, make_model
 from monolith_jax.types import Chunk, Plan, Position, Rejected
@@ -71,7 +71,7 @@ def make_small(
     config = config or DeepFMConfig(hidden=())
     model, weights = make_model(config, tables, features, HEADS, dense_optimizer, seed, 8, mesh)
     mappers = [
-        GroupMapper(group.maps, model.layout.position_tables(index, group.maps.names), num_devices)
+        GroupMapper(group.maps, model.layout.position_tables(index, group.maps.names), num_devices, tier=make_tier(group))
         for index, group in enumerate(model.groups)
     ]
     return Small(model, first_state(model, weights), Mapper(mappers))

@@ -22,6 +22,7 @@ from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout, ladder
 from monolith_jax.ids.lines import NOT_ADMITTED, Distinct, make_distinct
 from monolith_jax.ids.threads import ShardThreads
+from monolith_jax.ids.tier import Tier
 from monolith_jax.types import FreedRows, GroupIds, GroupPlan
 
 _FRESH_SIZES = tuple(4**k for k in range(3, 14))
@@ -75,6 +76,7 @@ class GroupMapper:
         num_devices: int,
         rules: Sequence[Rule] = (),
         threads: ShardThreads | None = None,
+        tier: Tier | None = None,
     ) -> None:
         """Makes empty maps.
 
@@ -84,11 +86,15 @@ class GroupMapper:
             num_devices: S, a divisor of the number of shards.
             rules: Of each table; none: all ids are admitted and stay.
             threads: Share the shards; none: all is done in the caller's thread.
+            tier: Slots of the rows on the device; none: all rows are there, and plans name rows instead of slots.
 
         Raises:
             ValueError: S does not divide L, or a device would have more rows than int32 can count.
         """
-        self._rows_per_device = rows_per_device(layout, num_devices)
+        self.tier = tier
+        self._rows_per_shard = tier.slots_per_shard if tier else layout.rows_per_shard
+        self._row_offsets = np.zeros_like(layout.row_offsets) if tier else layout.row_offsets
+        self._rows_per_device = rows_per_device(layout, num_devices, self._rows_per_shard)
         self._layout = layout
         self._threads, self._alone = threads or ShardThreads(1, ()), ShardThreads(1, ())
         self.maps = IdMaps(layout, self._threads)
@@ -118,7 +124,7 @@ class GroupMapper:
             insert: Whether new ids get rows; if not, they read zeros and nothing changes but padded sizes, which may grow.
 
         Raises:
-            ValueError: S does not divide B.
+            ValueError: S does not divide B, or a batch needs more rows at once than the device has slots.
         """
         if batch.ids.shape[0] % self._num_devices:
             raise ValueError(f"{batch.ids.shape[0]} examples cannot be divided among {self._num_devices} devices")
@@ -127,11 +133,15 @@ class GroupMapper:
         looks, refused, freed = self._map(ends, seen_s, now_s, plan_number, insert, threads)
         stats = self._stats(int(ends[-1]), refused, freed)
         stats["probe_length"] = 1 + looks / max(stats["unique"], 1)
+        if self.tier:
+            self.tier.assign(self._work.distinct, threads)
+            stats |= self.tier.stats()
         fresh = self._fresh(int(stats["fresh"]))
         touched, sent, positions, num_sent, num_touched = self._route(batch, ends, threads)
         stats["unknown"] = stats["unique"] - num_touched
         stats["padding"] = 1 - num_touched / touched.size
-        return GroupPlan(touched, sent, positions, *fresh, num_sent), freed[0], stats
+        rows = self.tier.rows_of(touched, self._num_devices) if self.tier else None
+        return GroupPlan(touched, sent, positions, *fresh, num_sent, rows), freed[0], stats
 
     def _group_by_shard(self, batch_ids: GroupIds, threads: ShardThreads) -> np.ndarray:
         """Fills the occurrences by shard; returns where each shard's part ends."""
@@ -237,7 +247,7 @@ class GroupMapper:
         rows, numbers = np.empty(number, np.int64), np.zeros(num_devices, np.int64)
         per_device = layout.num_shards // num_devices
         routes.list_fresh(
-            self._work.distinct, per_device, layout.rows_per_shard, layout.row_offsets, hashes, tables, rows, numbers
+            self._work.distinct, per_device, self._rows_per_shard, self._row_offsets, hashes, tables, rows, numbers
         )
         ids = self.maps.ids_of(hashes, tables).view(np.uint32).reshape(-1, 2)
         size = fresh_size(int(numbers.max()))
@@ -278,7 +288,7 @@ class GroupMapper:
                 sent[device, part, int(sent_of[device, :, part].sum()) :] = self._touched_size
         first_touched = (touched_of.cumsum(1) - touched_of).reshape(-1)
         first_sent = (sent_of.cumsum(1) - sent_of).reshape(num_sent.shape)
-        sizes = (layout.num_shards // num_devices, layout.rows_per_shard, layout.row_offsets)
+        sizes = (layout.num_shards // num_devices, self._rows_per_shard, self._row_offsets)
 
         def fill(first: int, last: int) -> None:
             scratch = (work.last_slice, work.sent_at, work.touched_at)
@@ -314,24 +324,26 @@ class GroupMapper:
         if len(sizes) != 2 or any(size != ladder(size) or size >= 2**31 for size in sizes):
             raise ValueError(f"the state of tables {self._layout.names} is damaged: no plan has the padded sizes {sizes}")
         self.maps.set_state(state)
+        if self.tier:
+            self.tier.reset()
         for name, array in mine.items():
             array[:] = state[name]
         self._touched_size, self._sent_size = sizes
 
 
-def rows_per_device(layout: MapLayout, num_devices: int) -> int:
-    """Returns the rows of a group that each of S devices holds.
+def rows_per_device(layout: MapLayout, num_devices: int, rows_per_shard: int = 0) -> int:
+    """Returns the rows of a group that each of S devices holds; `rows_per_shard` of each shard, 0: all.
 
     Raises:
         ValueError: S does not divide L, or a device would have more rows than int32 can count.
     """
     if layout.num_shards % num_devices:
         raise ValueError(f"{layout.num_shards} shards cannot be divided among {num_devices} devices; use a power of two")
-    rows = layout.num_shards // num_devices * layout.rows_per_shard
+    rows = layout.num_shards // num_devices * (rows_per_shard or layout.rows_per_shard)
     if rows + _FRESH_SIZES[-1] >= 2**31:
         raise ValueError(
             f"a device would hold {rows:,} rows of tables {layout.names}, more than int32 counts; use more than {num_devices} "
-            "devices or a smaller TableConfig.max_rows"
+            "devices, a smaller TableConfig.max_rows or TableConfig.memory 'tiered'"
         )
     return rows
 

@@ -42,7 +42,10 @@ class Mapper:
                 totals[name] = totals.get(name, 0.0) + value
         for name in ("padding", "load", "probe_length"):
             totals[name] /= len(plans)
-        return Plan(tuple(plans), tuple(freed), totals)
+        if "known" in totals:
+            known = totals.pop("known")
+            totals["hit_rate"] = 1 - totals["loaded"] / known if known else 1.0
+        return Plan(tuple(plans), tuple(freed), totals, tuple(group.tier and group.tier.moves for group in self.groups))
 
     def get_state(self) -> list[dict[str, np.ndarray]]:
         """Returns a copy of everything, one mapping of arrays a group."""
