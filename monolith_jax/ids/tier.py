@@ -13,6 +13,7 @@ id keeps its slot until the hand takes it, so that device and host together hold
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -175,8 +176,8 @@ class Tier:
         slots = f"{self.slots_per_shard:,} slots" + (", some kept by tables of memory 'device'" if self._stays.any() else "")
         raise ValueError(
             f"a batch does not fit on the device: it needs {needed:,} distinct rows of tables {', '.join(self._names)} in one "
-            f"shard, and a shard has {slots}. Raise TableConfig.device_rows of {' or '.join(tiered)} to "
-            f"{needed / self.slots_per_shard:.1f} times what it is or more, or lower TrainConfig.batch_size"
+            f"shard, and a shard has {slots}. Raise TableConfig.device_rows of {', '.join(tiered)} to "
+            f"{math.ceil(10 * needed / self.slots_per_shard) / 10} times what it is or more, or lower TrainConfig.batch_size"
         )
 
     def rows_of(self, slots: np.ndarray, num_devices: int) -> np.ndarray:

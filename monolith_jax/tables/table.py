@@ -79,13 +79,17 @@ class Group:
         return any(table.memory == "tiered" for table in self.tables)
 
     @property
+    def slots(self) -> list[int]:
+        """Rows of each table in one shard that the device has room for; where it holds all of the group, the tables' caps."""
+        shares = [-(-table.device_rows // self.maps.num_shards) for table in self.tables]
+        # A table of memory "device" has a slot for every row, in whatever group it is.
+        parts = zip(self.tables, shares, self.maps.caps.tolist(), strict=True)
+        return [min(share, cap) if table.memory == "tiered" else cap for table, share, cap in parts]
+
+    @property
     def slots_per_shard(self) -> int:
         """C: rows of a shard that the device has room for; R where it holds all."""
-        if not self.tiered:
-            return self.maps.rows_per_shard
-        # Tables of memory "device" keep a slot for every row.
-        parts = zip(self.tables, self.maps.caps.tolist(), strict=True)
-        return sum(cap if table.memory == "device" else -(-table.device_rows // self.maps.num_shards) for table, cap in parts)
+        return sum(self.slots) if self.tiered else self.maps.rows_per_shard
 
     @property
     def device_shape(self) -> tuple[int, int, int]:

@@ -149,5 +149,5 @@ def test_a_plan_that_does_not_fit_is_refused(stays: tuple[bool, bool]) -> None:
         tier.assign(distinct_of([rows, [*rows, (4, False)], [], []]), ALONE)
     told = str(caught.value)
     assert "a shard has 6 slots" in told and "to 1.2 times what it is" in told and "TrainConfig.batch_size" in told
-    assert f"Raise TableConfig.device_rows of {'user' if stays[1] else 'user or video'} to" in told
+    assert f"Raise TableConfig.device_rows of {'user' if stays[1] else 'user, video'} to" in told
     assert ("memory 'device'" in told) == stays[1]
