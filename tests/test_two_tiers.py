@@ -29,8 +29,9 @@ STEPS = 24
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiles each program of this module once."""
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Compiles each program of this module once; returns the folder."""
+    folder = str(tmp_path_factory.mktemp("xla"))
     settings = {
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
@@ -39,7 +40,7 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield
+    yield folder
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -91,8 +92,10 @@ def test_a_run_goes_on_wherever_its_rows_are(
     assert kill.compare(whole, tmp_path) == []
 
 
-def test_killed_and_continued_equals_uninterrupted(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+def test_killed_and_continued_equals_uninterrupted(
+    whole: Path, tmp_path: Path, compile_cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", compile_cache)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     process = start(tmp_path, *TIERED, steps=STEPS)
     wait_for_snapshot(process, tmp_path)

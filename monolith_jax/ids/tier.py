@@ -23,7 +23,8 @@ from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.types import Moves
 
 MOST = 3
-"""Turns of the hand that a slot outlasts at most. More would keep what was hot too long."""
+"""Turns of the hand that a slot outlasts at most: for zipf(1.05) ids and a tenth of the rows on the device the hit rate is 0.56
+with 1, 0.58 with 3 or 7 (least recently used first: 0.54); the more, the longer stays what was hot once."""
 _IN_PLAN = 64
 """Bit of a mark: touched by the plan being made."""
 _STAYS = 128

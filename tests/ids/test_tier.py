@@ -5,10 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from monolith_jax.ids.cuckoo import MapLayout
+from monolith_jax.ids.group import GroupMapper
 from monolith_jax.ids.lines import Distinct, make_distinct
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.ids.tier import MOST, Tier
-from monolith_jax.types import Moves
+from monolith_jax.types import GroupIds, GroupPlan, Moves
 
 SHARDS, ROWS = 4, 12
 OFFSETS = np.array([0, 8])
@@ -151,3 +153,26 @@ def test_a_plan_that_does_not_fit_is_refused(stays: tuple[bool, bool]) -> None:
     assert "a shard has 6 slots" in told and "to 1.2 times what it is" in told and "TrainConfig.batch_size" in told
     assert f"Raise TableConfig.device_rows of {'user' if stays[1] else 'user, video'} to" in told
     assert ("memory 'device'" in told) == stays[1]
+
+
+def test_a_mapper_whose_state_is_set_takes_no_row_for_resident() -> None:
+    layout = MapLayout(("user", "video"), (300, 500), SHARDS)
+    tier = Tier(layout.names, layout.row_offsets, (False, False), layout.rows_per_shard, 20, SHARDS)
+    mapper = GroupMapper(layout, (0, 1), 2, tier=tier)
+    batch = GroupIds(np.arange(32).reshape(16, 2), np.ones((16, 2), np.bool_))
+
+    def plan() -> tuple[dict[str, float], GroupPlan]:
+        planned, _, stats = mapper.plan(batch, np.ones(16, np.uint32), 1, 0)
+        return stats, planned
+
+    stats, planned = plan()
+    assert (stats["fresh"], stats["loaded"], stats["known"]) == (32, 0, 0)
+    # Slots are not rows: of each device the first ones are taken, and they tell their rows.
+    part = 2 * tier.slots_per_shard
+    touched, rows = planned.touched[planned.touched < part], planned.touched_rows[planned.touched < part]
+    assert touched.size == 32 and (touched % 20 < 20).all() and (rows >= 0).all()
+    assert set(planned.fresh_rows[planned.fresh_rows < part].tolist()) == set(touched.tolist())
+    state = mapper.get_state()
+    assert plan()[0]["loaded"] == 0
+    mapper.set_state(state)
+    assert plan()[0]["loaded"] == 32
