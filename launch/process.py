@@ -1,6 +1,7 @@
 """What has to be set in a process before it computes: devices, the compile cache, the other processes of the run.
 
-In: the mesh's config, and the flags of several processes. Out: nothing; call both before the first use of jax's devices.
+In: the mesh's config, and the flags of several processes. Out: nothing. Both come before the first use of jax's devices, and
+joining comes first: several processes need a device more each.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def assemble(experiment: Experiment) -> Parts:
             num_devices(mesh),
             [Rule(table.admission, table.ttl_s) for table in group.tables],
             threads,
-            make_tier(group),
+            tier=make_tier(group),
         )
         for index, group in enumerate(model.groups)
     ]

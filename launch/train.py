@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         experiment = load(arguments.gin_files, arguments.overrides)
-        prepare(experiment.mesh)
         with join(arguments.processes):
+            prepare(experiment.mesh)
             train(experiment, arguments.workdir)
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 import pyarrow as pa
 
@@ -26,7 +25,7 @@ from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.strings import string_ids
 from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.stream.events import labels
-from monolith_jax.train.state import Inputs, Model, input_shardings
+from monolith_jax.train.state import Inputs, Model, place_inputs
 from monolith_jax.types import FreedRows, GroupIds, Moves
 
 AHEAD = 2
@@ -212,7 +211,7 @@ class Planner:
         times_ms = np.pad(times_ms, (0, self._batch_size - times_ms.size), mode="edge")
         plan = self._mapper.plan(features.groups, times_ms, self._now_ms, self._step, self._insert)
         inputs = Inputs(plan.groups, features.weights, features.dense, observed.labels, observed.masks)
-        inputs = jax.device_put(inputs, input_shardings(self._model, inputs))
+        inputs = place_inputs(self._model, inputs)
         self._step += 1
         freeze = self._freeze_every and self._step % self._freeze_every == 0
         frozen = self.get_state() if freeze else None

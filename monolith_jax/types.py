@@ -138,3 +138,25 @@ class GroupIds(NamedTuple):
     """int64 [B, P]"""
     valid: np.ndarray
     """bool [B, P], whether the position holds an id."""
+
+
+class Exchange(Protocol):
+    """What the planners of several processes tell one another. All call the same functions in the same order."""
+
+    @property
+    def process_id(self) -> int:
+        """This process, from 0."""
+        ...
+
+    @property
+    def num_processes(self) -> int:
+        """P"""
+        ...
+
+    def gather(self, words: np.ndarray) -> np.ndarray:
+        """Returns everyone's words, uint32 [P, n], from this process's [n]; n is the same everywhere."""
+        ...
+
+    def swap(self, blocks: np.ndarray) -> np.ndarray:
+        """Returns what each has for this process, uint32 [P, n], from what this one has for each; n is the same everywhere."""
+        ...

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 import pyarrow as pa
 
@@ -16,8 +15,8 @@ from monolith_jax.models.losses import HeadConfig
 from monolith_jax.planner import observe
 from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.tables.update import OptimizerConfig
-from monolith_jax.train.state import Inputs, Model, ModelConfig, TrainState, first_state, input_shardings, make_model
-from monolith_jax.types import Chunk, Plan, Position, Rejected
+from monolith_jax.train.state import Inputs, Model, ModelConfig, TrainState, first_state, make_model, place_inputs
+from monolith_jax.types import Chunk, Exchange, Plan, Position, Rejected
 
 SGD = OptimizerConfig(name="sgd", learning_rate=0.1)
 ADAGRAD = OptimizerConfig(name="adagrad", learning_rate=0.1)
@@ -54,7 +53,7 @@ class Small:
         seen = observe(examples, [head.label for head in self.model.heads], "user_id")
         plan = self.mapper.plan(features.groups, seen.event_time_ms)
         inputs = Inputs(plan.groups, features.weights, features.dense, seen.labels, seen.masks)
-        return jax.device_put(inputs, input_shardings(self.model, inputs)), features, plan
+        return place_inputs(self.model, inputs), features, plan
 
 
 def make_small(
@@ -65,16 +64,29 @@ def make_small(
     dense_optimizer: OptimizerConfig = SGD,
     seed: int = 0,
     model_parallel: int = 1,
+    exchange: Exchange | None = None,
 ) -> Small:
-    """Makes a model; by default one whose logits are linear in its inputs but for the products of a factorisation machine."""
+    """Makes a model; by default one whose logits are linear in its inputs but for the products of a factorisation machine.
+
+    With an exchange it is one process's part of a model, and `inputs_of` takes its part of a batch.
+    """
     mesh = make_mesh(MeshConfig(num_devices, model_parallel, num_shards=8))
     config = config or DeepFMConfig(hidden=())
     model, weights = make_model(config, tables, features, HEADS, dense_optimizer, seed, 8, mesh)
+    process = (exchange.process_id, exchange.num_processes) if exchange else (0, 1)
     mappers = [
-        GroupMapper(group.maps, model.layout.position_tables(index, group.maps.names), num_devices, tier=make_tier(group))
+        GroupMapper(
+            group.maps,
+            model.layout.position_tables(index, group.maps.names),
+            num_devices,
+            (),
+            None,
+            *process,
+            tier=make_tier(group, process[1]),
+        )
         for index, group in enumerate(model.groups)
     ]
-    return Small(model, first_state(model, weights), Mapper(mappers))
+    return Small(model, first_state(model, weights), Mapper(mappers, num_devices, exchange))
 
 
 def make_examples(number: int, seed: int = 0, num_ids: int = 60) -> pa.RecordBatch:

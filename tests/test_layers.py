@@ -44,7 +44,7 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 def is_compiled(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     names = {ast.unparse(one.func if isinstance(one, ast.Call) else one) for one in node.decorator_list}
-    return bool(names & {"numba.njit", "jit", "inline", "_intrinsic"})
+    return bool(names & {"numba.njit", "jit", "inline", "inner", "_intrinsic"})
 
 
 def roots(path: Path) -> set[str]:

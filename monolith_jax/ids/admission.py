@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from monolith_jax.ids.cuckoo import aligned_lines, many_divisors
-from monolith_jax.ids.lines import NOT_ADMITTED, first_bucket, jit, mix, prefetch
+from monolith_jax.ids.lines import NOT_ADMITTED, first_bucket, inner, jit, mix, prefetch
 from monolith_jax.types import Array
 
 CELLS = 25
@@ -97,7 +97,7 @@ def make_rules(admission: Sequence[AdmissionConfig], max_rows: Sequence[int], nu
     return Rules(kinds, times, np.array(num_lines, np.int64), offsets[:-1], many_divisors(max(int(offsets[-1]), 1)))
 
 
-@jit
+@inner
 def _find_cell(line, low, high):
     """Returns the cell of a fingerprint in uint8 `line` [64], -1 if it is not there."""
     for cell in range(CELLS):
@@ -106,7 +106,7 @@ def _find_cell(line, low, high):
     return -1
 
 
-@jit
+@inner
 def _cell_with(line, least, most):
     """Returns a cell whose count lies between `least` and `most`, -1 if there is none."""
     for cell in range(CELLS):
@@ -115,7 +115,7 @@ def _cell_with(line, least, most):
     return -1
 
 
-@jit
+@inner
 def _write_cell(line, cell, low, high, count):
     shift = 4 * (cell & 1)
     line[cell], line[25 + cell] = low, count
@@ -129,7 +129,7 @@ def _other_line(line, num_lines, fingerprint):
     return other + num_lines if other < 0 else other
 
 
-@jit
+@inner
 def _locate(cells, line_a, line_b, low, high):
     """Returns line and cell of an id in a generation; cell -1: it is not there."""
     cell = _find_cell(cells[line_a], low, high)
@@ -138,7 +138,7 @@ def _locate(cells, line_a, line_b, low, high):
     return line_a, cell
 
 
-@jit
+@inner
 def _make_room(cells, first, num_lines, line):
     """Moves one cell of a full line to an empty one of its other line; returns the emptied cell, -1 if there is none."""
     for cell in range(CELLS):
@@ -152,7 +152,7 @@ def _make_room(cells, first, num_lines, line):
     return -1
 
 
-@jit
+@inner
 def _cell_for(cells, first, num_lines, line_a, line_b, times):
     """Returns line and cell for a new id: empty, emptied, of an admitted id, or of the one that was seen least often."""
     cell = _cell_with(cells[first + line_a], 0, 0)
@@ -179,7 +179,7 @@ def _cell_for(cells, first, num_lines, line_a, line_b, times):
     return least, at
 
 
-@jit
+@inner
 def _seen_before(rules, cells, heads, taken, shard, table, h, count):
     """Adds occurrences to an id's count; returns whether it has been seen often enough."""
     num_lines = rules.num_lines[table]

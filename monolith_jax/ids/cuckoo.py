@@ -128,7 +128,11 @@ class MapLayout:
         """The sizes as the kernels take them. (A shift by 64 is undefined, hence at least two shards.)"""
         shift = np.uint64(64 - (self.num_shards.bit_length() - 1))
         sizes = (self.seeds, self.bucket_offsets, self.num_buckets, self.word_offsets, self.caps)
-        return Tables(*sizes, self.lines_per_shard, shift)
+        return Tables(*sizes, self.lines_per_shard, shift, np.uint64(self.num_shards - 1))
+
+    def tables_of_part(self, num_parts: int) -> Tables:
+        """The sizes as the kernels of one of so many processes take them, each of which has L / num_parts neighbours."""
+        return self.tables._replace(shard_mask=np.uint64(self.num_shards // num_parts - 1))
 
 
 def aligned_lines(num_lines: int) -> np.ndarray:
@@ -145,10 +149,17 @@ class IdMaps:
     Not thread safe: one caller at a time.
     """
 
-    def __init__(self, layout: MapLayout, threads: ShardThreads | None = None) -> None:
-        """Allocates empty maps: 16 bytes a slot. Each shard's pages are first touched by the thread that will use them."""
-        self.layout = layout
-        num_shards, num_tables = layout.num_shards, len(layout.names)
+    def __init__(self, layout: MapLayout, threads: ShardThreads | None = None, num_parts: int = 1) -> None:
+        """Allocates empty maps: 16 bytes a slot. Each shard's pages are first touched by the thread that will use them.
+
+        Args:
+            layout: Tables and their sizes.
+            threads: Share the shards; none: all is done in the caller's thread.
+            num_parts: Processes that share the shards; these maps are one part of them, L / num_parts neighbours, and ids of
+                other parts must not be inserted. Shards are counted from the first one here.
+        """
+        self.layout, self.tables, self.num_shards = layout, layout.tables_of_part(num_parts), layout.num_shards // num_parts
+        num_shards, num_tables = self.num_shards, len(layout.names)
         num_words = int(((layout.caps + 31) // 32).sum())
         lines = aligned_lines(num_shards * layout.lines_per_shard)
         used = np.empty((num_shards, num_words), np.uint32)
@@ -197,9 +208,10 @@ class IdMaps:
         ids_of_range = hashes, tables, counts, np.ascontiguousarray(seen_s), rows, fresh, self._absent
         distinct = Distinct(np.zeros(1, np.int64), np.array([number]), *ids_of_range, np.zeros(1, np.int64))
         refused = np.zeros((*self.arrays.counts.shape, 2), np.int64)
-        kernels.find(self.layout.tables, self.arrays.lines, distinct, 0, 1, True)
-        kernels.insert(self.layout.tables, self.arrays, distinct, 0, 1, refused)
+        kernels.find(self.tables, self.arrays.lines, distinct, 0, 1, True)
+        kernels.insert(self.tables, self.arrays, distinct, 0, 1, refused)
         shards = hashes.view(np.uint32)[1::2] >> np.uint32(self.layout.tables.shard_shift - 32)  # of the high halves
+        shards &= np.uint32(self.num_shards - 1)
         return shards.view(np.int32), rows, fresh, int(refused[:, :, 0].sum()), int(refused[:, :, 1].sum())
 
     def hashes_of(self, ids: np.ndarray, table: int) -> np.ndarray:
@@ -212,13 +224,13 @@ class IdMaps:
         """Returns shards and rows of ids of one table, int32 [N] each; row -1 where an id has none. Changes nothing."""
         shards, rows = np.empty(ids.size, np.int32), np.empty(ids.size, np.int32)
         keys = np.ascontiguousarray(ids).view(np.uint64)
-        kernels.lookup(keys, table, self.layout.tables, self.arrays.lines, shards, rows)
+        kernels.lookup(keys, table, self.tables, self.arrays.lines, shards, rows)
         return shards, rows
 
     def erase(self, ids: np.ndarray, table: int) -> tuple[np.ndarray, np.ndarray]:
         """Removes ids of one table; returns shards and freed rows, int32 [N] each, row -1 where an id had none."""
         shards, rows = np.empty(ids.size, np.int32), np.empty(ids.size, np.int32)
-        kernels.erase(np.ascontiguousarray(ids).view(np.uint64), table, self.layout.tables, self.arrays, shards, rows)
+        kernels.erase(np.ascontiguousarray(ids).view(np.uint64), table, self.tables, self.arrays, shards, rows)
         return shards, rows
 
     def ids_of(self, hashes: np.ndarray, tables: np.ndarray) -> np.ndarray:
@@ -238,7 +250,7 @@ class IdMaps:
         return ids, shard.astype(np.int32), rows[shard, bucket, slot], lines[:, :, 12:16][shard, bucket, slot]
 
     def _lines_by_shard(self) -> np.ndarray:
-        return self.arrays.lines.reshape(self.layout.num_shards, self.layout.lines_per_shard, LINE_WORDS)
+        return self.arrays.lines.reshape(self.num_shards, self.layout.lines_per_shard, LINE_WORDS)
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of everything, uint32 and int32 arrays with the shards as leading axis, and checksums."""
@@ -247,7 +259,7 @@ class IdMaps:
 
     def _checksums(self, lines: np.ndarray) -> np.ndarray:
         """Returns checksums of lines and seeds, uint32 [L, 2]: hashes alone do not show whether a bit fell over."""
-        sums = np.empty(self.layout.num_shards, np.uint64)
+        sums = np.empty(self.num_shards, np.uint64)
         restore.checksum(lines.reshape(sums.size, -1).view(np.uint64), self.layout.seeds, sums)
         return sums.view(np.uint32).reshape(-1, 2)
 
@@ -276,7 +288,7 @@ class IdMaps:
         words = (layout.caps + 31) // 32
         same = np.array_equal(self._checksums(theirs["lines"]), state["checksums"])
         in_reach = (maps.cursors >= 0).all() and (maps.cursors < words).all()
-        if not same or not in_reach or not restore.is_sound(layout.tables, maps):
+        if not same or not in_reach or not restore.is_sound(self.tables, maps):
             num_ids = int((lines.view(np.int32)[:, 8:12] >= 0).sum())
             bits = int(np.bitwise_count(maps.used).sum())
             raise ValueError(
@@ -296,7 +308,7 @@ class IdMaps:
         for table in range(len(self.layout.names)):
             ids, _, rows, seen_s = smaller.entries(table)
             keys = self.hashes_of(ids, table)
-            found = restore.place(self.layout.tables, self.arrays, table, keys, rows, np.ascontiguousarray(seen_s))
+            found = restore.place(self.tables, self.arrays, table, keys, rows, np.ascontiguousarray(seen_s))
             assert found, "a larger map has no place for an id"
         self.arrays.cursors[:] = smaller.arrays.cursors
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from monolith_jax.ids.lines import SLOTS, jit
+from monolith_jax.ids.lines import SLOTS, inner, jit
 from monolith_jax.types import Array
 
 SWEEP_PLANS = 64
@@ -36,7 +36,7 @@ class Freed(NamedTuple):
     """int32 [N], row in the shard's table."""
 
 
-@jit
+@inner
 def _free(maps, meta, shard, table, line, slot, word_start, freed, at):
     """Takes a slot's row from its id; notes hash, table and row at `at` of the freed."""
     row = meta[line, 8 + slot]
@@ -48,12 +48,12 @@ def _free(maps, meta, shard, table, line, slot, word_start, freed, at):
     freed.rows[at] = row
 
 
-@jit
+@inner
 def _is_pinned(pinned, word_start, row):
     return (pinned[word_start + row // 32] >> np.uint32(row % 32)) & np.uint32(1)
 
 
-@jit
+@inner
 def _oldest(meta, start, num_lines, pinned, word_start, number):
     """Selects the `number` least recently seen ids of a table and shard that are not pinned, by the digits of their times.
 
@@ -83,7 +83,7 @@ def _oldest(meta, start, num_lines, pinned, word_start, number):
     return prefix, number
 
 
-@jit
+@inner
 def _free_oldest(tables, maps, meta, pinned, shard, table, number, freed, at):
     """Frees the `number` least recently seen that are not pinned, first slots first among equals."""
     start, num_lines = shard * tables.lines_per_shard + tables.bucket_offsets[table], tables.num_buckets[table]
@@ -102,7 +102,7 @@ def _free_oldest(tables, maps, meta, pinned, shard, table, number, freed, at):
             at += 1
 
 
-@jit
+@inner
 def _sweep(tables, maps, meta, pinned, shard, table, cursor, num_buckets, unseen_since_s, freed, at, end):
     """Frees what was last seen at `unseen_since_s` or before in some buckets; returns where both sweep and freed go on."""
     start, word_start = shard * tables.lines_per_shard + tables.bucket_offsets[table], tables.word_offsets[table]
@@ -120,7 +120,7 @@ def _sweep(tables, maps, meta, pinned, shard, table, cursor, num_buckets, unseen
     return cursor, at
 
 
-@jit
+@inner
 def _pin(tables, distinct, shard, ttl_s, pinned, num_pinned, num_fresh):
     """Sets the bits of the plan's rows in tables that free any, and counts them and those that are fresh."""
     rows, of = distinct.rows, distinct.tables
@@ -131,7 +131,7 @@ def _pin(tables, distinct, shard, ttl_s, pinned, num_pinned, num_fresh):
             num_fresh[of[i]] += distinct.fresh[i]
 
 
-@jit
+@inner
 def _unpin(tables, distinct, shard, ttl_s, pinned):
     rows, of = distinct.rows, distinct.tables
     for i in range(distinct.starts[shard], distinct.starts[shard] + distinct.numbers[shard]):

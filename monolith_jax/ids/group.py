@@ -11,13 +11,14 @@ the order of the calls; padded sizes only ever grow, so few shapes are compiled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from monolith_jax.ids import admission, batch, expiry, kernels, routes
+from monolith_jax.ids import admission, expiry, kernels, routes
+from monolith_jax.ids import batch as batch_kernels
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout, ladder
 from monolith_jax.ids.lines import NOT_ADMITTED, Distinct, make_distinct
@@ -43,7 +44,7 @@ class Rule:
 
 
 @dataclass
-class _Work:
+class Work:
     """Arrays of one batch, as large as the largest so far. They are used again: fresh memory costs more than the work."""
 
     size: int
@@ -57,13 +58,15 @@ class _Work:
     freed: expiry.Freed
 
 
-def _make_work(size: int, num_freed: int, num_shards: int) -> _Work:
+def make_work(size: int, num_freed: int, num_shards: int) -> Work:
+    """Returns room for so many ids and freed rows."""
+
     def empty(dtype: type, number: int = size) -> np.ndarray:
         return np.empty(number, dtype)
 
     freed = expiry.Freed(empty(np.uint64, num_freed), empty(np.int32, num_freed), empty(np.int32, num_freed))
     places = [empty(np.int32) for _ in range(5)]
-    return _Work(size, make_distinct(size, num_shards), empty(np.uint64), *places, freed=freed)
+    return Work(size, make_distinct(size, num_shards), empty(np.uint64), *places, freed=freed)
 
 
 class GroupMapper:
@@ -76,6 +79,8 @@ class GroupMapper:
         num_devices: int,
         rules: Sequence[Rule] = (),
         threads: ShardThreads | None = None,
+        process_id: int = 0,
+        num_processes: int = 1,
         tier: Tier | None = None,
     ) -> None:
         """Makes empty maps.
@@ -86,29 +91,32 @@ class GroupMapper:
             num_devices: S, a divisor of the number of shards.
             rules: Of each table; none: all ids are admitted and stay.
             threads: Share the shards; none: all is done in the caller's thread.
+            process_id, num_processes: This process and all that share the shards: it has the maps of those that its devices
+                own, and makes plans together with the others (`ids.owners`).
             tier: Slots of the rows on the device; none: all rows are there, and plans name rows instead of slots.
 
         Raises:
             ValueError: S does not divide L, or a device would have more rows than int32 can count.
         """
         self.tier = tier
-        self._rows_per_shard = tier.slots_per_shard if tier else layout.rows_per_shard
-        self._row_offsets = np.zeros_like(layout.row_offsets) if tier else layout.row_offsets
-        self._rows_per_device = rows_per_device(layout, num_devices, self._rows_per_shard)
+        self.rows_per_shard = tier.slots_per_shard if tier else layout.rows_per_shard
+        self.row_offsets = np.zeros_like(layout.row_offsets) if tier else layout.row_offsets
+        self.rows_per_device = rows_per_device(layout, num_devices, self.rows_per_shard)
         self._layout = layout
         self._threads, self._alone = threads or ShardThreads(1, ()), ShardThreads(1, ())
-        self.maps = IdMaps(layout, self._threads)
-        self._position_tables = np.asarray(position_tables, np.int32)
+        self.maps = IdMaps(layout, self._threads, num_processes)
+        self._first_shard = process_id * self.maps.num_shards
+        self.position_tables = np.asarray(position_tables, np.int32)
         self._num_devices = num_devices
         rules = rules or (Rule(),) * len(layout.names)
         self._ttl_s = np.array([rule.ttl_s for rule in rules], np.int64)
         self._shares = np.minimum([-(-rows // layout.num_shards) for rows in layout.max_rows], layout.caps)
         self._rules = admission.make_rules([rule.admission for rule in rules], layout.max_rows, layout.num_shards)
-        self._filters = admission.empty_filters(self._rules, layout.num_shards)
+        self._filters = admission.empty_filters(self._rules, self.maps.num_shards)
         self._pinned = np.zeros_like(self.maps.arrays.used) if self._ttl_s.any() else np.zeros((1, 1), np.uint32)
         shape = self.maps.arrays.counts.shape
         self._expiry = {"sweeps": np.zeros(shape, np.int32), "wanted": np.zeros(shape, np.int32)}
-        self._work = _make_work(0, 0, layout.num_shards)
+        self.work = make_work(0, 0, self.maps.num_shards)
         self._touched_size = self._sent_size = ladder(0)
 
     def plan(
@@ -128,28 +136,38 @@ class GroupMapper:
         """
         if batch.ids.shape[0] % self._num_devices:
             raise ValueError(f"{batch.ids.shape[0]} examples cannot be divided among {self._num_devices} devices")
-        threads = self._threads if batch.ids.size >= _WORTH_THREADS else self._alone
-        ends = self._group_by_shard(batch, threads)
-        looks, refused, freed = self._map(ends, seen_s, now_s, plan_number, insert, threads)
-        stats = self._stats(int(ends[-1]), refused, freed)
-        stats["probe_length"] = 1 + looks / max(stats["unique"], 1)
+        threads = self.threads_for(batch.ids.size)
+        self.make_room(batch.ids.size)
+        work, ends = self.work, self.group_by_shard(batch, self.work, threads)
+        parts = ends - work.distinct.starts
+
+        def dedup(first: int, last: int) -> None:
+            scratch = np.empty(scratch_size(parts), np.int32)
+            positions = (work.positions, self.position_tables, seen_s)
+            batch_kernels.dedup(ends, work.hashes, *positions, first, last, scratch, work.distinct, work.inverse)
+
+        freed, stats = self.map_rows(parts, dedup, now_s, plan_number, insert, threads)
         if self.tier:
-            self.tier.assign(self._work.distinct, threads)
-            stats |= self.tier.stats()
-        fresh = self._fresh(int(stats["fresh"]))
+            self.tier.check()
+        fresh = self.fresh_lists(int(stats["fresh"]))
         touched, sent, positions, num_sent, num_touched = self._route(batch, ends, threads)
         stats["unknown"] = stats["unique"] - num_touched
-        stats["padding"] = 1 - num_touched / touched.size
-        rows = self.tier.rows_of(touched, self._num_devices) if self.tier else None
-        return GroupPlan(touched, sent, positions, *fresh, num_sent, rows), freed[0], stats
+        rows = self.tier.rows_of(touched) if self.tier else None
+        return GroupPlan(touched, sent, positions, *fresh, num_sent, rows), freed, stats
 
-    def _group_by_shard(self, batch_ids: GroupIds, threads: ShardThreads) -> np.ndarray:
-        """Fills the occurrences by shard; returns where each shard's part ends."""
-        num_shards, number = self._layout.num_shards, batch_ids.ids.size
-        num_freed = 2 * number + num_shards * self._freed_room(0)
-        if self._work.size < number or self._work.freed.rows.size < num_freed:
-            self._work = _make_work(number, num_freed, num_shards)
-        work, tables = self._work, self._layout.tables
+    def threads_for(self, size: int) -> ShardThreads:
+        """Returns who does the work for so many ids."""
+        return self._threads if size >= _WORTH_THREADS else self._alone
+
+    def make_room(self, number: int) -> None:
+        """Makes `work` large enough for so many ids."""
+        num_freed = 2 * number + self.maps.num_shards * self._freed_room(0)
+        if self.work.size < number or self.work.freed.rows.size < num_freed:
+            self.work = make_work(number, num_freed, self.maps.num_shards)
+
+    def group_by_shard(self, batch_ids: GroupIds, work: Work, threads: ShardThreads) -> np.ndarray:
+        """Fills the occurrences of a batch by shard, of all L; returns where each shard's part ends."""
+        num_shards, tables = self._layout.num_shards, self._layout.tables
         ids, valid = np.ascontiguousarray(batch_ids.ids).view(np.uint64), batch_ids.valid
         parts = dict(threads.ranges(ids.shape[0]))
         counts = np.zeros((len(parts), num_shards), np.int64)
@@ -157,7 +175,7 @@ class GroupMapper:
         sizes = (tables.seeds, tables.shard_shift)
 
         def count(first: int, last: int) -> None:
-            batch.count_occurrences(ids, valid, self._position_tables, *sizes, first, last, of_part[first])
+            batch_kernels.count_occurrences(ids, valid, self.position_tables, *sizes, first, last, of_part[first])
 
         threads.run(count, ids.shape[0])
         ends = counts.sum(0).cumsum()
@@ -166,8 +184,8 @@ class GroupMapper:
         place_of = {first: places[index] for index, first in enumerate(parts)}
 
         def group(first: int, last: int) -> None:
-            batch.group_by_shard(
-                ids, valid, self._position_tables, *sizes, first, last, place_of[first], work.hashes, work.positions
+            batch_kernels.group_by_shard(
+                ids, valid, self.position_tables, *sizes, first, last, place_of[first], work.hashes, work.positions
             )
 
         threads.run(group, ids.shape[0])
@@ -179,30 +197,34 @@ class GroupMapper:
             return 0
         return 2 * occurrences + max(256, int(self._layout.caps.sum()) // expiry.CAP_PARTS)
 
-    def _map(
-        self, ends: np.ndarray, seen_s: np.ndarray, now_s: int, plan_number: int, insert: bool, threads: ShardThreads
-    ) -> tuple[int, np.ndarray, tuple[FreedRows, int]]:
-        """Finds or makes the rows of the distinct ids, and frees others.
+    def map_rows(
+        self,
+        parts: np.ndarray,
+        dedup: Callable[[int, int], None],
+        now_s: int,
+        plan_number: int,
+        insert: bool,
+        threads: ShardThreads,
+    ) -> tuple[FreedRows, dict[str, float]]:
+        """Finds or makes the rows of the distinct ids in `work`, and frees others. With a tier the rows become slots.
 
-        Returns:
-            Looks into second buckets, refused int64 [L, T, 2], and the freed rows with how many of them were for the cap.
+        Args:
+            parts: int64 [L], ids of each shard that `dedup` looks at.
+            dedup: Fills the distinct ids of a range of shards.
+            now_s, plan_number, insert: As of `plan`.
+            threads: Share the shards.
         """
-        work, tables, maps, distinct = self._work, self._layout.tables, self.maps.arrays, self._work.distinct
-        parts = ends - distinct.starts
-        largest = 1 << max(int(2 * parts.max() - 1).bit_length(), 4)
+        work, tables, maps, distinct = self.work, self.maps.tables, self.maps.arrays, self.work.distinct
         refused = np.zeros((*maps.counts.shape, 2), np.int64)
-        looks, freed_numbers = [], np.zeros((ends.size, 2), np.int64)
-        limits = np.broadcast_to(np.asarray(self._freed_room(parts), np.int64), ends.shape)
+        looks, freed_numbers = [], np.zeros((parts.size, 2), np.int64)
+        limits = np.broadcast_to(np.asarray(self._freed_room(parts), np.int64), parts.shape)
         freed_starts = limits.cumsum() - limits
         cells = self._filters["filters"].view(np.uint8).reshape(-1, 64)
         heads, taken = self._filters["filter_heads"], self._filters["filter_taken"]
         filtered, number = bool(self._rules.kinds.any()), np.uint64(plan_number)
 
         def of_shards(first: int, last: int) -> None:
-            scratch = np.empty(largest, np.int32)
-            batch.dedup(
-                ends, work.hashes, work.positions, self._position_tables, seen_s, first, last, scratch, distinct, work.inverse
-            )
+            dedup(first, last)
             looks.append(kernels.find(tables, maps.lines, distinct, first, last, insert))
             if not insert:
                 return
@@ -215,18 +237,25 @@ class GroupMapper:
                     self._expiry["sweeps"], self._expiry["wanted"], freed_starts, limits, work.freed, freed_numbers,
                 )  # fmt: skip
 
-        threads.run(of_shards, ends.size)
-        return sum(looks), refused, (self._freed(freed_starts, freed_numbers[:, 0]), int(freed_numbers[:, 1].sum()))
+        threads.run(of_shards, parts.size)
+        freed = self._freed(freed_starts, freed_numbers[:, 0])
+        stats = self._stats(int(parts.sum()), refused, (freed, int(freed_numbers[:, 1].sum())))
+        stats["second_looks"] = float(sum(looks))
+        if self.tier:
+            self.tier.assign(distinct, threads)
+            stats |= self.tier.stats()
+        return freed, stats
 
     def _freed(self, starts: np.ndarray, numbers: np.ndarray) -> FreedRows:
-        freed, shards = self._work.freed, np.repeat(np.arange(numbers.size, dtype=np.int32), numbers)
+        freed, shards = self.work.freed, np.repeat(np.arange(numbers.size, dtype=np.int32), numbers)
         places = np.arange(shards.size) + np.repeat(starts - (numbers.cumsum() - numbers), numbers)
         tables = freed.tables[places]
-        return FreedRows(self.maps.ids_of(freed.hashes[places], tables).view(np.int64), tables, shards, freed.rows[places])
+        ids = self.maps.ids_of(freed.hashes[places], tables).view(np.int64)
+        return FreedRows(ids, tables, shards + np.int32(self._first_shard), freed.rows[places])
 
     def _stats(self, occurrences: int, refused: np.ndarray, freed: tuple[FreedRows, int]) -> dict[str, float]:
-        unique, fresh, not_admitted = routes.count_states(self._work.distinct, NOT_ADMITTED)
-        rows, slots = int(self.maps.num_rows.sum()), 4 * int(self._layout.num_buckets.sum()) * self._layout.num_shards
+        unique, fresh, not_admitted = routes.count_states(self.work.distinct, NOT_ADMITTED)
+        rows, slots = int(self.maps.num_rows.sum()), 4 * int(self._layout.num_buckets.sum()) * self.maps.num_shards
         return {
             "occurrences": float(occurrences),
             "unique": float(unique),
@@ -237,21 +266,25 @@ class GroupMapper:
             "expired": float(freed[0].ids.size - freed[1]),
             "freed_at_cap": float(freed[1]),
             "rows": float(rows),
-            "load": rows / slots,
+            "slots": float(slots),
         }
 
-    def _fresh(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the padded lists of fresh rows, their ids and tables."""
-        num_devices, layout = self._num_devices, self._layout
+    def grow_sizes(self, touched: int, sent: int) -> tuple[int, int]:
+        """Returns the padded sizes V and U for what a plan needs; they never become smaller."""
+        self._touched_size = grown_size(self._touched_size, touched)
+        self._sent_size = grown_size(self._sent_size, sent)
+        return self._touched_size, self._sent_size
+
+    def fresh_lists(self, number: int, size: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the fresh rows of this process's devices with their ids and tables, padded to `size` or as needed."""
+        per_device = self._layout.num_shards // self._num_devices
+        num_devices = self.maps.num_shards // per_device
         hashes, tables = np.empty(number, np.uint64), np.empty(number, np.int32)
         rows, numbers = np.empty(number, np.int64), np.zeros(num_devices, np.int64)
-        per_device = layout.num_shards // num_devices
-        routes.list_fresh(
-            self._work.distinct, per_device, self._rows_per_shard, self._row_offsets, hashes, tables, rows, numbers
-        )
+        routes.list_fresh(self.work.distinct, per_device, self.rows_per_shard, self.row_offsets, hashes, tables, rows, numbers)
         ids = self.maps.ids_of(hashes, tables).view(np.uint32).reshape(-1, 2)
-        size = fresh_size(int(numbers.max()))
-        fresh_rows = np.tile(np.arange(self._rows_per_device, self._rows_per_device + size, dtype=np.int32), (num_devices, 1))
+        size = size or fresh_size(int(numbers.max()))
+        fresh_rows = np.tile(np.arange(self.rows_per_device, self.rows_per_device + size, dtype=np.int32), (num_devices, 1))
         fresh_ids = np.zeros((num_devices, size, 2), np.uint32)
         fresh_tables = np.zeros((num_devices, size), np.int32)
         ends = numbers.cumsum()
@@ -263,7 +296,7 @@ class GroupMapper:
 
     def _route(self, batch: GroupIds, ends: np.ndarray, threads: ShardThreads) -> tuple[Any, Any, Any, Any, int]:
         """Returns touched [S, V], sent [S, S, U], positions [B, P], num_sent [S, S] of the plan; how many rows are touched."""
-        work, layout, num_devices = self._work, self._layout, self._num_devices
+        work, layout, num_devices = self.work, self._layout, self._num_devices
         num_touched = np.zeros(layout.num_shards, np.int64)
         num_sent = np.zeros((layout.num_shards, num_devices), np.int64)
         at = (work.distinct, ends, work.positions, work.inverse, batch.ids.size // num_devices)
@@ -273,8 +306,7 @@ class GroupMapper:
 
         threads.run(count, layout.num_shards)
         touched_of, sent_of = num_touched.reshape(num_devices, -1), num_sent.reshape(num_devices, -1, num_devices)
-        self._touched_size = grown_size(self._touched_size, int(touched_of.sum(1).max()))
-        self._sent_size = grown_size(self._sent_size, int(sent_of.sum(1).max()))
+        self.grow_sizes(int(touched_of.sum(1).max()), int(sent_of.sum(1).max()))
         touched = np.empty((num_devices, self._touched_size), np.int32)
         sent = np.empty((num_devices, num_devices, self._sent_size), np.int32)
         positions = np.empty(batch.ids.shape, np.int32)
@@ -282,13 +314,13 @@ class GroupMapper:
             positions[~batch.valid] = num_devices * self._sent_size + 1
         for device in range(num_devices):
             used = int(touched_of[device].sum())
-            first_padding = self._rows_per_device + used
+            first_padding = self.rows_per_device + used
             touched[device, used:] = np.arange(first_padding, first_padding + self._touched_size - used)
             for part in range(num_devices):
                 sent[device, part, int(sent_of[device, :, part].sum()) :] = self._touched_size
         first_touched = (touched_of.cumsum(1) - touched_of).reshape(-1)
         first_sent = (sent_of.cumsum(1) - sent_of).reshape(num_sent.shape)
-        sizes = (layout.num_shards // num_devices, self._rows_per_shard, self._row_offsets)
+        sizes = (layout.num_shards // num_devices, self.rows_per_shard, self.row_offsets)
 
         def fill(first: int, last: int) -> None:
             scratch = (work.last_slice, work.sent_at, work.touched_at)
@@ -351,6 +383,11 @@ def rows_per_device(layout: MapLayout, num_devices: int, rows_per_shard: int = 0
 def fresh_size(number: int) -> int:
     """Returns the padded size F for the fresh rows of a device."""
     return next(size for size in _FRESH_SIZES if size >= number)
+
+
+def scratch_size(parts: np.ndarray) -> int:
+    """Returns the size of `dedup`'s scratch for shards with so many ids."""
+    return 1 << max(int(2 * parts.max() - 1).bit_length(), 4)
 
 
 def grown_size(size: int, needed: int) -> int:

@@ -12,11 +12,13 @@ from monolith_jax.ids.lines import (
     SLOTS,
     first_bucket,
     inline,
+    inner,
     jit,
     load,
     mix,
     prefetch,
     second_bucket,
+    shard_of,
     slot_of,
     store,
     unmix,
@@ -39,7 +41,7 @@ def lookup(ids, table, tables, lines, shards, rows):
     first bucket; look there, and ask for the second line of those that are not there; look there.
     """
     seed, buckets, offset = tables.seeds[table], tables.num_buckets[table], tables.bucket_offsets[table]
-    shift, per_shard = tables.shard_shift, tables.lines_per_shard
+    per_shard = tables.lines_per_shard
     address, number = np.int64(lines.ctypes.data), ids.size
     hashes = np.empty((3, _AHEAD), np.uint64)
     lines_1 = np.empty((3, _AHEAD), np.int64)
@@ -53,7 +55,7 @@ def lookup(ids, table, tables, lines, shards, rows):
         for j in range(size):
             h = mix(ids[first + j] ^ seed)
             hashes[now, j] = h
-            shard = np.int64(h >> shift)
+            shard = shard_of(h, tables)
             start = address + 64 * (shard * per_shard + offset)
             lines_1[now, j] = start + 64 * first_bucket(h, buckets)
             shards[first + j] = shard
@@ -74,7 +76,7 @@ def lookup(ids, table, tables, lines, shards, rows):
             num_missing += slot >> 2
         for m in range(num_missing):
             h = hashes[before, missing[side, m]]
-            start = address + 64 * (np.int64(h >> shift) * per_shard + offset)
+            start = address + 64 * (shard_of(h, tables) * per_shard + offset)
             lines_2[side, m] = start + 64 * second_bucket(h, buckets)
             prefetch(lines_2[side, m])
         for m in range(was_missing):
@@ -87,7 +89,7 @@ def lookup(ids, table, tables, lines, shards, rows):
 @inline
 def start_of(tables, table, h):
     """Returns the first line of a hash's table and shard."""
-    return np.int64(h >> tables.shard_shift) * tables.lines_per_shard + tables.bucket_offsets[table]
+    return shard_of(h, tables) * tables.lines_per_shard + tables.bucket_offsets[table]
 
 
 @inline
@@ -112,12 +114,7 @@ def find(tables, lines, distinct, from_range, to_range, touch):
     """
     starts, numbers, hashes, of, seen_s = distinct.starts, distinct.numbers, distinct.hashes, distinct.tables, distinct.seen_s
     rows, fresh, absent, num_absent = distinct.rows, distinct.fresh, distinct.absent, distinct.num_absent
-    offsets, num_buckets, shift, per_shard = (
-        tables.bucket_offsets,
-        tables.num_buckets,
-        tables.shard_shift,
-        tables.lines_per_shard,
-    )
+    offsets, num_buckets, per_shard = tables.bucket_offsets, tables.num_buckets, tables.lines_per_shard
     address = np.int64(lines.ctypes.data)
     lines_1 = np.empty((2, _AHEAD), np.int64)
     lines_2 = np.empty((2, _AHEAD), np.int64)
@@ -130,7 +127,7 @@ def find(tables, lines, distinct, from_range, to_range, touch):
             for j in range(min(_AHEAD, end - first)):
                 # Unsigned: numba would look whether an index of a signed array is negative.
                 h, table = hashes[first + j], np.uint32(of[first + j])
-                start = address + 64 * (np.int64(h >> shift) * per_shard + offsets[table])
+                start = address + 64 * (shard_of(h, tables) * per_shard + offsets[table])
                 lines_1[side, j] = start + 64 * first_bucket(h, num_buckets[table])
             for j in range(min(_AHEAD, end - first)):
                 prefetch(lines_1[side, j])
@@ -145,7 +142,7 @@ def find(tables, lines, distinct, from_range, to_range, touch):
                 num_missing += slot >> 2
             for m in range(num_missing):
                 h, table = hashes[missing[side, m]], np.uint32(of[missing[side, m]])
-                start = address + 64 * (np.int64(h >> shift) * per_shard + offsets[table])
+                start = address + 64 * (shard_of(h, tables) * per_shard + offsets[table])
                 lines_2[side, m] = start + 64 * second_bucket(h, num_buckets[table])
                 prefetch(lines_2[side, m])
             for m in range(was_missing):
@@ -195,7 +192,7 @@ def _ask_for_others(keys, start, num_buckets, h):
             prefetch(np.int64(keys.ctypes.data) + 64 * (start + other))
 
 
-@jit
+@inner
 def make_room(keys, meta, start, num_buckets, h, queue):
     """Frees a slot in one of a hash's full buckets by moving ids to their other bucket; returns line * SLOTS + slot or -1.
 
@@ -305,7 +302,7 @@ def insert(tables, maps, distinct, from_range, to_range, refused):
             for w in range(number):
                 i = waiting[w]
                 h, table = hashes[i], of[i]
-                shard, start = np.int64(h >> tables.shard_shift), start_of(tables, table, h)
+                shard, start = shard_of(h, tables), start_of(tables, table, h)
                 if counts[shard, table] >= caps[table]:
                     refused[shard, table, 0] += 1
                     continue
@@ -323,7 +320,7 @@ def insert(tables, maps, distinct, from_range, to_range, refused):
             for w in range(num_crowded):
                 i = crowded[w]
                 h, table = hashes[i], of[i]
-                shard, start = np.int64(h >> tables.shard_shift), start_of(tables, table, h)
+                shard, start = shard_of(h, tables), start_of(tables, table, h)
                 place = place_for(meta, start, num_buckets[table], h)
                 if place < 0:
                     place = make_room(keys, meta, start, num_buckets[table], h, queue)
@@ -348,7 +345,7 @@ def erase(ids, table, tables, maps, shards, rows):
         if slot == SLOTS:
             line = start_of(tables, table, h) + second_bucket(h, buckets)
             slot = slot_of(address + 64 * line, h)
-        shards[i] = np.int64(h >> tables.shard_shift)
+        shards[i] = shard_of(h, tables)
         rows[i] = ABSENT
         if slot < SLOTS:
             row = meta[line, 8 + slot]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from monolith_jax.ids.kernels import QUEUE, make_room, place_for, start_of, write_slot
-from monolith_jax.ids.lines import SLOTS, first_bucket, jit, mix, second_bucket, slot_of
+from monolith_jax.ids.lines import SLOTS, first_bucket, jit, mix, second_bucket, shard_of, slot_of
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
@@ -44,7 +44,7 @@ def is_sound(tables, maps):
                     continue
                 h = keys[start + bucket, slot]
                 first, second = first_bucket(h, buckets), second_bucket(h, buckets)
-                if row >= tables.caps[table] or np.int64(h >> tables.shard_shift) != shard or bucket not in (first, second):
+                if row >= tables.caps[table] or shard_of(h, tables) != shard or bucket not in (first, second):
                     return False
                 if slot_of(address + 64 * (start + bucket), h) != slot:
                     return False
@@ -79,7 +79,7 @@ def place(tables, maps, table, hashes, rows, seen_s):
     queue = np.empty((QUEUE, 3), np.int64)
     for i in range(hashes.size):
         h = hashes[i]
-        shard, start = np.int64(h >> tables.shard_shift), start_of(tables, table, h)
+        shard, start = shard_of(h, tables), start_of(tables, table, h)
         found = place_for(meta, start, buckets, h)
         if found < 0:
             found = make_room(keys, meta, start, buckets, h, queue)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from monolith_jax.ids.lines import jit
+from monolith_jax.ids.lines import inner, jit
 
 
 @jit
@@ -43,7 +43,7 @@ def count_routes(distinct, ends, positions, inverse, slice_positions, from_shard
                 num_sent[shard, s] += 1
 
 
-@jit
+@inner
 def _fill_for_one(distinct, ends, positions, inverse, shard, touched_at, sent, out_positions):
     """One device: it sends itself what it touches, in that order."""
     start, rows = distinct.starts[shard], distinct.rows
@@ -57,7 +57,7 @@ def _fill_for_one(distinct, ends, positions, inverse, shard, touched_at, sent, o
         out_positions[positions[k]] = touched_at[start + inverse[k]]
 
 
-@jit
+@inner
 def _fill_for_slices(
     distinct, ends, positions, inverse, slice_positions, shard, owner, first_sent, last_slice, sent_at, touched_at, sent,
     out_positions,

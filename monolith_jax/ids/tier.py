@@ -109,8 +109,11 @@ def assign_slots(
                 at += 1
             distinct.rows[i] = slot
             left -= 1
-        # Where rows are left, a plan that does not fit, marks and slots are half changed: it ends the run.
-        numbers[shard, 0], numbers[shard, 1] = at - start if left == 0 else -1, known
+        numbers[shard, 0], numbers[shard, 1] = at - start, known
+        if left:
+            # The ids that are left still have rows, which are no places of marks.
+            numbers[shard, 0] = -1
+            continue
         _unpin(distinct, start, end, marks[shard])
 
 
@@ -148,13 +151,10 @@ class Tier:
         """Those of the last plan."""
         self.known = 0
         """Rows of the last plan that were not fresh."""
+        self._needed = 0
 
     def assign(self, distinct: Distinct, threads: ShardThreads) -> None:
-        """Turns the rows of a plan's distinct ids into slots, and sets `moves` and `known`.
-
-        Raises:
-            ValueError: The rows of one plan do not fit into a shard's slots.
-        """
+        """Turns the rows of a plan's distinct ids into slots, and sets `moves` and `known`. `check` tells whether they fit."""
         size, num_shards = distinct.rows.size, self._hands.size
         slots, rows, evicted = (np.empty(size, np.int32) for _ in range(3))
         loaded, numbers = np.empty(size, np.bool_), np.zeros((num_shards, 3), np.int64)
@@ -165,14 +165,23 @@ class Tier:
 
         threads.run(of_shards, num_shards)
         if (numbers[:, 0] < 0).any():
-            self._refuse(int(numbers[numbers[:, 0] < 0, 2].max()))
+            self._needed = int(numbers[numbers[:, 0] < 0, 2].max())
+            return
         of_shard = numbers[:, 0]
         shards = np.repeat(np.arange(num_shards, dtype=np.int32), of_shard)
         at = np.arange(shards.size) + np.repeat(distinct.starts - (of_shard.cumsum() - of_shard), of_shard)
         self.moves = Moves(shards, slots[at], rows[at], evicted[at], loaded[at])
         self.known = int(numbers[:, 1].sum())
 
-    def _refuse(self, needed: int) -> None:
+    def check(self) -> None:
+        """Refuses the last plan where it did not fit; the slots are then of no use any more.
+
+        Raises:
+            ValueError: A shard has too few slots for the rows of the plan.
+        """
+        needed = self._needed
+        if not needed:
+            return
         tiered = [name for name, stays in zip(self._names, self._stays, strict=True) if not stays]
         slots = f"{self.slots_per_shard:,} slots" + (", some kept by tables of memory 'device'" if self._stays.any() else "")
         raise ValueError(
@@ -181,16 +190,16 @@ class Tier:
             f"{math.ceil(10 * needed / self.slots_per_shard) / 10} times what it is or more, or lower TrainConfig.batch_size"
         )
 
-    def rows_of(self, slots: np.ndarray, num_devices: int) -> np.ndarray:
+    def rows_of(self, slots: np.ndarray) -> np.ndarray:
         """Returns the rows in their shards, int32 [S, V], that slots of each device's part [S, V] hold; any where out of it."""
-        shards = self._hands.size // num_devices
-        flat = self._row_at.reshape(num_devices, shards * self.slots_per_shard)
+        flat = self._row_at.reshape(slots.shape[0], -1)
         return np.take_along_axis(flat, np.minimum(slots, flat.shape[1] - 1), axis=1)
 
     def stats(self) -> dict[str, float]:
-        """Returns counts of the last plan: rows loaded, evicted, and `known`, those that were not fresh."""
+        """Returns counts of the last plan: rows loaded, evicted, not fresh; and 1 where it did not fit."""
         loaded, evicted = int(self.moves.loaded.sum()), int((self.moves.evicted >= 0).sum())
-        return {"loaded": float(loaded), "evicted": float(evicted), "known": float(self.known)}
+        counts = {"loaded": float(loaded), "evicted": float(evicted), "known": float(self.known)}
+        return counts | {"too_few_slots": float(self._needed > 0)}
 
     def reset(self) -> None:
         """Forgets which rows are on the device: all are on the host."""
@@ -198,7 +207,7 @@ class Tier:
         self._row_at[:] = -1
         self._marks[:] = 0
         self._hands[:] = 0
-        self.moves, self.known = _no_moves(), 0
+        self.moves, self.known, self._needed = _no_moves(), 0, 0
 
 
 def _no_moves() -> Moves:

@@ -140,17 +140,17 @@ def _check_memory(table: TableConfig) -> None:
         )
 
 
-def make_tier(group: Group, num_shards: int | None = None) -> Tier | None:
+def make_tier(group: Group, num_processes: int = 1) -> Tier | None:
     """Returns the empty slots of a group for its mapper, None where slots are rows.
 
     Args:
         group: The group.
-        num_shards: Shards that this process maps; None: all.
+        num_processes: Processes that share the shards evenly.
     """
     if not group.tiered:
         return None
     stays = [table.memory == "device" for table in group.tables]
-    sizes = (group.maps.rows_per_shard, group.slots_per_shard, num_shards or group.maps.num_shards)
+    sizes = (group.maps.rows_per_shard, group.slots_per_shard, group.maps.num_shards // num_processes)
     return Tier(group.maps.names, group.maps.row_offsets, stays, *sizes)
 
 

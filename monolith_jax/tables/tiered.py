@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from monolith_jax.mesh import ROWS, sharding
+from monolith_jax.mesh import ROWS, own_part, sharding
 from monolith_jax.tables.table import Group
 from monolith_jax.types import Moves
 
@@ -57,24 +57,24 @@ class HostRows:
         Raises:
             ValueError: The devices have no such memory.
         """
-        self._group, self._mesh = group, mesh
+        self._group, self._mesh, here = group, mesh, own_part(mesh)
         num_shards, rows_per_shard, width = group.shape
-        devices = list(mesh.devices.flat)
-        mine = [index for index, device in enumerate(devices) if device.process_index == jax.process_index()]
+        devices, mine = list(mesh.devices.flat), list(here.devices.flat)
         self._num_devices, self._shards_per_device = len(mine), num_shards // len(devices)
-        self._first_shard = mine[0] * self._shards_per_device
-        there = {memory.kind for memory in devices[mine[0]].addressable_memories()}
-        if pinned and PINNED not in there:
-            raise ValueError(f"the devices have no memory {PINNED!r}, only {', '.join(sorted(there))}")
+        self._first_shard = devices.index(mine[0]) * self._shards_per_device
+        self._kinds = {memory.kind for memory in mine[0].addressable_memories()}
+        if pinned and PINNED not in self._kinds:
+            raise ValueError(f"the devices have no memory {PINNED!r}, only {', '.join(sorted(self._kinds))}")
         if pinned is None:
-            pinned = PINNED in there and devices[mine[0]].platform != "cpu"
-        self._on_device = sharding(mesh, ROWS)
-        self._staging = NamedSharding(mesh, ROWS, memory_kind=PINNED) if pinned else None
+            pinned = PINNED in self._kinds and mine[0].platform != "cpu"
+        # Rows move between a process and its own devices only, in programs that no other process need run.
+        self._on_device = sharding(here, ROWS)
+        self._staging = NamedSharding(here, ROWS, memory_kind=PINNED) if pinned else None
         number = self._num_devices * self._shards_per_device
         self._rows = np.zeros((number, rows_per_shard, width), group.rows.array_dtype)
         self._row_at = np.full((number, group.slots_per_shard), -1, np.int32)
         self._leaving: list[_Leaving] = []
-        self._take, self._put = _make_take(mesh), _make_put(mesh)
+        self._take, self._put = _make_take(here), _make_put(here)
 
     def move(self, array: jax.Array, moves: Moves) -> jax.Array:
         """Returns the device array [L, C, W] with a plan's rows in their slots; the one passed in is used up.
@@ -83,13 +83,14 @@ class HostRows:
             array: As the step before this plan left it.
             moves: Of the plan. Plans come in order, none is left out.
         """
-        leaving = self._gather(array, moves)
+        here = _parts(array, self._on_device)
+        leaving = self._gather(here, moves)
         self._settle()
-        array = self._load(array, moves)
+        here = self._load(here, moves)
         self._row_at[moves.shards, moves.slots] = moves.rows
         if leaving is not None:
             self._leaving.append(leaving)
-        return array
+        return _parts(here, sharding(self._mesh, ROWS), array.shape)
 
     def whole(self, array: jax.Array) -> np.ndarray:
         """Returns all rows of this process's shards, [L, R, W] or its part, as they are after the steps so far.
@@ -100,7 +101,7 @@ class HostRows:
             array: The device array after the last step.
         """
         self._settle()
-        slots = _local(array)
+        slots = jax.device_get(_parts(array, self._on_device))
         shards, places = np.nonzero(self._row_at >= 0)
         self._rows[shards, self._row_at[shards, places]] = slots[shards, places]
         return self._rows
@@ -111,15 +112,9 @@ class HostRows:
         Args:
             array: As in `whole`.
         """
-        rows, first = self.whole(array), self._first_shard
-        kinds = {memory.kind for memory in self._mesh.local_devices[0].addressable_memories()}
-        where = NamedSharding(self._mesh, ROWS, memory_kind=PINNED) if PINNED in kinds else self._on_device
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            return rows[(index[0].start or 0) - first :][: self._shards_per_device].copy()
-
-        return jax.make_array_from_callback(self._group.shape, where, part)
+        kind = PINNED if PINNED in self._kinds else None
+        here = jax.device_put(self.whole(array).copy(), NamedSharding(own_part(self._mesh), ROWS, memory_kind=kind))
+        return _parts(here, NamedSharding(self._mesh, ROWS, memory_kind=kind), self._group.shape)
 
     def fill(self, rows: np.ndarray) -> None:
         """Takes over all rows, [L, R, W] or this process's part of it; none is on the device any more."""
@@ -144,7 +139,7 @@ class HostRows:
     def _settle(self) -> None:
         """Writes to the host's array what earlier plans sent there."""
         for leaving in self._leaving:
-            values = _local(leaving.values)
+            values = jax.device_get(leaving.values)
             self._rows[leaving.shards, leaving.rows] = values[leaving.devices, leaving.places]
         self._leaving.clear()
 
@@ -174,20 +169,18 @@ class HostRows:
 
     def _send(self, values: np.ndarray, staged: bool = False) -> jax.Array:
         """Returns lists of this process's devices [S, ...] on the devices."""
-        first = self._staging if staged and self._staging is not None else self._on_device
-        if jax.process_count() == 1:
-            sent = jax.device_put(values, first)
-        else:
-            sent = jax.make_array_from_process_local_data(first, values)
-        return sent if first is self._on_device else jax.device_put(sent, self._on_device)
+        if not staged or self._staging is None:
+            return jax.device_put(values, self._on_device)
+        return jax.device_put(jax.device_put(values, self._staging), self._on_device)
 
 
-def _local(array: jax.Array) -> np.ndarray:
-    """Returns this process's part of an array that is split by its leading axis."""
-    if array.is_fully_addressable:
-        return jax.device_get(array)
-    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate(jax.device_get([shard.data for shard in shards]))
+def _parts(array: jax.Array, where: NamedSharding, shape: tuple[int, ...] = ()) -> jax.Array:
+    """Returns the parts of an array on this process's devices as another: of its own devices, or, of `shape`, of all."""
+    if array.sharding == where:
+        return array
+    parts = sorted(array.addressable_shards, key=lambda part: part.index[0].start or 0)
+    shape = shape or (sum(part.data.shape[0] for part in parts), *array.shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, where, [part.data for part in parts])
 
 
 @cache

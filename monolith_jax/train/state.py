@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from monolith_jax.features import FeatureConfig, FeatureLayout, feature_layout
-from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, sharding, weight_spec
+from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, is_shared, sharding, weight_spec
 from monolith_jax.models.deepfm import DeepFM, DeepFMConfig
 from monolith_jax.models.layers import InputShapes, axes_of, num_fields
 from monolith_jax.models.losses import HeadConfig
@@ -122,10 +123,18 @@ def _shape(mesh: Mesh, weight: jax.Array, axes: tuple[str | None, ...]) -> jax.S
 def first_state(model: Model, weights: Any) -> TrainState:
     """Returns the state before the first step: these dense weights, and empty tables."""
     where = state_shardings(model)
-    weights = jax.device_put(weights, where.weights)
+    weights = jax.tree.map(_placed, weights, where.weights)
     optimizer = jax.jit(model.transformation.init, out_shardings=where.optimizer)(weights)
-    step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
+    step = _placed(jnp.zeros((), jnp.int32), where.step)
     return TrainState(step, weights, optimizer, tuple(empty_array(group, model.mesh) for group in model.groups))
+
+
+def _placed(value: jax.Array, where: NamedSharding) -> jax.Array:
+    """Puts a value that all processes have onto the mesh; jax.device_put would compare them first, by a collective."""
+    if where.is_fully_addressable:
+        return jax.device_put(value, where)
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
 
 
 def state_shardings(model: Model) -> Any:
@@ -147,6 +156,14 @@ def _optimizer_shardings(model: Model) -> Any:
         return sharding(model.mesh, REPLICATED)
 
     return jax.tree.map_with_path(where, jax.eval_shape(model.transformation.init, model.weights))
+
+
+def place_inputs(model: Model, inputs: Inputs) -> Inputs:
+    """Copies the inputs of a step to the devices; with several processes each has its devices' and slices' part of them."""
+    where = input_shardings(model, inputs)
+    if not is_shared(model.mesh):
+        return jax.device_put(inputs, where)
+    return jax.tree.map(lambda part, sharding: jax.make_array_from_process_local_data(sharding, part), inputs, where)
 
 
 def input_shardings(model: Model, inputs: Inputs) -> Any:

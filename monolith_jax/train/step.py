@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, sharding
+from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, is_shared, sharding
 from monolith_jax.models.layers import ModelInputs, combine
 from monolith_jax.models.losses import multi_task_loss, offsets, scores
 from monolith_jax.tables.lookup import gather_rows, return_gradients, send_vectors, write_fresh_rows, write_rows
@@ -118,8 +118,13 @@ def make_learn(model: Model) -> Callable[..., tuple[jax.Array, Any, Any, Metrics
     replicated, batch, where = sharding(model.mesh, REPLICATED), sharding(model.mesh, BATCH), state_shardings(model)
     of_state = (where.step, where.weights, where.optimizer)
     in_shardings = (*of_state, batch, batch, batch)
-    out_shardings = (*of_state, Metrics(replicated, batch), sharding(model.mesh, BATCH_ALL))
+    out_shardings = (*of_state, Metrics(replicated, _score_sharding(model)), sharding(model.mesh, BATCH_ALL))
     return jax.jit(learn, donate_argnums=(1, 2), in_shardings=in_shardings, out_shardings=out_shardings)
+
+
+def _score_sharding(model: Model) -> Any:
+    """Returns where scores lie: with the batch, or in all processes where there are several, since each reads them."""
+    return sharding(model.mesh, REPLICATED if is_shared(model.mesh) else BATCH)
 
 
 def make_write(model: Model) -> Callable[..., Groups]:
@@ -144,7 +149,7 @@ def make_predict_step(model: Model) -> Callable[[TrainState, Inputs], jax.Array]
 
     batch = sharding(model.mesh, BATCH)
     in_shardings = (state_shardings(model).weights, batch, batch, batch)
-    compiled = jax.jit(predict, in_shardings=in_shardings, out_shardings=batch)
+    compiled = jax.jit(predict, in_shardings=in_shardings, out_shardings=_score_sharding(model))
 
     def step(state: TrainState, inputs: Inputs) -> jax.Array:
         _, vectors, valid = read(state.groups, inputs.plans)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from monolith_jax.mesh import is_shared
 from monolith_jax.tables.table import empty_array
 from monolith_jax.tables.tiered import HostRows
 from monolith_jax.train.state import Model, TrainState
@@ -51,7 +52,7 @@ class Tiers:
         return state._replace(
             groups=tuple(
                 # Numpy arrays of all processes but the first would be lost.
-                array if host is None else host.whole(array) if jax.process_count() == 1 else host.as_array(array)
+                array if host is None else host.as_array(array) if is_shared(self._model.mesh) else host.whole(array)
                 for host, array in zip(self._hosts, state.groups, strict=True)
             )
         )

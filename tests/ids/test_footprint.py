@@ -22,7 +22,7 @@ def test_arrays_of_a_group_take_what_was_said(rules: list[Rule]) -> None:
     assert bytes_of_tables(LAYOUT, rules).argmax() == 1
     ids = np.arange(4 * 4096).reshape(4096, 4)
     mapper.plan(GroupIds(ids, np.ones(ids.shape, np.bool_)), np.zeros(4096, np.uint32), 0, 0)
-    work = mapper._work
+    work = mapper.work
     scratch = [*work.distinct, *work.freed, work.hashes, work.positions, work.inverse]
     scratch += [work.last_slice, work.sent_at, work.touched_at]
     assert work_bytes(LAYOUT, rules, ids.size) == pytest.approx(sum(array.nbytes for array in scratch), rel=0.02)

@@ -107,12 +107,13 @@ def test_slots_are_those_of_plain_python(
             assert [one for one in found if one < 0] == [one for one, _ in rows if one < 0]
             # Which row is in which slot, as the device is told.
             there = np.array([slots], np.int32) + shard * num_slots
-            assert tier.rows_of(there, 1).tolist() == [[one for one, _ in known]]
+            assert tier.rows_of(there).tolist() == [[one for one, _ in known]]
         every = [(one, fresh) for rows in plan for one, fresh in rows if one >= 0]
         loaded = sum(of[3] for shard in range(SHARDS) for of in of_shard(tier.moves, shard))
         evicted = sum(of[2] >= 0 for shard in range(SHARDS) for of in of_shard(tier.moves, shard))
         known = sum(not fresh for _, fresh in every)
-        assert tier.stats() == {"loaded": loaded, "evicted": evicted, "known": known}
+        assert tier.stats() == {"loaded": loaded, "evicted": evicted, "known": known, "too_few_slots": 0}
+        tier.check()
 
 
 def test_what_many_plans_touch_outlasts_what_one_did() -> None:
@@ -134,7 +135,7 @@ def test_a_reset_forgets_everything() -> None:
     tier.assign(distinct_of(plan), ALONE)
     first = tier.moves
     tier.assign(distinct_of(plan), ALONE)
-    assert tier.moves.slots.size == 0 and tier.stats() == {"loaded": 0, "evicted": 0, "known": 9}
+    assert tier.moves.slots.size == 0 and tier.stats()["known"] == 9
     tier.reset()
     assert tier.moves.slots.size == 0
     tier.assign(distinct_of(plan), ALONE)
@@ -147,8 +148,11 @@ def test_a_plan_that_does_not_fit_is_refused(stays: tuple[bool, bool]) -> None:
     tier = tier_of(6, stays)
     rows = [(row, False) for row in (0, 1, 2, 3, 8, 9)]
     tier.assign(distinct_of([rows, rows, [], rows]), ALONE)
+    tier.check()
+    tier.assign(distinct_of([rows, [*rows, (4, False)], [], []]), ALONE)
+    assert tier.stats()["too_few_slots"] == 1
     with pytest.raises(ValueError, match=r"it needs 7 distinct rows of tables user, video in one shard") as caught:
-        tier.assign(distinct_of([rows, [*rows, (4, False)], [], []]), ALONE)
+        tier.check()
     told = str(caught.value)
     assert "a shard has 6 slots" in told and "to 1.2 times what it is" in told and "TrainConfig.batch_size" in told
     assert f"Raise TableConfig.device_rows of {'user' if stays[1] else 'user, video'} to" in told

@@ -44,7 +44,7 @@ def expect(out: str, processes: int = 2) -> None:
     """Checks what the members of a run printed, each line maybe after a label."""
     seen = sorted((joined(line) for line in out.splitlines() if '"process"' in line), key=lambda one: one["process"])
     assert [(one["process"], one["devices"], one["sum"]) for one in seen] == [
-        (i, 2 * processes, sum(range(2 * processes))) for i in range(processes)
+        (i, 3 * processes, sum(range(3 * processes))) for i in range(processes)
     ]
 
 

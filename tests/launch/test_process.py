@@ -319,7 +319,7 @@ def test_joins_by_open_mpis_variables(tmp_path: Path) -> None:
     for i, (status, out, err) in enumerate(finish(*processes)):
         assert status == 0, err
         assert joined(out) | {"pid": 0} == {
-            "process": i, "processes": 2, "devices": 4, "local_devices": 2, "sum": 6.0, "pid": 0
+            "process": i, "processes": 2, "devices": 6, "local_devices": 3, "sum": 15.0, "pid": 0
         }  # fmt: skip
 
 
@@ -346,7 +346,7 @@ def test_four_processes_join_and_one_lost_ends_three(tmp_path: Path) -> None:
     given = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=4"]
     processes = [start_member("stay:2", tmp_path, *given, f"--process_id={i}") for i in range(4)]
     seen = [wait_for_joined(process) for process in processes]
-    assert [(one["process"], one["devices"], one["sum"]) for one in seen] == [(i, 8, 28.0) for i in range(4)]
+    assert [(one["process"], one["devices"], one["sum"]) for one in seen] == [(i, 12, 66.0) for i in range(4)]
     os.kill(processes[2].pid, signal.SIGKILL)
     for i, (status, _, err) in enumerate(finish(*processes, within_s=30)):
         assert status

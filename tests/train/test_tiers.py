@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from monolith_jax.train.loop import predict, run
 from monolith_jax.train.state import TrainState
 from monolith_jax.train.step import make_predict_step, make_train_step
 from monolith_jax.train.tiers import Tiers
+from tests.launch.processes import free_port
 from tests.small_model import ADAGRAD, SGD, Small, make_examples, make_small
 
 BATCH = 16
@@ -217,7 +221,7 @@ def test_tables_on_the_device_keep_their_rows_there(tmp_path: Path) -> None:
     # Users in the slots: all that have one now, and those that had one.
     offset = other.small.model.groups[0].maps.row_offsets[1]
     slots = np.arange(8 * tier.slots_per_shard, dtype=np.int32)[None]
-    rows = tier.rows_of(slots, 1)
+    rows = tier.rows_of(slots)
     assert ((rows >= 0) & (rows < offset)).sum() >= other.small.mapper.groups[0].maps.num_rows[0] > 200
 
 
@@ -296,3 +300,11 @@ def test_configs_that_say_nothing_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=told):
             make_groups([table], 8)
+
+
+def test_two_processes_move_the_rows_of_their_own_devices() -> None:
+    variables = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, "-W", "error", "-m", "tests.train.tiers_run"]
+    port = free_port()
+    both = [subprocess.Popen([*command, str(process), str(port)], env=variables) for process in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
