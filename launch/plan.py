@@ -92,7 +92,8 @@ def plan(experiment: Experiment, devices: int = 0, hosts: int = 0) -> Footprint:
         )
     )  # fmt: skip
     hosts = hosts or max(1, devices // HOST_DEVICES)
-    return measure(model, weights, experiment.train.batch_size, hosts, experiment.history, experiment.counters)
+    train = experiment.train
+    return measure(model, weights, train.batch_size, hosts, experiment.history, experiment.counters, train.partitions)
 
 
 def tables_table(found: Footprint) -> Table:
@@ -129,7 +130,7 @@ def bytes_table(found: Footprint, device_memory: float) -> Table:
         ("a host", "id maps", host.maps, "exact, shards divided among hosts"),
         ("", "admission filters", host.filters, "exact, shards divided among hosts"),
         ("", "rows of tiered tables", host.tables, "exact, shards divided among hosts"),
-        ("", "histories, counters", host.memories, "exact, whole on each host"),
+        ("", "histories, counters", host.memories, "exact, of the partitions of a host"),
         ("", "planning a step", host.work, most),
         ("", "frozen host state", host.frozen, "at a snapshot: the frozen copy and Orbax's"),
         ("", "device state", host.state, "at a snapshot, on its way to disk, with tiered rows"),

@@ -1,42 +1,49 @@
 """An experiment to a trained run folder: puts the parts together and runs the loop.
 
 In: an `Experiment` and a run folder. Out: `config.gin`, `metrics.jsonl`, `dead_letters.jsonl` and `snapshots/` in that folder,
-and a closing table. A folder that holds a snapshot goes on from it.
+and a closing table. A folder that holds a snapshot goes on from it. Where there are several processes, all do this together, on
+one folder; process 0 writes and prints.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import signal
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from launch.process import prepare
 from monolith_jax.evaluate.prequential import Prequential
 from monolith_jax.evaluate.report import closing_table
 from monolith_jax.experiment import Experiment, SourceConfig, to_gin
+from monolith_jax.ids.exchange import Exchange
 from monolith_jax.ids.group import GroupMapper, Rule
 from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.threads import make_threads
 from monolith_jax.mesh import make_mesh, num_devices
-from monolith_jax.planner import Memory, Planner
+from monolith_jax.planner import Planner
+from monolith_jax.reader import Memory, Reader
+from monolith_jax.rounds import everyone
 from monolith_jax.snapshot import SnapshotConfig, Snapshots, find
 from monolith_jax.stream.batcher import batches
 from monolith_jax.stream.columns import ColumnsConfig, ColumnsSource
 from monolith_jax.stream.counters import Counters
-from monolith_jax.stream.dead_letter import DeadLetters
+from monolith_jax.stream.dead_letter import DeadLetters, set_aside
 from monolith_jax.stream.history import History
 from monolith_jax.stream.kuairand import KuaiRandConfig, KuaiRandSource
 from monolith_jax.stream.movielens import MovieLensConfig, MovieLensSource
+from monolith_jax.stream.partitions import partition
 from monolith_jax.stream.synthetic import SyntheticConfig, SyntheticSource
 from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.train.grow import can_grow, restore_grown
 from monolith_jax.train.log import RunLog
-from monolith_jax.train.loop import predict, run
+from monolith_jax.train.loop import TrainConfig, predict, run
 from monolith_jax.train.state import Model, TrainState, first_state, make_model
 from monolith_jax.train.step import make_predict_step, make_train_step
 from monolith_jax.train.tiers import Tiers
@@ -68,7 +75,8 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         # Where rows are kept changes nothing that is learned or saved.
         del table["memory"], table["device_rows"]
     train = experiment.train
-    return plain | {"num_shards": experiment.mesh.num_shards, "batch_size": train.batch_size, "seed": train.seed}
+    numbers = {"batch_size": train.batch_size, "partitions": train.partitions, "seed": train.seed}
+    return plain | {"num_shards": experiment.mesh.num_shards, **numbers}
 
 
 def _plain(config: Any) -> Any:
@@ -82,24 +90,29 @@ class Parts:
     model: Model
     state: TrainState
     mapper: Mapper
-    memories: list[Memory]
+    partitions: range
+    """Those that this process reads."""
+    memories: tuple[list[Memory], ...]
+    """Of each of these partitions."""
+    exchange: Exchange | None
+    """To the other processes."""
     tiers: Tiers
+    """The rows that are not on the devices."""
 
 
 def assemble(experiment: Experiment) -> Parts:
     """Makes the model, its first state and the host's state.
 
     Raises:
-        ValueError: The configs do not fit together.
+        ValueError: The configs do not fit together, or not to the processes.
     """
-    mesh = make_mesh(experiment.mesh)
-    if experiment.train.batch_size % num_devices(mesh):
-        raise ValueError(
-            f"TrainConfig.batch_size {experiment.train.batch_size} is no multiple of the {num_devices(mesh)} devices"
-        )
+    mesh, config = make_mesh(experiment.mesh), experiment.train
+    exchange = Exchange() if jax.process_count() > 1 else None
+    process_id, num_processes = (exchange.process_id, exchange.num_processes) if exchange else (0, 1)
+    _check_batch(config, num_devices(mesh), num_processes)
     model, weights = make_model(
         experiment.model, experiment.tables, experiment.features, experiment.heads,
-        experiment.dense_optimizer, experiment.train.seed, experiment.mesh.num_shards, mesh,
+        experiment.dense_optimizer, config.seed, experiment.mesh.num_shards, mesh,
     )  # fmt: skip
     threads = make_threads(experiment.mapper)
     mappers = [
@@ -109,16 +122,52 @@ def assemble(experiment: Experiment) -> Parts:
             num_devices(mesh),
             [Rule(table.admission, table.ttl_s) for table in group.tables],
             threads,
-            tier=make_tier(group),
+            process_id,
+            num_processes,
+            tier=make_tier(group, num_processes),
         )
         for index, group in enumerate(model.groups)
     ]
+    share = config.partitions // num_processes
+    mine = range(process_id * share, (process_id + 1) * share)
+    mapper = Mapper(mappers, num_devices(mesh), exchange)
+    memories = tuple(_memories(experiment) for _ in mine)
+    return Parts(model, first_state(model, weights), mapper, mine, memories, exchange, Tiers(model, exchange))
+
+
+def _check_batch(config: TrainConfig, devices: int, num_processes: int) -> None:
+    if config.batch_size % devices:
+        raise ValueError(f"TrainConfig.batch_size {config.batch_size} is no multiple of the {devices} devices")
+    if config.partitions < 1 or config.batch_size % config.partitions:
+        raise ValueError(
+            f"TrainConfig.partitions is {config.partitions}, which does not divide the batch_size {config.batch_size}; "
+            "use 1 or another divisor"
+        )
+    if config.partitions % num_processes:
+        raise ValueError(
+            f"TrainConfig.partitions is {config.partitions}, which {num_processes} processes cannot share evenly; set it to a "
+            f"multiple of {num_processes} (for a new run: it stays for the run's life), or start fewer processes"
+        )
+
+
+def _memories(experiment: Experiment) -> list[Memory]:
     memories: list[Memory] = []
     if experiment.history:
         memories.append(History(experiment.history))
     if experiment.counters:
         memories.append(Counters(experiment.counters))
-    return Parts(model, first_state(model, weights), Mapper(mappers), memories, Tiers(model))
+    return memories
+
+
+def _readers(experiment: Experiment, parts: Parts, source: Source, workdir: Path, letters: str) -> list[Reader]:
+    """Returns the readers of this process's partitions; partition 0's rejected rows go to `<letters>.jsonl`."""
+    number = experiment.train.partitions
+    rows = experiment.train.batch_size // number
+    readers = []
+    for index, memories in zip(parts.partitions, parts.memories, strict=True):
+        dead_letters = DeadLetters(workdir / (f"{letters}.{index}.jsonl" if index else f"{letters}.jsonl"))
+        readers.append(Reader(batches(partition(source, index, number), rows), memories, dead_letters, rows))
+    return readers
 
 
 def train(experiment: Experiment, workdir: Path, console: Console | None = None) -> dict[str, dict[str, Any]]:
@@ -128,23 +177,24 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
         ValueError: The configs do not fit together or to the snapshot, or the input cannot be read.
         FloatingPointError: A loss was not finite.
     """
-    console = console or Console()
     prepare(experiment.mesh)
     parts = assemble(experiment)
+    first = not parts.exchange or parts.exchange.process_id == 0
+    console = console or Console(quiet=not first)
     workdir.mkdir(parents=True, exist_ok=True)
     source = open_source(experiment.source)
-    snapshots = Snapshots(experiment.snapshots, workdir / "snapshots")
-    dead_letters = DeadLetters(workdir / "dead_letters.jsonl")
+    snapshots = Snapshots(experiment.snapshots, workdir / "snapshots", exchange=parts.exchange)
     config = experiment.train
+    readers = _readers(experiment, parts, source, workdir, "dead_letters")
     planner = Planner(
-        parts.model, batches(source, config.batch_size), parts.memories, parts.mapper, dead_letters, config.batch_size,
-        freeze_every=experiment.snapshots.period_steps, max_steps=config.steps,
+        parts.model, readers, parts.mapper, parts.exchange, freeze_every=experiment.snapshots.period_steps,
+        max_steps=config.steps,
     )  # fmt: skip
     total = source.num_examples
     if config.steps:
         total = min(total or config.steps * config.batch_size, config.steps * config.batch_size)
     measures = Prequential(experiment.prequential, [(head.label, head.kind) for head in experiment.heads])
-    log = RunLog(workdir, measures, config.log_every, total, config.tensorboard, console)
+    log = RunLog(workdir, measures, config.log_every, total, config.tensorboard, console, first)
     who = identity(experiment)
 
     def save(state: TrainState, frozen: Mapping[str, Any]) -> None:
@@ -153,9 +203,11 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
 
     try:
         state = _begin(parts, snapshots, planner, log, who, experiment.tables, config.warm_start, console)
-        (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
-        with log, _stopped_by_sigterm(planner) as stopped:
+        if first:
+            (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
+        with log, _stopped_by_sigterm(planner):
             state = run(state, planner, make_train_step(parts.model), log, save, parts.tiers)
+        stopped = planner.stopped  # Closing stops it too.
     finally:
         planner.close()
         snapshots.close()
@@ -164,7 +216,7 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
             f"stopped by SIGTERM after step {log.steps:,}, saved; the same command goes on from there", highlight=False
         )
         return {}
-    totals = _finish(experiment, parts, state, log, dead_letters, workdir, console)
+    totals = _finish(experiment, parts, state, log, readers, workdir, console)
     return totals
 
 
@@ -183,6 +235,7 @@ def _begin(
     if step is not None:
         like = parts.tiers.like(parts.state)
         if can_grow(snapshots.read_meta(step)["identity"], who):
+            _refuse_several(parts, "tables take new sizes or rules")
             restored = restore_grown(snapshots, step, parts.model, like, parts.mapper, tables)
             console.print("tables take their new sizes and rules; every id keeps its row", highlight=False)
         else:
@@ -194,6 +247,7 @@ def _begin(
         return parts.tiers.split(restored.state)
     if not warm_start:
         return parts.state
+    _refuse_several(parts, "TrainConfig.warm_start takes over another run")
     old = Snapshots(SnapshotConfig(), find(Path(warm_start)), read_only=True)
     latest = old.latest()
     assert latest is not None, "find() returned a folder without a snapshot"
@@ -205,31 +259,43 @@ def _begin(
     return parts.tiers.split(state)
 
 
+def _refuse_several(parts: Parts, what: str) -> None:
+    if parts.exchange:
+        raise ValueError(
+            f"{what}, which one process does alone: start the same command once as one process with TrainConfig.steps at the "
+            f"step it begins with plus 1, then go on with {parts.exchange.num_processes}"
+        )
+
+
 def _finish(
     experiment: Experiment,
     parts: Parts,
     state: TrainState,
     log: RunLog,
-    dead_letters: DeadLetters,
+    readers: Sequence[Reader],
     workdir: Path,
     console: Console,
 ) -> dict[str, dict[str, Any]]:
     """Writes totals, tests and the summary; prints the closing table."""
     totals = log.close_measures()
     tests = test(experiment, parts, state, workdir) if experiment.test_source else []
+    rows = int(sum(group.maps.num_rows.sum() for group in parts.mapper.groups))
+    mine = [rows, sum(memory.num_refused for reader in readers for memory in reader.memories)]
+    of_all = everyone(parts.exchange, [*mine, [reader.dead_letters.get_state()["counts"] for reader in readers]])
+    rejected = sum((Counter(counts) for _, _, of_process in of_all for counts in of_process), Counter[str]())
     summary = {
         "kind": "summary",
         "steps": log.steps,
         "examples": log.examples,
         "seconds": round(log.seconds, 1),
-        "rows": int(sum(group.maps.num_rows.sum() for group in parts.mapper.groups)),
-        "rejected": dead_letters.counts,
-        "without_history_or_counters": sum(memory.num_refused for memory in parts.memories),
+        "rows": sum(of_process[0] for of_process in of_all),
+        "rejected": dict(rejected.most_common()),
+        "without_history_or_counters": sum(of_process[1] for of_process in of_all),
     }
     log.write([*totals.values(), *tests, summary])
     console.print(closing_table(totals, tests))
     console.print(
-        f"{log.steps:,} steps, {log.examples:,} examples, {summary['rows']:,} ids in tables, {dead_letters.summary()}"
+        f"{log.steps:,} steps, {log.examples:,} examples, {summary['rows']:,} ids in tables, {set_aside(rejected, workdir)}"
     )
     console.print(f"more: python -m launch.evaluate --workdir={workdir}", highlight=False, soft_wrap=True)
     return totals
@@ -241,11 +307,10 @@ def test(experiment: Experiment, parts: Parts, state: TrainState, workdir: Path)
     Histories and counters go on, as they would in production: an example sees what came before it, never itself.
     """
     assert experiment.test_source is not None
-    size = experiment.train.batch_size
-    letters = DeadLetters(workdir / "dead_letters_test.jsonl")
     measures = Prequential(experiment.prequential, [(head.label, head.kind) for head in experiment.heads])
     source = open_source(experiment.test_source)
-    planner = Planner(parts.model, batches(source, size), parts.memories, parts.mapper, letters, size, insert=False)
+    readers = _readers(experiment, parts, source, workdir, "dead_letters_test")
+    planner = Planner(parts.model, readers, parts.mapper, parts.exchange, insert=False)
     try:
         predict(
             state,
@@ -262,15 +327,9 @@ def test(experiment: Experiment, parts: Parts, state: TrainState, workdir: Path)
 
 @contextmanager
 def _stopped_by_sigterm(planner: Planner) -> Any:
-    """Lets SIGTERM end the run in good order: the steps planned are run and saved."""
-    stopped: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        stopped.append(number)
-        planner.stop()
-
-    before = signal.signal(signal.SIGTERM, stop)
+    """Lets SIGTERM end the run in good order, in all processes: the steps planned are run and saved."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: planner.stop())
     try:
-        yield stopped
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -161,6 +161,7 @@ def measure(
     num_hosts: int,
     history: HistoryConfig | None = None,
     counters: CountersConfig | None = None,
+    partitions: int = 1,
 ) -> Footprint:
     """Returns the footprint of a run.
 
@@ -169,8 +170,9 @@ def measure(
         weights: Its dense weights; shapes are enough.
         batch_size: B, over all devices.
         num_hosts: Hosts that share the devices and the shards of the id maps evenly.
-        history: Kept by each host.
-        counters: Kept by each host.
+        history: Kept for each partition.
+        counters: Kept for each partition.
+        partitions: Of the stream, divided among the hosts.
 
     Raises:
         ValueError: The devices do not divide batch or shards, the hosts do not divide the devices, or a device would have more
@@ -186,12 +188,13 @@ def measure(
     state = jax.eval_shape(lambda weights: first_state(model, weights), weights)
     of_state = bytes_by(state_shardings(model), state)
     most = _Step(model, state, batch_size, most_distinct)
-    host = _host_bytes(model, most, num_hosts, history, counters)
+    host = _host_bytes(model, most, num_hosts, history, counters, partitions)
     tiered = sum(_host_rows(group) for group in model.groups)
     host = dataclasses.replace(host, state=sum(jax.tree.leaves(of_state)) * (num_devices // num_hosts) + tiered // num_hosts)
     saved = state._replace(groups=[_all_rows(group) for group in model.groups])
     whole = sum(whole_bytes(leaf) for leaf in jax.tree.leaves(saved))
     maps = (host.maps + host.filters) * num_hosts
+    memories = host.memories * min(num_hosts, partitions)
     floats = sum(table.max_rows * group.dim for group in model.groups for table in group.tables)
     return Footprint(
         num_devices=num_devices,
@@ -203,8 +206,8 @@ def measure(
         all_distinct=most.traffic(of_state),
         zipf=_Step(model, state, batch_size, zipf_distinct).traffic(of_state),
         host=host,
-        snapshot=whole + maps + host.memories,
-        written=round(NOISE_LEFT * whole + MAPS_LEFT * maps) + host.memories,
+        snapshot=whole + maps + memories,
+        written=round(NOISE_LEFT * whole + MAPS_LEFT * maps) + memories,
     )
 
 
@@ -360,7 +363,12 @@ def _table_bytes(model: Model, of_state: TrainState, num_hosts: int) -> Iterator
 
 
 def _host_bytes(
-    model: Model, step: _Step, num_hosts: int, history: HistoryConfig | None, counters: CountersConfig | None
+    model: Model,
+    step: _Step,
+    num_hosts: int,
+    history: HistoryConfig | None,
+    counters: CountersConfig | None,
+    partitions: int,
 ) -> HostBytes:
     maps = filters = work = tables = 0
     for index, group in enumerate(model.groups):
@@ -371,6 +379,7 @@ def _host_bytes(
         work += work_bytes(group.maps, _rules(group), step.batch_size * model.layout.num_positions(index))
     inputs = sum(whole_bytes(leaf) for leaf in jax.tree.leaves(step.inputs))
     memories = (history_bytes(history) if history else 0) + (counters_bytes(counters) if counters else 0)
+    memories *= -(-partitions // num_hosts)
     maps, filters = -(-maps // num_hosts), -(-filters // num_hosts)
     of_plans = (work + inputs) // num_hosts
     return HostBytes(maps, filters, tables // num_hosts, memories, of_plans, 2 * (maps + filters + memories), 0)

@@ -148,7 +148,7 @@ def weight_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) ->
     return REPLICATED
 
 
-def is_shared(mesh: Mesh) -> bool:
+def is_shared(mesh: Mesh | AbstractMesh) -> bool:
     """Returns whether several processes have the devices of a mesh."""
     return isinstance(mesh, Mesh) and mesh.is_multi_process  # An abstract one has no devices.
 

@@ -1,10 +1,13 @@
 """Batches to plans and inputs on the device, in stream order, at most two steps ahead.
 
-In: an iterator of `Batch`es. Out: `Planned` steps. All that changes host state (histories, counters, id maps, dead letters,
-the position in the stream) happens here, in one thread, in plan order; so that state is ahead of the device, and whoever wants
-to save it gets a frozen copy of it as it was right after one plan, on that plan.
+In: readers of the stream's partitions. Out: `Planned` steps. All that changes host state (histories, counters, id maps, dead
+letters, the position in the stream) happens here, in one thread, in plan order; so that state is ahead of the device, and
+whoever wants to save it gets a frozen copy of it as it was right after one plan, on that plan.
 
     source --chunks--> batcher --batches--> [ planner thread: history, features, labels, ids -> rows ] --2 ahead--> loop
+
+A batch of B examples has B / N of each of N partitions, in their order, which P processes share evenly: each reads, plans and
+copies its part, and all plan in rounds (`rounds`), so that the batches, and what is learned, do not depend on P.
 """
 
 from __future__ import annotations
@@ -15,49 +18,18 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
-from monolith_jax.features import Features, featurize
 from monolith_jax.ids.mapper import Mapper
-from monolith_jax.ids.strings import string_ids
-from monolith_jax.stream.dead_letter import DeadLetters
-from monolith_jax.stream.events import labels
+from monolith_jax.packing import pack, stacked, unpack
+from monolith_jax.reader import Observed, Reader, joined
+from monolith_jax.rounds import agree, may_go_on
 from monolith_jax.train.state import Inputs, Model, place_inputs
-from monolith_jax.types import FreedRows, GroupIds, Moves
+from monolith_jax.types import Exchange, FreedRows, Moves
 
 AHEAD = 2
-
-
-class Memory(Protocol):
-    """What adds columns to examples from those before them: histories, counters."""
-
-    @property
-    def num_refused(self) -> int:
-        """Examples that came too late to get a place."""
-        ...
-
-    def extend(self, examples: pa.RecordBatch) -> pa.RecordBatch: ...  # noqa: D102
-    def reset(self) -> None: ...  # noqa: D102
-    def get_state(self) -> dict[str, np.ndarray]: ...  # noqa: D102
-    def set_state(self, state: Mapping[str, np.ndarray]) -> None: ...  # noqa: D102
-
-
-class Observed(NamedTuple):
-    """What the host knows of a batch, for the metrics. Rows of padding have masks of 0."""
-
-    event_time_ms: np.ndarray
-    """int64 [B]"""
-    groups: np.ndarray
-    """int64 [B], the user, for metrics within users."""
-    labels: np.ndarray
-    """float32 [B, T]"""
-    masks: np.ndarray
-    """float32 [B, T]"""
-    optimal: np.ndarray | None
-    """float32 [B, T], the best possible scores where the source knows them (NaN where not)."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +44,8 @@ class Planned:
     stats: dict[str, float]
     freed: tuple[FreedRows, ...]
     """The rows of each group that this plan took from their ids."""
-    position: dict[str, Any]
-    """Where the batch starts in the stream, for error messages."""
+    position: list[dict[str, Any]]
+    """Where the batch starts in each partition that this process reads, for error messages."""
     frozen: dict[str, Any] | None
     """Host state right after this plan, if it was asked for."""
     moves: tuple[Moves | None, ...] = ()
@@ -91,11 +63,9 @@ class Planner:
     def __init__(
         self,
         model: Model,
-        batches: Any,
-        memories: Sequence[Memory],
+        readers: Sequence[Reader],
         mapper: Mapper,
-        dead_letters: DeadLetters,
-        batch_size: int,
+        exchange: Exchange | None = None,
         group_column: str = "user_id",
         freeze_every: int = 0,
         max_steps: int = 0,
@@ -105,32 +75,27 @@ class Planner:
 
         Args:
             model: The model that is trained.
-            batches: Iterator of `Batch` with get_state, set_state and close.
-            memories: Histories and counters, in the order in which they extend examples.
+            readers: Of this process's partitions, in their order; equal numbers of rows.
             mapper: Id maps.
-            dead_letters: Where rejected rows go.
-            batch_size: B, to which short batches are padded.
+            exchange: To the other processes; none: this is the only one.
             group_column: Column whose values group the within-user metrics.
             freeze_every: A copy of the host state comes with every plan whose number is a multiple of this; 0: never.
             max_steps: Plans after which it ends, counted from the first of the run's life; 0: at the end of the stream.
             insert: Whether new ids get rows (False: frozen tables, for tests on held-out data).
         """
         self._model = model
-        self._batches = batches
-        self._memories = tuple(memories)
+        self._readers = tuple(readers)
         self._mapper = mapper
-        self._dead_letters = dead_letters
-        self._batch_size = batch_size
+        self._exchange = exchange
+        self._labels = [head.label for head in model.heads]
         self._group_column = group_column
         self._freeze_every = freeze_every
         self._max_steps = max_steps
         self._insert = insert
-        self._step = 0
-        self._epoch = 0
-        self._now_ms = self._shift_ms = 0
+        self._step = self._now_ms = 0
         # The plan that waits for room in the queue is one of those ahead.
         self._queue: Queue[Planned | _End] = Queue(maxsize=AHEAD - 1)
-        self._stop, self._abandon = threading.Event(), threading.Event()
+        self._stop, self._abandon, self._agreed_to_stop = threading.Event(), threading.Event(), False
         self._thread: threading.Thread | None = None
         self.frozen_at_end: dict[str, Any] | None = None
         """Host state after the last plan, once iteration has ended."""
@@ -153,6 +118,11 @@ class Planner:
         """Ends planning soon; the plans already made are still yielded."""
         self._stop.set()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether this process was told to stop, or with several, one of them; asked once iteration has ended."""
+        return self._agreed_to_stop if self._exchange else self._stop.is_set()
+
     def close(self) -> None:
         """Ends the thread and closes the batches. Plans that were not taken are lost."""
         self._stop.set()
@@ -162,7 +132,8 @@ class Planner:
                 self._queue.get(timeout=0.05)
             except Empty:
                 continue
-        self._batches.close()
+        for reader in self._readers:
+            reader.close()
 
     def _run(self) -> None:
         frozen, error = {}, None
@@ -178,18 +149,28 @@ class Planner:
 
     def _plan_all(self) -> Exception | None:
         """Plans to the end. Returns the error at which the input cannot be read on: all before it is whole and can be kept."""
-        while not self._stop.is_set() and not (self._max_steps and self._step >= self._max_steps):
-            position = self._batches.get_state()
-            try:
-                batch = next(self._batches, None)
-            except (ValueError, OSError) as error:
+        while not (self._max_steps and self._step >= self._max_steps):
+            fetched, error = self._fetch()
+            go = may_go_on(self._exchange, fetched, self._stop.is_set(), error is not None)
+            self._agreed_to_stop = go.stop
+            if error is not None:
                 return error
-            if batch is None:
+            if go.failed is not None:
+                return ValueError(f"process {go.failed} cannot read its input on; its own output says why")
+            if go.stop or not go.fetched:
                 return None
-            self._dead_letters.add(batch.rejected)
-            if batch.examples.num_rows:
-                self._put(self._plan(batch.examples, batch.epoch, position))
+            self._put(self._plan())
         return None
+
+    def _fetch(self) -> tuple[bool, Exception | None]:
+        """Returns whether a partition has a batch to take, and the first error: that input cannot be read on."""
+        fetched, first_error = False, None
+        for reader in self._readers:
+            try:
+                fetched |= reader.fetch()
+            except (ValueError, OSError) as error:
+                first_error = first_error or error
+        return fetched, first_error
 
     def _put(self, item: Planned | _End) -> None:
         while not self._abandon.is_set():
@@ -198,93 +179,46 @@ class Planner:
             except Full:
                 continue
 
-    def _plan(self, examples: pa.RecordBatch, epoch: int, position: dict[str, Any]) -> Planned:
-        if epoch != self._epoch:
-            for memory in self._memories:
-                memory.reset()
-        for memory in self._memories:
-            examples = memory.extend(examples)
-        features = featurize(examples, self._model.layout)
-        observed = observe(examples, [head.label for head in self._model.heads], self._group_column)
-        features, observed = _padded(features, observed, self._batch_size)
-        times_ms = self._advance_time(observed.event_time_ms[: examples.num_rows], epoch)
-        times_ms = np.pad(times_ms, (0, self._batch_size - times_ms.size), mode="edge")
+    def _plan(self) -> Planned:
+        position = [reader.position for reader in self._readers]
+        arguments = (self._model.layout, self._labels, self._group_column, self._now_ms)
+        parts = [reader.take(*arguments) for reader in self._readers]
+        features, observed = joined(parts)
+        now = agree(self._exchange, parts, observed)
+        # The highest median of a batch, never going back: a few events from the future expire nothing, and are seen now.
+        self._now_ms = max(self._now_ms, now.median_ms)
+        shift_ms = np.repeat([part.shift_ms for part in parts], self._readers[0].num_rows)
+        times_ms = np.minimum(observed.event_time_ms + shift_ms, self._now_ms)
         plan = self._mapper.plan(features.groups, times_ms, self._now_ms, self._step, self._insert)
         inputs = Inputs(plan.groups, features.weights, features.dense, observed.labels, observed.masks)
         inputs = place_inputs(self._model, inputs)
         self._step += 1
         freeze = self._freeze_every and self._step % self._freeze_every == 0
         frozen = self.get_state() if freeze else None
-        return Planned(inputs, observed, examples.num_rows, epoch, plan.stats, plan.freed, position, frozen, plan.moves)
-
-    def _advance_time(self, event_time_ms: np.ndarray, epoch: int) -> np.ndarray:
-        """Moves the time on; returns when ids count as seen.
-
-        The time is the highest median of a batch, never going back: a few events from the future expire nothing, and are seen
-        now. A further pass over the data goes on in time where the last one ended.
-        """
-        median = int(np.median(event_time_ms))
-        if epoch != self._epoch:
-            self._shift_ms, self._epoch = self._now_ms - median, epoch
-        self._now_ms = max(self._now_ms, median + self._shift_ms)
-        return np.minimum(event_time_ms + self._shift_ms, self._now_ms)
+        told = (plan.stats, plan.freed, position, frozen, plan.moves)
+        return Planned(inputs, now.observed, now.num_examples, now.epoch, *told)
 
     def get_state(self) -> dict[str, Any]:
-        """Returns a copy of all host state: `maps` and `memories` are arrays, the rest is small and JSON-able."""
+        """Returns a copy of this process's host state.
+
+        `maps` are arrays by shard, `parts` is uint8 [partitions, rows, 2^20] with as many rows in all processes, the rest is
+        small, JSON-able and the same in all of them.
+        """
+        packed = [pack(reader.get_state()) for reader in self._readers]
+        most = max(len(rows) for rows in packed)
+        if self._exchange:
+            most = int(self._exchange.gather(np.array([most], np.uint32)).max())
         return {
             "maps": self._mapper.get_state(),
-            "memories": [memory.get_state() for memory in self._memories],
-            "stream": self._batches.get_state(),
-            "dead_letters": self._dead_letters.get_state(),
+            "parts": stacked(packed, most),
             "step": self._step,
-            "epoch": self._epoch,
-            "time": [self._now_ms, self._shift_ms],
+            "now_ms": self._now_ms,
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what `get_state` returned. Before iteration only."""
         assert self._thread is None, "the planner is running"
         self._mapper.set_state(state["maps"])
-        for memory, of_memory in zip(self._memories, state["memories"], strict=True):
-            memory.set_state(of_memory)
-        self._batches.set_state(state["stream"])
-        self._dead_letters.set_state(state["dead_letters"])
-        self._step, self._epoch = state["step"], state["epoch"]
-        self._now_ms, self._shift_ms = state["time"]
-
-
-def observe(examples: pa.RecordBatch, names: Sequence[str], group_column: str) -> Observed:
-    """Returns what the metrics need of examples: labels and masks of the named heads, times, users, best scores."""
-    values, masks = labels(examples, names)
-    columns = examples.schema.names
-    if "weight" in columns:
-        weight = examples.column("weight").fill_null(1.0).to_numpy(zero_copy_only=False)
-        masks *= weight.astype(np.float32)[:, None]
-    optimal = None
-    if any(f"optimal_{name}" in columns for name in names):
-        optimal = np.full(values.shape, np.nan, np.float32)
-        for task, name in enumerate(names):
-            if f"optimal_{name}" in columns:
-                optimal[:, task] = examples.column(f"optimal_{name}").to_numpy(zero_copy_only=False)
-    groups = np.zeros(examples.num_rows, np.int64)
-    if group_column in columns:
-        column = examples.column(group_column)
-        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        groups = string_ids(column) if is_text else column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    return Observed(examples.column("event_time_ms").to_numpy(zero_copy_only=False), groups, values, masks, optimal)
-
-
-def _padded(features: Features, observed: Observed, size: int) -> tuple[Features, Observed]:
-    """Pads a short batch: no ids, masks of 0, the last event time again."""
-    missing = size - observed.labels.shape[0]
-    if not missing:
-        return features, observed
-
-    def pad(array: Any) -> Any:
-        return None if array is None else np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
-
-    groups = tuple(GroupIds(pad(group.ids), pad(group.valid)) for group in features.groups)
-    features = Features(groups, tuple(pad(weights) for weights in features.weights), pad(features.dense))
-    times = np.concatenate([observed.event_time_ms, np.full(missing, observed.event_time_ms[-1])])
-    rest = (pad(observed.groups), pad(observed.labels), pad(observed.masks), pad(observed.optimal))
-    return features, Observed(times, *rest)
+        for reader, rows in zip(self._readers, state["parts"], strict=True):
+            reader.set_state(unpack(rows))
+        self._step, self._now_ms = state["step"], state["now_ms"]

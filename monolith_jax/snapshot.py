@@ -3,15 +3,16 @@
 In: the device's state after a step, and the host's state as it was frozen right after that step's plan. Out: one Orbax
 checkpoint a snapshot, written in the background; it is there whole or not at all. It holds the tables, id maps, dense weights,
 optimizers, the position in the stream, histories, counters, metric accumulators, dead-letter counts and the lengths of the
-run's files, so that a run that was killed goes on as if it had not been.
+run's files, so that a run that was killed goes on as if it had not been. Tables, maps and filters are stored by shard, the
+state of the stream by partition: any mesh and any number of processes reads its own parts of it, and no other.
 """
 
 from __future__ import annotations
 
 import difflib
-import io
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from monolith_jax.ids.exchange import Exchange
+from monolith_jax.mesh import OF_PROCESSES, sharding
+from monolith_jax.packing import pack, unpack
+
 CHUNK_BYTES = 64 * 2**20
-_NPZ_ROW = 2**20
+_WHOLE = ("sizes", "extras")
+"""Host state that is not by shard or partition, and the same in all processes."""
+_SHARE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,30 @@ class Restored:
 class Snapshots:
     """The snapshots of a run."""
 
-    def __init__(self, config: SnapshotConfig, folder: Path, read_only: bool = False) -> None:
+    def __init__(self, config: SnapshotConfig, folder: Path, read_only: bool = False, exchange: Exchange | None = None) -> None:
         """Opens the folder, which is made if need be. Leftovers of interrupted saves are removed.
 
         Args:
             config: How many are kept.
             folder: Where they are.
             read_only: Leaves the folder as it is: another process may be writing there.
+            exchange: To the other processes that save and restore together; none: this is the only one.
+
+        Raises:
+            ValueError: The other processes do not share the folder.
         """
         self._folder = folder.absolute()
+        self._exchange = exchange
+        processes = ocp.options.MultiprocessingOptions()
+        if exchange:
+            _share_folder(self._folder, exchange.process_id)
+            # Named, they wait for one another at jax's coordinator, and not on devices that the planners use.
+            processes = ocp.options.MultiprocessingOptions(active_processes=set(range(exchange.num_processes)))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep, create=not read_only, cleanup_tmp_directories=not read_only
+            max_to_keep=config.keep,
+            create=not read_only and not exchange,
+            cleanup_tmp_directories=not read_only,
+            multiprocessing_options=processes,
         )
         trees = {name: ocp.PyTreeCheckpointHandler() for name in ("state", "maps", "arrays")}
         handlers = {**trees, "meta": ocp.JsonCheckpointHandler()}
@@ -78,30 +98,28 @@ class Snapshots:
         Args:
             step: Steps done.
             state: Tree of device arrays.
-            host: The planner's state.
+            host: The planner's state, of all processes after the same plan.
             extras: Further state: `arrays` (a flat mapping of numpy arrays), the rest JSON-able.
             identity: The configs that the state belongs to, JSON-able.
         """
         meta = {
             "identity": dict(identity),
-            "host": {name: value for name, value in host.items() if name not in ("maps", "memories")},
+            "host": {name: value for name, value in host.items() if name not in ("maps", "parts")},
             "extras": {name: value for name, value in extras.items() if name != "arrays"},
         }
-        arrays = {f"extras/{name}": value for name, value in extras["arrays"].items()}
-        for index, memory in enumerate(host["memories"]):
-            arrays |= {f"memories/{index}/{name}": value for name, value in memory.items()}
-        maps = {str(index): of_group for index, of_group in enumerate(host["maps"])}
+        maps = {str(index): self._by_shard(of_group) for index, of_group in enumerate(host["maps"])}
+        parts = self._exchange.spread(host["parts"]) if self._exchange else host["parts"]
         args = ocp.args.Composite(
             state=_save_tree(state),
             maps=_save_tree(maps),
-            arrays=_save_tree({"npz": _npz(arrays)}),
+            arrays=_save_tree({"parts": parts, "extras": pack(dict(extras["arrays"]))}),
             meta=ocp.args.JsonSave(meta),
         )
         self._manager.save(step, args=args)
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Returns what a snapshot says of itself: `identity`, `host` and `extras` without their arrays."""
-        return self._read(step, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return self._read(step, lambda: {"meta": ocp.args.JsonRestore()})["meta"]
 
     def restore(self, step: int, like: Any, identity: Mapping[str, Any]) -> Restored:
         """Returns a snapshot.
@@ -122,52 +140,67 @@ class Snapshots:
                 + "\nUse another --workdir, or start a new run from this one with TrainConfig.warm_start."
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)),
-            maps=ocp.args.PyTreeRestore(),
-            arrays=ocp.args.PyTreeRestore(),
+        in_place = ocp.checkpoint_utils.construct_restore_args(abstract)
+        restored = self._read(
+            step,
+            lambda: {
+                "state": ocp.args.PyTreeRestore(abstract, restore_args=in_place),
+                **{name: ocp.args.PyTreeRestore(restore_args=self._own_args(step, name)) for name in ("maps", "arrays")},
+            },
         )
-        restored = self._read(step, args)
         host, extras = self._unpack(meta, restored["maps"], restored["arrays"])
         return Restored(step, restored["state"], host, extras)
 
     def restore_plain(self, step: int) -> Restored:
         """Returns a snapshot as numpy arrays in plain dicts and lists, whatever its config was."""
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(restore_args=self._numpy_args(step)),
-            maps=ocp.args.PyTreeRestore(),
-            arrays=ocp.args.PyTreeRestore(),
+        names = ("state", "maps", "arrays")
+        restored = self._read(
+            step, lambda: {name: ocp.args.PyTreeRestore(restore_args=self._numpy_args(step, name)) for name in names}
         )
-        restored = self._read(step, args)
         host, extras = self._unpack(self.read_meta(step), restored["maps"], restored["arrays"])
         return Restored(step, restored["state"], host, extras)
 
-    def _read(self, step: int, args: ocp.args.Composite) -> Any:
+    def _read(self, step: int, args: Callable[[], dict[str, Any]]) -> Any:
         try:
-            return self._manager.restore(step, args=args)
+            return self._manager.restore(step, args=ocp.args.Composite(**args()))
         except Exception as error:  # orbax raises whatever it meets, a bare Exception among them
             raise ValueError(
                 f"the snapshot in {self._folder / str(step)} cannot be read: files are missing or damaged, or another model's. "
                 f"Remove that folder to go on from the snapshot before it. {type(error).__name__}: {error}"
             ) from error
 
-    def _numpy_args(self, step: int) -> Any:
-        tree = self._manager.item_metadata(step)["state"].tree
+    def _numpy_args(self, step: int, item: str) -> Any:
+        tree = self._manager.item_metadata(step)[item].tree
         return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
 
-    def _unpack(self, meta: dict[str, Any], maps: Any, packed: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        arrays = _from_npz(np.asarray(packed["npz"]))
-        memories: dict[int, dict[str, np.ndarray]] = {}
-        for name, value in arrays.items():
-            if name.startswith("memories/"):
-                _, index, rest = name.split("/", 2)
-                memories.setdefault(int(index), {})[rest] = value
-        host = dict(meta["host"])
-        host["memories"] = [memories[index] for index in sorted(memories)]
-        host["maps"] = [{name: np.asarray(value) for name, value in maps[key].items()} for key in sorted(maps, key=int)]
-        extras = dict(meta["extras"])
-        extras["arrays"] = {name.split("/", 1)[1]: value for name, value in arrays.items() if name.startswith("extras/")}
-        return host, extras
+    def _own_args(self, step: int, item: str) -> Any:
+        """Returns how host state is read: whole by the only process, else by each its own part of what is split."""
+        whole, tree = self._numpy_args(step, item), self._manager.item_metadata(step)[item].tree
+        if not self._exchange:
+            return whole
+        where = sharding(self._exchange.mesh, OF_PROCESSES)
+
+        def of(path: Any, one: Any, all_of_it: Any) -> Any:
+            if path[-1].key in _WHOLE:
+                return all_of_it
+            return ocp.ArrayRestoreArgs(sharding=where, global_shape=one.shape, dtype=one.dtype)
+
+        return jax.tree.map_with_path(of, tree, whole)
+
+    def _by_shard(self, of_group: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        exchange = self._exchange
+        if not exchange:
+            return dict(of_group)
+        return {name: array if name in _WHOLE else exchange.spread(array) for name, array in of_group.items()}
+
+    def _mine(self, array: Any) -> np.ndarray:
+        return self._exchange.mine(array) if self._exchange and isinstance(array, jax.Array) else np.asarray(array)
+
+    def _unpack(self, meta: dict[str, Any], maps: Any, arrays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        of_groups = [maps[key] for key in sorted(maps, key=int)]
+        host = dict(meta["host"]) | {"parts": self._mine(arrays["parts"])}
+        host["maps"] = [{name: self._mine(array) for name, array in of_group.items()} for of_group in of_groups]
+        return host, dict(meta["extras"]) | {"arrays": unpack(np.asarray(arrays["extras"]))}
 
     def wait(self) -> None:
         """Waits until the snapshot being written is committed.
@@ -187,22 +220,18 @@ def _save_tree(tree: Any) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(tree, save_args=args)
 
 
-def _npz(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns arrays as one, uint8 [n, 1 MiB]: eight bytes of length, an npz file, padding.
-
-    Orbax cuts large arrays into chunks whose sizes divide the array's: a large prime length would become chunks of one byte.
-    """
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # pyright: ignore
-    data = buffer.getvalue()
-    raw = np.frombuffer(len(data).to_bytes(8, "little") + data, np.uint8)
-    return np.pad(raw, (0, -raw.size % _NPZ_ROW)).reshape(-1, _NPZ_ROW)
-
-
-def _from_npz(raw: np.ndarray) -> dict[str, np.ndarray]:
-    data = raw.tobytes()
-    with np.load(io.BytesIO(data[8 : 8 + int.from_bytes(data[:8], "little")])) as archive:
-        return {name: archive[name] for name in archive.files}
+def _share_folder(folder: Path, process_id: int) -> None:
+    """Makes the folder in process 0; the others wait until they see it."""
+    if process_id == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + _SHARE_S
+    while not folder.is_dir():
+        if time.monotonic() > until:
+            raise ValueError(
+                f"process {process_id} does not see {folder}, which process 0 makes: the run folder must be on a file system "
+                "that all hosts share; pass such a --workdir"
+            )
+        time.sleep(0.1)
 
 
 def differences(saved: Any, ours: Any, name: str = "") -> list[str]:

@@ -12,7 +12,7 @@ from monolith_jax.ids.mapper import Mapper
 from monolith_jax.mesh import MeshConfig, make_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.losses import HeadConfig
-from monolith_jax.planner import observe
+from monolith_jax.reader import observe
 from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.tables.update import OptimizerConfig
 from monolith_jax.train.state import Inputs, Model, ModelConfig, TrainState, first_state, make_model, place_inputs

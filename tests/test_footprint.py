@@ -20,6 +20,7 @@ from monolith_jax.ids.cuckoo import MapLayout
 from monolith_jax.ids.group import GroupMapper
 from monolith_jax.mesh import MeshConfig, make_abstract_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
+from monolith_jax.packing import pack, stacked
 from monolith_jax.snapshot import SnapshotConfig, Snapshots
 from monolith_jax.train.shapes import trace_model
 from monolith_jax.train.state import Inputs, input_shardings, make_model
@@ -101,7 +102,7 @@ def test_host_holds_what_was_said(run: tuple[Experiment, Parts, Footprint]) -> N
         maps += sum(array.nbytes for array in (*group.maps.arrays, *state.values(), group._pinned)) - of_filters
         filters += of_filters
     assert (found.host.maps, found.host.filters) == (maps, filters)
-    memories = sum(array.nbytes for memory in parts.memories for array in memory.get_state().values())
+    memories = sum(array.nbytes for memory in parts.memories[0] for array in memory.get_state().values())
     assert found.host.memories == pytest.approx(memories, rel=0.001)
     assert sum(table.host for table in found.tables) == pytest.approx(maps + filters)
 
@@ -134,10 +135,10 @@ def test_snapshot_of_full_tables_takes_what_was_said(tmp_path: Path) -> None:
         for index, table in enumerate(group.tables):
             ids = rng.integers(-(2**63), 2**63, table.max_rows)
             mapper.maps.lookup_or_insert(ids, index, rng.integers(1_700_000_000, 1_701_000_000, ids.size).astype(np.uint32))
-    memories = [memory.get_state() for memory in parts.memories]
+    memories = [memory.get_state() for memory in parts.memories[0]]
     memories = [{name: np.frombuffer(rng.bytes(array.nbytes), array.dtype) for name, array in of.items()} for of in memories]
     snapshots = Snapshots(SnapshotConfig(), tmp_path)
-    host = {"maps": parts.mapper.get_state(), "memories": memories}
+    host = {"maps": parts.mapper.get_state(), "parts": stacked([pack(memories)])}
     snapshots.save(1, jax.tree.map(noise, parts.state), host, {"arrays": {}}, identity(experiment))
     snapshots.close()
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from monolith_jax.mesh import ROWS, MeshConfig, make_mesh, sharding
+from monolith_jax.packing import pack, stacked
 from monolith_jax.snapshot import Restored, SnapshotConfig, Snapshots, differences, find
 
 IDENTITY = {"tables": [{"name": "user", "dim": 4}, {"name": "tag", "dim": 8}], "seed": 0, "hidden": [3, 4]}
@@ -44,12 +45,9 @@ def make_host(seed: int) -> dict[str, Any]:
         {"items": rng.integers(-(2**63), 2**63 - 1, (7, 3)), "maps.lines": np.zeros((0, 4), np.uint32)},
         {"bits": rng.integers(0, 255, 9, np.uint8), "scalar": np.float64(rng.random()).reshape(())},
     ]
-    return {
-        "maps": maps,
-        "memories": memories,
-        "stream": {"position": {"file": "ä.csv", "byte": 2**40}, "row": 3},
-        "step": seed,
-    }
+    stream = {"position": {"file": "ä.csv", "byte": 2**40}, "row": 3}
+    packed = [pack({"memories": memories, "stream": stream}), pack({"memories": [], "stream": {}})]
+    return {"maps": maps, "parts": stacked(packed), "step": seed}
 
 
 def make_extras(seed: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from monolith_jax.mesh import BATCH, REPLICATED, sharding
 from monolith_jax.models.layers import ModelInputs
 from monolith_jax.models.losses import HeadConfig, multi_task_loss
 from monolith_jax.planner import Planner
+from monolith_jax.reader import Reader
 from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.tables.update import OptimizerConfig, apply_updates, learning_rate
@@ -146,7 +147,8 @@ class Workload:
         """Returns the host's half, from reading Arrow to inputs on the device."""
         letters = DeadLetters(Path(tempfile.gettempdir()) / "bench_step_dead_letters.jsonl")
         pool = Pool(self.batches)
-        return Planner(self.model, pool, (), mapper or self.mapper(), letters, self.batch_size, max_steps=max_steps)
+        reader = Reader(pool, (), letters, self.batch_size)
+        return Planner(self.model, [reader], mapper or self.mapper(), max_steps=max_steps)
 
     def inputs(self, number: int = 0) -> list[Inputs]:
         """Returns the inputs of `number` batches (0: of the pool) on the device; their ids all have rows already."""

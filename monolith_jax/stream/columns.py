@@ -12,6 +12,7 @@ import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -61,6 +62,9 @@ class ColumnsConfig:
     """Rows of a chunk."""
     max_backwards_s: float = 3600.0
     """A row whose event time is further behind the newest so far is set aside."""
+    divide: Literal["chunks", "files"] = "chunks"
+    """With several partitions (`TrainConfig.partitions`, N): chunks are dealt out in turn, and each partition reads all files;
+    or file i is partition i mod N's, which reads no other: for logs with as many files for each stretch of time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +133,10 @@ class ColumnsSource:
 
     config: ColumnsConfig
     """What to read."""
+    index: int = 0
+    """Which partition of the files this is."""
+    number: int = 1
+    """How many there are; each has every `number`-th file, and `part` is a share of the rows of those."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if a field is out of range."""
@@ -147,9 +155,15 @@ class ColumnsSource:
         wanted = tuple(sorted(set(theirs), key=theirs.index))
         output = files[0].path.parent / "sorted"
         patterns = " ".join(f"'{path}'" for path in config.paths)
+        mine = files[self.index :: self.number]
+        if not mine:
+            raise ValueError(
+                f"ColumnsConfig.divide is 'files' and there are {len(files)} files for {self.number} partitions; use fewer "
+                "(TrainConfig.partitions), more files, or divide 'chunks'"
+            )
         reading = Reading(
-            files=files,
-            columns=(wanted,) * len(files),
+            files=mine,
+            columns=(wanted,) * len(mine),
             part=config.part,
             epochs=config.epochs,
             chunk_rows=config.chunk_rows,

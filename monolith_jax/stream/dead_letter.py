@@ -81,9 +81,15 @@ class DeadLetters:
         self._cut = True
         self._counts = Counter(state["counts"])
 
-    def summary(self) -> str:
-        """Returns a line a reason, or one line that nothing was set aside."""
-        if not self._counts:
-            return "no row was set aside"
-        lines = [f"{self._counts.total()} rows were set aside, see {self._path}"]
-        return "\n".join([*lines, *(f"  {count:>8}  {reason}" for reason, count in self.counts.items())])
+
+def set_aside(counts: Mapping[str, int], folder: Path) -> str:
+    """Returns a line a reason, or one line that nothing was set aside.
+
+    Args:
+        counts: Rows by reason.
+        folder: Where the files of such rows are.
+    """
+    if not counts:
+        return "no row was set aside"
+    lines = [f"{sum(counts.values())} rows were set aside, see {folder / 'dead_letters*.jsonl'}"]
+    return "\n".join([*lines, *(f"  {count:>8}  {reason}" for reason, count in counts.items())])

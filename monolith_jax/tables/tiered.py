@@ -61,12 +61,11 @@ class HostRows:
         num_shards, rows_per_shard, width = group.shape
         devices, mine = list(mesh.devices.flat), list(here.devices.flat)
         self._num_devices, self._shards_per_device = len(mine), num_shards // len(devices)
-        self._first_shard = devices.index(mine[0]) * self._shards_per_device
-        self._kinds = {memory.kind for memory in mine[0].addressable_memories()}
-        if pinned and PINNED not in self._kinds:
-            raise ValueError(f"the devices have no memory {PINNED!r}, only {', '.join(sorted(self._kinds))}")
+        kinds = {memory.kind for memory in mine[0].addressable_memories()}
+        if pinned and PINNED not in kinds:
+            raise ValueError(f"the devices have no memory {PINNED!r}, only {', '.join(sorted(kinds))}")
         if pinned is None:
-            pinned = PINNED in self._kinds and mine[0].platform != "cpu"
+            pinned = PINNED in kinds and mine[0].platform != "cpu"
         # Rows move between a process and its own devices only, in programs that no other process need run.
         self._on_device = sharding(here, ROWS)
         self._staging = NamedSharding(here, ROWS, memory_kind=PINNED) if pinned else None
@@ -106,20 +105,9 @@ class HostRows:
         self._rows[shards, self._row_at[shards, places]] = slots[shards, places]
         return self._rows
 
-    def as_array(self, array: jax.Array) -> jax.Array:
-        """Returns a copy of all rows of all processes, [L, R, W], each in the memory of its host, for a snapshot.
-
-        Args:
-            array: As in `whole`.
-        """
-        kind = PINNED if PINNED in self._kinds else None
-        here = jax.device_put(self.whole(array).copy(), NamedSharding(own_part(self._mesh), ROWS, memory_kind=kind))
-        return _parts(here, NamedSharding(self._mesh, ROWS, memory_kind=kind), self._group.shape)
-
     def fill(self, rows: np.ndarray) -> None:
-        """Takes over all rows, [L, R, W] or this process's part of it; none is on the device any more."""
-        if rows.shape[0] != self._rows.shape[0]:
-            rows = rows[self._first_shard : self._first_shard + self._rows.shape[0]]
+        """Takes over all rows of this process's shards, as `whole` returns them; none is on the device any more."""
+        assert rows.shape == self._rows.shape, f"rows of shape {rows.shape}, expected {self._rows.shape}"
         self._rows[:] = rows
         self._row_at[:] = -1
         self._leaving.clear()

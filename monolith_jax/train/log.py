@@ -54,6 +54,7 @@ class RunLog:
         total_examples: int | None = None,
         tensorboard: bool = False,
         console: Console | None = None,
+        writes: bool = True,
     ) -> None:
         """Opens the records; nothing is written before the first step.
 
@@ -64,6 +65,7 @@ class RunLog:
             total_examples: What the run will train on, for the time left; None: unknown.
             tensorboard: Whether to write TensorBoard files.
             console: Where the progress line goes.
+            writes: Whether this process writes the files; where there are several, one does, and all count.
 
         Raises:
             ImportError: TensorBoard files are wanted and the extra is not installed.
@@ -72,7 +74,8 @@ class RunLog:
         self._measures = measures
         self._log_every = log_every
         self._total_examples = total_examples
-        self._writer = _tensorboard_writer(workdir) if tensorboard else None
+        self._writes = writes
+        self._writer = _tensorboard_writer(workdir) if tensorboard and writes else None
         self._console = console or Console()
         self._live = Live(console=self._console, refresh_per_second=4, transient=True) if self._console.is_terminal else None
         self._bytes = 0
@@ -157,7 +160,7 @@ class RunLog:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Appends rows to metrics.jsonl, and their numbers to TensorBoard."""
-        if not rows:
+        if not rows or not self._writes:
             return
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
         with self.path.open("r+b" if self.path.exists() else "w+b") as file:
@@ -200,7 +203,7 @@ class RunLog:
 
     def get_state(self) -> dict[str, Any]:
         """Returns what a snapshot keeps: counts, the file's length, and the measures' arrays."""
-        if self.path.exists():
+        if self._writes and self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
         state = {"bytes": self._bytes, "step": self._step, "examples": self._examples}
@@ -208,16 +211,19 @@ class RunLog:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `get_state` returned: cuts metrics.jsonl to its length."""
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size < state["bytes"]:
-            raise ValueError(
-                f"{self.path} has {size:,} bytes, the snapshot knows {state['bytes']:,}; the file was cut or removed"
-            )
-        if size > state["bytes"]:
-            os.truncate(self.path, state["bytes"])
+        if self._writes:
+            _cut(self.path, state["bytes"])
         self._bytes, self._step, self._examples = state["bytes"], state["step"], state["examples"]
         self._examples_at_start = self._examples
         self._measures.set_state(state["arrays"])
+
+
+def _cut(path: Path, length: int) -> None:
+    size = path.stat().st_size if path.exists() else 0
+    if size < length:
+        raise ValueError(f"{path} has {size:,} bytes, the snapshot knows {length:,}; the file was cut or removed")
+    if size > length:
+        os.truncate(path, length)
 
 
 def _tensorboard_writer(workdir: Path) -> Any:

@@ -29,6 +29,9 @@ class TrainConfig:
 
     batch_size: int = 512
     """B, examples a step over all devices."""
+    partitions: int = 1
+    """N, parts that the stream is divided into, each with histories and counters of its own; a batch has batch_size / N
+    examples of each. Processes share them evenly: N is a multiple of their number, and stays when that changes."""
     steps: int = 0
     """Steps after which the run ends, those before a restart counted in; 0: at the end of the stream."""
     seed: int = 0

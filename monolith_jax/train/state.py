@@ -131,7 +131,7 @@ def first_state(model: Model, weights: Any) -> TrainState:
 
 def _placed(value: jax.Array, where: NamedSharding) -> jax.Array:
     """Puts a value that all processes have onto the mesh; jax.device_put would compare them first, by a collective."""
-    if where.is_fully_addressable:
+    if not is_shared(where.mesh):
         return jax.device_put(value, where)
     whole = np.asarray(value)
     return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])

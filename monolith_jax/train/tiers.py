@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from monolith_jax.mesh import is_shared
+from monolith_jax.ids.exchange import Exchange
+from monolith_jax.mesh import OF_PROCESSES, sharding
 from monolith_jax.tables.table import empty_array
 from monolith_jax.tables.tiered import HostRows
 from monolith_jax.train.state import Model, TrainState
@@ -22,14 +23,15 @@ from monolith_jax.types import Moves
 class Tiers:
     """What the host holds of a model's tables. Without tables in two tiers it holds nothing and changes nothing."""
 
-    def __init__(self, model: Model, pinned: bool | None = None) -> None:
+    def __init__(self, model: Model, exchange: Exchange | None = None, pinned: bool | None = None) -> None:
         """Takes the host's memory for all rows of the groups in two tiers.
 
         Args:
             model: The model.
+            exchange: To the other processes, each of which holds the rows of its own devices; none: this is the only one.
             pinned: See `HostRows`.
         """
-        self._model = model
+        self._model, self._exchange = model, exchange
         self._hosts = tuple(HostRows(group, model.mesh, pinned) if group.tiered else None for group in model.groups)
 
     def move(self, state: TrainState, moves: Sequence[Moves | None]) -> TrainState:
@@ -47,20 +49,22 @@ class Tiers:
     def whole(self, state: TrainState) -> TrainState:
         """Returns the state with all rows, [L, R, W] of each group, as a snapshot keeps it.
 
-        On one process those of two tiers are numpy arrays that the next move changes: copy them, as `Snapshots.save` does.
+        Those of two tiers are numpy arrays that the next move changes: copy them, as `Snapshots.save` does. With several
+        processes they are copies, each part in the memory of its host.
         """
-        return state._replace(
-            groups=tuple(
-                # Numpy arrays of all processes but the first would be lost.
-                array if host is None else host.as_array(array) if is_shared(self._model.mesh) else host.whole(array)
-                for host, array in zip(self._hosts, state.groups, strict=True)
-            )
-        )
+        exchange, arrays = self._exchange, []
+        for host, array in zip(self._hosts, state.groups, strict=True):
+            if host is not None:
+                array = exchange.spread(host.whole(array)) if exchange else host.whole(array)
+            arrays.append(array)
+        return state._replace(groups=tuple(arrays))
 
     def like(self, state: TrainState) -> TrainState:
         """Returns the form of `whole(state)`, for `Snapshots.restore`."""
+        # Without a place: as numpy arrays.
+        where = sharding(self._exchange.mesh, OF_PROCESSES) if self._exchange else None
         shapes = (
-            array if host is None else jax.ShapeDtypeStruct(group.shape, group.rows.array_dtype)
+            array if host is None else jax.ShapeDtypeStruct(group.shape, group.rows.array_dtype, sharding=where)
             for host, array, group in zip(self._hosts, state.groups, self._model.groups, strict=True)
         )
         return state._replace(groups=tuple(shapes))
@@ -73,7 +77,7 @@ class Tiers:
         arrays = []
         for host, array, group in zip(self._hosts, state.groups, self._model.groups, strict=True):
             if host is not None:
-                host.fill(np.asarray(array))
+                host.fill(self._exchange.mine(array) if self._exchange else np.asarray(array))
                 array = empty_array(group, self._model.mesh)
             arrays.append(array)
         return state._replace(groups=tuple(arrays))

@@ -43,7 +43,7 @@ def rows_by_id(small: Small) -> dict[tuple[str, int], np.ndarray]:
 def test_every_id_keeps_its_row(tmp_path: Path, num_devices: int) -> None:
     old = trained(make_small(num_devices))
     snapshots = Snapshots(SnapshotConfig(), tmp_path)
-    host = {"maps": old.mapper.get_state(), "memories": []}
+    host = {"maps": old.mapper.get_state(), "parts": np.zeros((1, 1, 2**20), np.uint8)}
     snapshots.save(4, old.state, host, {"arrays": {"none": np.zeros(1)}}, identity(TABLES))
     snapshots.wait()
     seen = AdmissionConfig(rule="seen", times=2)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from monolith_jax.planner import Observed, Planned
+from monolith_jax.planner import Planned
+from monolith_jax.reader import Observed
 from monolith_jax.train.log import RunLog
 
 
@@ -52,7 +53,7 @@ def planned(step: int, epoch: int = 0, number: int = 4) -> Planned:
         np.arange(4) + 1000 * step, np.zeros(4, np.int64), np.zeros((4, 1), np.float32), np.ones((4, 1), np.float32), None
     )
     inputs: Any = None
-    return Planned(inputs, observed, number, epoch, {"unique": 12.34567}, (), {"position": {"chunk": step}, "row": 0}, None)
+    return Planned(inputs, observed, number, epoch, {"unique": 12.34567}, (), [{"position": {"chunk": step}, "row": 0}], None)
 
 
 def log_of(folder: Path, **options: Any) -> RunLog:

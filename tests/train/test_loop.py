@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from monolith_jax.planner import Planner
+from monolith_jax.reader import Reader
 from monolith_jax.stream.batcher import batches
 from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.train.log import RunLog
@@ -119,7 +120,7 @@ def test_a_bad_loss_wins_over_an_error_of_the_input() -> None:
 
 def make_planner(small: Any, folder: Path, source: SmallSource, **options: Any) -> Planner:
     letters = DeadLetters(folder / "dead_letters.jsonl")
-    return Planner(small.model, batches(source, BATCH_SIZE), [], small.mapper, letters, BATCH_SIZE, **options)
+    return Planner(small.model, [Reader(batches(source, BATCH_SIZE), [], letters, BATCH_SIZE)], small.mapper, **options)
 
 
 def trained(folder: Path, source: SmallSource, num_devices: int = 1, **options: Any) -> tuple[Any, Any, list[Any]]:

@@ -18,10 +18,10 @@ from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.group import GroupMapper, Rule
 from monolith_jax.ids.mapper import Mapper
 from monolith_jax.planner import Planner
+from monolith_jax.reader import Reader
 from monolith_jax.stream.batcher import Batch
 from monolith_jax.stream.dead_letter import DeadLetters
-from monolith_jax.tables.table import TableConfig, empty_array, make_groups, make_tier
-from monolith_jax.tables.tiered import HostRows
+from monolith_jax.tables.table import TableConfig, make_groups, make_tier
 from monolith_jax.train.loop import predict, run
 from monolith_jax.train.state import TrainState
 from monolith_jax.train.step import make_predict_step, make_train_step
@@ -110,6 +110,11 @@ def with_rules(small: Small) -> Small:
     return dataclasses.replace(small, mapper=Mapper(mappers))
 
 
+def planner_of(small: Small, stream: Stream, folder: Path, **options: Any) -> Planner:
+    reader = Reader(stream, [], DeadLetters(folder / "x"), BATCH)
+    return Planner(small.model, [reader], small.mapper, **options)
+
+
 @functools.cache
 def step_of(tables: tuple[TableConfig, ...], num_devices: int) -> Any:
     """Returns the step of such a model, compiled once."""
@@ -128,10 +133,8 @@ def train(
 ) -> Trained:
     """Trains tables over the stream, from the start or from what another run had saved."""
     small = with_rules(make_small(num_devices, tables=tables))
-    tiers, log, saved = Tiers(small.model, pinned), Kept(), []
-    planner = Planner(
-        small.model, Stream(steps, num_ids), [], small.mapper, DeadLetters(folder / "x"), BATCH, freeze_every=freeze_every
-    )
+    tiers, log, saved = Tiers(small.model, pinned=pinned), Kept(), []
+    planner = planner_of(small, Stream(steps, num_ids), folder, freeze_every=freeze_every)
     state = small.state
     if start is not None:
         planner.set_state(start[1])
@@ -247,35 +250,22 @@ def test_snapshots_go_from_any_memory_to_any(tmp_path: Path, num_devices: int) -
         assert_same_bits(again.state, one.state)
 
 
-def test_a_state_with_all_rows_as_one_array_of_all_processes(tmp_path: Path) -> None:
-    trained = train(tmp_path, tiered(LARGE), 1, 8)
-    for group, rows in zip(trained.small.model.groups, trained.state.groups, strict=True):
-        host = HostRows(group, trained.small.model.mesh)
-        host.fill(rows)
-        array = host.as_array(empty_array(group, trained.small.model.mesh))
-        host.fill(np.zeros_like(rows))
-        assert len(array.sharding.device_set) == 8 and array.addressable_shards[0].data.shape[0] == 1
-        assert_same_bits(array, rows)
-        # What each process would have of it.
-        assert_same_bits(np.concatenate([shard.data for shard in array.addressable_shards]), rows)
-
-
 def test_held_out_examples_find_their_rows_and_change_none(tmp_path: Path) -> None:
     scores = []
     for tables in (LARGE, tiered(LARGE)):
         small = with_rules(make_small(1, tables=tables))
-        tiers, letters = Tiers(small.model), DeadLetters(tmp_path / "x")
-        planner = Planner(small.model, Stream(40, 3000), [], small.mapper, letters, BATCH)
+        tiers = Tiers(small.model)
+        planner = planner_of(small, Stream(40, 3000), tmp_path)
         step = step_of(tables, 1)
         state = run(small.state, planner, step, Kept(), lambda *_: None, tiers)  # pyright: ignore[reportArgumentType]
         before = jax.tree.map(np.array, jax.device_get(tiers.whole(state)))
-        planner = Planner(small.model, Stream(30, 3000), [], small.mapper, letters, BATCH, insert=False)
+        planner = planner_of(small, Stream(30, 3000), tmp_path, insert=False)
         found: list[Any] = []
         predict_step = make_predict_step(small.model)
         state = predict(state, planner, predict_step, lambda _, part, found=found: found.append(part), tiers)
         assert_same_bits(before, tiers.whole(state))
         # And training goes on from there.
-        planner = Planner(small.model, Stream(80, 3000, start=40), [], small.mapper, letters, BATCH)
+        planner = planner_of(small, Stream(80, 3000, start=40), tmp_path)
         state = run(state, planner, step, Kept(), lambda *_: None, tiers)  # pyright: ignore[reportArgumentType]
         scores.append((np.stack(found), tiers.whole(state)))
     assert scores[0][0].shape == (30, BATCH, 2)

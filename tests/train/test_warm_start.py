@@ -28,6 +28,10 @@ def trained(num_devices: int = 1) -> Small:
     return dataclasses.replace(small, state=state)
 
 
+def host_of(small: Small) -> dict[str, Any]:
+    return {"maps": small.mapper.get_state(), "parts": np.zeros((1, 1, 2**20), np.uint8)}
+
+
 def identity(tables: tuple[TableConfig, ...] = TABLES) -> dict[str, Any]:
     return json.loads(json.dumps({"tables": [dataclasses.asdict(table) for table in tables], "num_shards": 8}))
 
@@ -37,8 +41,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> tuple[Small, Restored]:
     """Returns a trained model, and its snapshot as it comes from the disk."""
     small = trained()
     snapshots = Snapshots(SnapshotConfig(), tmp_path_factory.mktemp("old"))
-    host = {"maps": small.mapper.get_state(), "memories": []}
-    snapshots.save(3, small.state, host, {"arrays": {}}, identity())
+    snapshots.save(3, small.state, host_of(small), {"arrays": {}}, identity())
     snapshots.wait()
     restored = snapshots.restore_plain(3)
     snapshots.close()
@@ -194,7 +197,13 @@ def test_words_of_bfloat16_come_back_from_the_disk_to_the_bit(tmp_path: Path) ->
     groups = tuple(jax.device_put(one, array.sharding) for one, array in zip(every, state.groups, strict=True))
     state = state._replace(groups=groups)
     snapshots = Snapshots(SnapshotConfig(), tmp_path)
-    snapshots.save(1, state, {"maps": small.mapper.get_state(), "memories": []}, {"arrays": {}}, identity(tables))
+    snapshots.save(
+        1,
+        state,
+        {"maps": small.mapper.get_state(), "parts": np.zeros((1, 1, 2**20), np.uint8)},
+        {"arrays": {}},
+        identity(tables),
+    )
     snapshots.wait()
     restored = snapshots.restore(1, state, identity(tables)).state.groups
     snapshots.close()
@@ -209,7 +218,13 @@ def _tag_features() -> Any:
 def test_an_empty_old_table_gives_nothing(tmp_path: Path) -> None:
     small = make_small(1)
     snapshots = Snapshots(SnapshotConfig(), tmp_path)
-    snapshots.save(0, small.state, {"maps": small.mapper.get_state(), "memories": []}, {"arrays": {}}, identity())
+    snapshots.save(
+        0,
+        small.state,
+        {"maps": small.mapper.get_state(), "parts": np.zeros((1, 1, 2**20), np.uint8)},
+        {"arrays": {}},
+        identity(),
+    )
     snapshots.wait()
     adam = [dataclasses.replace(table, optimizer=OptimizerConfig(name="adam")) for table in TABLES]
     new = make_small(1, tables=adam)

@@ -24,7 +24,7 @@ STEPS = 40
 def learn(tables: Sequence[TableConfig], exchange: Exchange) -> tuple[list[float], list[np.ndarray], dict[str, float]]:
     """Returns losses, this process's part of all rows, and the sums of the plans' counts."""
     small = make_small(8, tables=tables, exchange=exchange)
-    tiers, step, state = Tiers(small.model), make_train_step(small.model), small.state
+    tiers, step, state = Tiers(small.model, exchange), make_train_step(small.model), small.state
     losses, sums = [], dict[str, float]()
     with jax.transfer_guard("disallow"):
         for number in range(STEPS):
@@ -36,7 +36,14 @@ def learn(tables: Sequence[TableConfig], exchange: Exchange) -> tuple[list[float
             losses.append(float(jax.device_get(metrics.loss)))
             for name, value in plan.stats.items():
                 sums[name] = sums.get(name, 0.0) + value
+        # Also by way of a snapshot.
+        for _ in range(2):
+            whole = tiers.whole(state)
+            state = tiers.split(whole)
         groups = tiers.whole(state).groups
+        assert jax.tree.map(lambda like: (like.shape, like.dtype), tiers.like(state).groups) == tuple(
+            (array.shape, array.dtype) for array in groups
+        )
     return losses, [_local(array) for array in groups], sums
 
 

@@ -1,0 +1,109 @@
+"""What the planners of all processes agree on before each plan: whether there is one, and what is in it.
+
+In: this process's part of a batch, and whether it wants to stop. Out: a `Round`, the same in all processes. Where one process
+compiled another shape, stopped a step earlier or took another time than the others, all would hang or diverge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from monolith_jax.reader import Observed, Part
+from monolith_jax.types import Exchange
+
+
+class Go(NamedTuple):
+    """Whether all go on."""
+
+    fetched: bool
+    """Whether a process has a batch; if not, all streams have ended."""
+    stop: bool
+    """Whether a process was told to stop."""
+    failed: int | None
+    """A process that cannot read on."""
+
+
+class Round(NamedTuple):
+    """One round of all planners."""
+
+    observed: Observed
+    """Of the whole batch, the processes' rows one after the other."""
+    num_examples: int
+    """Rows of the whole batch that are no padding."""
+    median_ms: int
+    """Of their times, shifted by the passes over the data that were."""
+    epoch: int
+    """The latest of those that the rows are of."""
+
+
+def may_go_on(exchange: Exchange | None, fetched: bool, stop: bool, failed: bool) -> Go:
+    """Returns whether all go on, before anything of a batch is taken. All processes call it, the same number of times."""
+    flags = np.array([[fetched, stop, failed]], np.uint32)
+    if exchange is not None:
+        flags = exchange.gather(flags[0])
+    failed_ones = np.flatnonzero(flags[:, 2])
+    return Go(bool(flags[:, 0].any()), bool(flags[:, 1].any()), int(failed_ones[0]) if failed_ones.size else None)
+
+
+def agree(exchange: Exchange | None, parts: Sequence[Part], observed: Observed) -> Round:
+    """Returns the round of all processes, after `may_go_on`.
+
+    Args:
+        exchange: To the others; none: this is the only process.
+        parts: This process's parts of the batch; some process's part has examples.
+        observed: Their rows together.
+    """
+    numbers = np.array([[part.num_examples, part.epoch, part.shift_ms] for part in parts], np.int64)
+    if exchange is not None:
+        num_heads = observed.labels.shape[1]
+        words = exchange.gather(np.concatenate([numbers.view(np.uint32).reshape(-1), _words(observed)]))
+        first = 2 * numbers.size
+        numbers = np.ascontiguousarray(words[:, :first]).view(np.int64).reshape(-1, 3)
+        observed = _observed(words[:, first:], num_heads)
+    size = len(observed.event_time_ms) // len(numbers)
+    real = (np.arange(size) < numbers[:, :1]).reshape(-1)
+    # A part without examples has no time of its own.
+    newest, nowhere = int(observed.event_time_ms[real].max()), np.repeat(numbers[:, 0] == 0, size)
+    shifted = (observed.event_time_ms + np.repeat(numbers[:, 2], size))[real]
+    return Round(
+        observed._replace(event_time_ms=np.where(nowhere, newest, observed.event_time_ms)),
+        int(numbers[:, 0].sum()),
+        int(np.median(shifted)),
+        int(numbers[numbers[:, 0] > 0, 1].max()),
+    )
+
+
+def everyone(exchange: Exchange | None, value: Any) -> list[Any]:
+    """Returns what each process gives, JSON-able, in their order; not for every step. No planner may run meanwhile."""
+    if exchange is None:
+        return [value]
+    data = json.dumps(value).encode()
+    lengths = exchange.gather(np.array([len(data)], np.uint32))[:, 0]
+    padded = np.zeros(-(-int(lengths.max()) // 4) * 4, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    words = exchange.gather(padded.view(np.uint32))
+    return [json.loads(row.tobytes()[:length]) for row, length in zip(words, lengths, strict=True)]
+
+
+def _words(observed: Observed) -> np.ndarray:
+    """Returns what is observed as words, uint32 [n]; best scores that nobody knows as NaN."""
+    optimal = np.full_like(observed.labels, np.nan) if observed.optimal is None else observed.optimal
+    arrays = (observed.event_time_ms, observed.groups, observed.labels, observed.masks, optimal)
+    return np.concatenate([np.ascontiguousarray(array).view(np.uint32).reshape(-1) for array in arrays])
+
+
+def _observed(words: np.ndarray, num_heads: int) -> Observed:
+    """Returns what the processes observed, from their words [P, n]."""
+    size = words.shape[1] // (4 + 3 * num_heads)
+    columns, at = [], 0
+    for dtype, width in ((np.int64, 1), (np.int64, 1), *((np.float32, num_heads),) * 3):
+        length = size * width * np.dtype(dtype).itemsize // 4
+        column = np.ascontiguousarray(words[:, at : at + length]).view(dtype)
+        columns.append(column.reshape(-1) if dtype is np.int64 else column.reshape(-1, width))
+        at += length
+    times, groups, labels, masks, optimal = columns
+    return Observed(times, groups, labels, masks, None if np.isnan(optimal).all() else optimal)

@@ -1,0 +1,74 @@
+"""Partitions of sources: every example in exactly one of them, in the order of the stream."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from monolith_jax.stream.columns import ColumnsConfig, ColumnsSource
+from monolith_jax.stream.partitions import partition
+from monolith_jax.stream.synthetic import SyntheticConfig, SyntheticSource
+from tests.small_model import SmallSource
+from tests.stream.resume import assert_resumes, rows_of
+
+T0_MS = 1_649_400_000_000
+
+
+def write(folder: Path, sizes: list[int], timed: bool = True, **options: Any) -> ColumnsSource:
+    """Writes files whose rows are numbered through."""
+    first = 0
+    for number, size in enumerate(sizes):
+        ids = np.arange(first, first + size)
+        table = pa.table(
+            {"user_id": ids, "video_id": ids, "like": ids % 2 == 0, **({"event_time_ms": T0_MS + ids} if timed else {})}
+        )
+        pq.write_table(table, folder / f"{number}.parquet")
+        first += size
+    return ColumnsSource(ColumnsConfig(paths=(str(folder / "*.parquet"),), chunk_rows=3, **options))
+
+
+def users_of(source: Any) -> list[int]:
+    return [row["user_id"] for row in rows_of(assert_resumes(source))]
+
+
+def test_chunks_are_dealt_out_by_turns(tmp_path: Path) -> None:
+    source = write(tmp_path, [4, 2, 5, 3, 1], epochs=2)
+    assert [users_of(partition(source, index, 3)) for index in range(3)] == [
+        # Chunks of up to three rows: 0-2, 3, 4-5, 6-8, 9-10, 11-13, 14, and again; seven of them, dealt out to three.
+        [0, 1, 2, 6, 7, 8, 14, 4, 5, 11, 12, 13],
+        [3, 9, 10, 0, 1, 2, 6, 7, 8, 14],
+        [4, 5, 11, 12, 13, 3, 9, 10],
+    ]
+    assert partition(source, 0, 1) is source
+
+
+def test_files_are_dealt_out_by_turns(tmp_path: Path) -> None:
+    source = write(tmp_path, [4, 2, 5, 3, 1], divide="files")
+    parts = [partition(source, index, 3) for index in range(3)]
+    assert [users_of(part) for part in parts] == [[0, 1, 2, 3, 11, 12, 13], [4, 5, 14], [6, 7, 8, 9, 10]]
+    assert [part.num_examples for part in parts] == [7, 3, 5]
+
+
+def test_fewer_files_than_partitions_are_refused(tmp_path: Path) -> None:
+    source = partition(write(tmp_path, [4, 2], divide="files"), 2, 3)
+    with pytest.raises(ValueError, match=r"2 files for 3 partitions; use fewer \(TrainConfig.partitions\)"):
+        next(source.read({}))
+
+
+def test_rejected_rows_stay_with_their_chunk() -> None:
+    parts = [partition(SmallSource(num_chunks=5, rejects=True), index, 2) for index in range(2)]
+    assert [[one.where for chunk in part.read({}) for one in chunk.rejected] for part in parts] == [
+        ["part#0", "part#2", "part#4"],
+        ["part#1", "part#3"],
+    ]
+
+
+def test_a_synthetic_world_stays_the_same_world() -> None:
+    whole = SyntheticSource(SyntheticConfig(num_examples=1002, chunk_rows=100))
+    found = [pa.Table.from_batches([c.examples for c in assert_resumes(partition(whole, i, 4))]) for i in range(4)]
+    assert [table.num_rows for table in found] == [300, 300, 202, 200]
+    together = pa.concat_tables(found).sort_by("event_time_ms")
+    assert together.equals(pa.Table.from_batches([chunk.examples for chunk in whole.read({})]).combine_chunks())
