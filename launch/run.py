@@ -294,9 +294,8 @@ def _finish(
     }
     log.write([*totals.values(), *tests, summary])
     console.print(closing_table(totals, tests))
-    console.print(
-        f"{log.steps:,} steps, {log.examples:,} examples, {summary['rows']:,} ids in tables, {set_aside(rejected, workdir)}"
-    )
+    letters = set_aside(rejected, workdir / "dead_letters*.jsonl")
+    console.print(f"{log.steps:,} steps, {log.examples:,} examples, {summary['rows']:,} ids in tables, {letters}")
     console.print(f"more: python -m launch.evaluate --workdir={workdir}", highlight=False, soft_wrap=True)
     return totals
 

@@ -95,8 +95,10 @@ class Planner:
         self._step = self._now_ms = 0
         # The plan that waits for room in the queue is one of those ahead.
         self._queue: Queue[Planned | _End] = Queue(maxsize=AHEAD - 1)
-        self._stop, self._abandon, self._agreed_to_stop = threading.Event(), threading.Event(), False
+        self._stop, self._abandon = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self.stopped = False
+        """Whether it ended because this process was told to stop, or with several, one of them."""
         self.frozen_at_end: dict[str, Any] | None = None
         """Host state after the last plan, once iteration has ended."""
 
@@ -117,11 +119,6 @@ class Planner:
     def stop(self) -> None:
         """Ends planning soon; the plans already made are still yielded."""
         self._stop.set()
-
-    @property
-    def stopped(self) -> bool:
-        """Whether this process was told to stop, or with several, one of them; asked once iteration has ended."""
-        return self._agreed_to_stop if self._exchange else self._stop.is_set()
 
     def close(self) -> None:
         """Ends the thread and closes the batches. Plans that were not taken are lost."""
@@ -152,7 +149,7 @@ class Planner:
         while not (self._max_steps and self._step >= self._max_steps):
             fetched, error = self._fetch()
             go = may_go_on(self._exchange, fetched, self._stop.is_set(), error is not None)
-            self._agreed_to_stop = go.stop
+            self.stopped = go.stop
             if error is not None:
                 return error
             if go.failed is not None:

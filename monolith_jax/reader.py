@@ -7,17 +7,19 @@ partition has its own memories, dead letters and position, so its examples are t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from monolith_jax.features import FeatureLayout, Features, featurize
 from monolith_jax.ids.strings import string_ids
-from monolith_jax.stream.batcher import Batch
 from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.stream.events import labels
 from monolith_jax.types import GroupIds
+
+if TYPE_CHECKING:
+    from monolith_jax.stream.batcher import Batch  # At run time it would bring grain along.
 
 
 class Memory(Protocol):

@@ -114,9 +114,9 @@ def compare(folder: Path, other: Path) -> list[str]:
     if rows != other_rows:
         at = next((i for i, pair in enumerate(zip(rows, other_rows, strict=False)) if pair[0] != pair[1]), "the end")
         found.append(f"metrics.jsonl: {len(rows)} and {len(other_rows)} rows, the first difference at {at}")
-    letters = [path.read_bytes() if path.exists() else b"" for path in (one / "dead_letters.jsonl" for one in (folder, other))]
-    if letters[0] != letters[1]:
-        found.append("dead_letters.jsonl differs")
+    letters = [{path.name: path.read_bytes() for path in one.glob("dead_letters*.jsonl")} for one in (folder, other)]
+    names = sorted(letters[0].keys() | letters[1].keys())
+    found += [f"{name} differs" for name in names if letters[0].get(name, b"") != letters[1].get(name, b"")]
     return found
 
 

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Runs one command as several processes of this host, for trying out what later runs on many:
 #
-#   launch/cluster/local.sh 2 python -m launch.train --gin_file=configs/quickstart.gin --workdir=checkpoints/two
+#   launch/cluster/local.sh 2 python -m launch.train --gin_file=configs/quickstart.gin --workdir=checkpoints/two \
+#       --gin.TrainConfig.partitions=4
+#
+# With 4 in place of 2, or 1, the same command goes on from the last snapshot: partitions stay, processes come and go.
 #
 # The flags --coordinator, --num_processes and --process_id are added to the command. Each line of output begins with [process id].
 # When one process fails, the others end too: by themselves within seconds, or by SIGTERM after GRACE_S (10) seconds, or SIGKILL after

@@ -62,9 +62,10 @@ class ColumnsConfig:
     """Rows of a chunk."""
     max_backwards_s: float = 3600.0
     """A row whose event time is further behind the newest so far is set aside."""
-    divide: Literal["chunks", "files"] = "chunks"
-    """With several partitions (`TrainConfig.partitions`, N): chunks are dealt out in turn, and each partition reads all files;
-    or file i is partition i mod N's, which reads no other: for logs with as many files for each stretch of time."""
+    divide: Literal["users", "files"] = "users"
+    """With several partitions (`TrainConfig.partitions`, N): each reads all files and keeps its users (chunks in turn where
+    there is no `user_id`); or file i is partition i mod N's, which reads no other: for logs with as many files for each stretch
+    of time, divided by user already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +160,7 @@ class ColumnsSource:
         if not mine:
             raise ValueError(
                 f"ColumnsConfig.divide is 'files' and there are {len(files)} files for {self.number} partitions; use fewer "
-                "(TrainConfig.partitions), more files, or divide 'chunks'"
+                "(TrainConfig.partitions), more files, or divide 'users'"
             )
         reading = Reading(
             files=mine,

@@ -29,7 +29,7 @@ class DeadLetters:
         Args:
             path: The JSON-lines file. What it holds is replaced, unless `set_state` is called before the first `add`.
         """
-        self._path = Path(path)
+        self.path = Path(path)
         self._bytes = 0
         self._cut = False
         self._counts: Counter[str] = Counter()
@@ -42,16 +42,16 @@ class DeadLetters:
     def add(self, rejected: Iterable[Rejected]) -> None:
         """Appends rows."""
         rows = list(rejected)
-        if not self._cut and self._path.exists():
-            os.truncate(self._path, self._bytes)
+        if not self._cut and self.path.exists():
+            os.truncate(self.path, self._bytes)
         self._cut = True
         if not rows:
             return
         letters = ({"where": row.where, "reason": row.reason, "raw": row.raw} for row in rows)
         text = "".join(json.dumps(letter, ensure_ascii=False) + "\n" for letter in letters)
         data = text.encode(errors="backslashreplace")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
             file.write(data)
         self._bytes += len(data)
         self._counts.update(row.reason for row in rows)
@@ -59,7 +59,7 @@ class DeadLetters:
     def get_state(self) -> dict[str, Any]:
         """Returns the JSON-able state: the file's length and the counts. What it speaks of is on disk when it returns."""
         if self._bytes:
-            with self._path.open("rb") as file:
+            with self.path.open("rb") as file:
                 os.fsync(file.fileno())
         return {"bytes": self._bytes, "counts": dict(self.counts)}
 
@@ -69,27 +69,27 @@ class DeadLetters:
         Raises:
             ValueError: The file is shorter than the state says.
         """
-        size = self._path.stat().st_size if self._path.exists() else 0
+        size = self.path.stat().st_size if self.path.exists() else 0
         if size < state["bytes"]:
             raise ValueError(
-                f"{self._path}: the state has {state['bytes']} bytes of set-aside rows, the file {size}; it was cut or "
+                f"{self.path}: the state has {state['bytes']} bytes of set-aside rows, the file {size}; it was cut or "
                 "removed. Restore the file, or start without a state"
             )
         if size > state["bytes"]:
-            os.truncate(self._path, state["bytes"])
+            os.truncate(self.path, state["bytes"])
         self._bytes = state["bytes"]
         self._cut = True
         self._counts = Counter(state["counts"])
 
 
-def set_aside(counts: Mapping[str, int], folder: Path) -> str:
+def set_aside(counts: Mapping[str, int], file: Path) -> str:
     """Returns a line a reason, or one line that nothing was set aside.
 
     Args:
         counts: Rows by reason.
-        folder: Where the files of such rows are.
+        file: Where such rows stand, a file or a pattern.
     """
     if not counts:
         return "no row was set aside"
-    lines = [f"{sum(counts.values())} rows were set aside, see {folder / 'dead_letters*.jsonl'}"]
+    lines = [f"{sum(counts.values())} rows were set aside, see {file}"]
     return "\n".join([*lines, *(f"  {count:>8}  {reason}" for reason, count in counts.items())])

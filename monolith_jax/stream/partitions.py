@@ -1,8 +1,8 @@
 """A stream divided into partitions, a property of the run: any number of processes that divides them reads the same batches.
 
-In: a `Source`, and how many partitions. Out: the `Source` of one of them. Chunks are dealt out in turn, so that all partitions
-are at the same time of the stream. Each reads the whole stream and keeps its chunks, but for the synthetic world and for files
-that are dealt out whole (`ColumnsConfig.divide`).
+In: a `Source`, and how many partitions. Out: the `Source` of one of them. A user's examples are all in one partition, so that
+histories and counters of users are whole; a stream without users is dealt out chunk by chunk. Each partition reads the whole
+stream and keeps its part, unless files are dealt out (`ColumnsConfig.divide`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,20 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
+
+from monolith_jax.ids.strings import string_ids
 from monolith_jax.stream.columns import ColumnsSource
-from monolith_jax.stream.synthetic import SyntheticSource
 from monolith_jax.types import Chunk, Position, Source
+
+_USER = "user_id"
+_M = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
-class DealtChunks:
-    """Every `number`-th chunk of a source, from the `index`-th on."""
+class DealtOut:
+    """What belongs to one partition of a source."""
 
     source: Source
     index: int
@@ -26,16 +32,25 @@ class DealtChunks:
 
     @property
     def num_examples(self) -> int | None:
-        """Not known before reading: chunks are dealt out, not examples."""
+        """Not known before reading."""
         return None
 
     def read(self, position: Position) -> Iterator[Chunk]:
-        """Yields its chunks from `position` on; raises what the source raises."""
+        """Yields its examples from `position` on; raises what the source raises. Rejected rows are partition 0's."""
         turn = position.get("turn", 0)
         for chunk in self.source.read(position.get("position", {})):
-            mine, turn = turn == self.index, (turn + 1) % self.number
-            if mine:
-                yield dataclasses.replace(chunk, position={"position": dict(chunk.position), "turn": turn})
+            mine = self._of_users(chunk.examples) if _USER in chunk.examples.schema.names else None
+            examples = chunk.examples.slice(0, len(chunk.examples) * (turn == self.index)) if mine is None else mine
+            turn = (turn + 1) % self.number
+            place = {"position": dict(chunk.position), "turn": turn}
+            yield Chunk(examples, () if self.index else chunk.rejected, place, chunk.epoch)
+
+    def _of_users(self, examples: pa.RecordBatch) -> pa.RecordBatch:
+        column = examples.column(_USER)
+        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        ids = string_ids(column) if is_text else column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        partitions = ((ids.view(np.uint64) * _M) >> np.uint64(32)) % np.uint64(self.number)
+        return examples.filter(pa.array(partitions == np.uint64(self.index)))
 
 
 def partition(source: Source, index: int, number: int) -> Source:
@@ -45,16 +60,9 @@ def partition(source: Source, index: int, number: int) -> Source:
         source: The whole stream.
         index: Which partition, from 0.
         number: How many there are.
-
-    Raises:
-        ValueError: There are fewer files than partitions where files are dealt out.
     """
     if number == 1:
         return source
-    match source:
-        case SyntheticSource():
-            return dataclasses.replace(source, index=index, number=number)
-        case ColumnsSource() if source.config.divide == "files":
-            return dataclasses.replace(source, index=index, number=number)
-        case _:
-            return DealtChunks(source, index, number)
+    if isinstance(source, ColumnsSource) and source.config.divide == "files":
+        return dataclasses.replace(source, index=index, number=number)
+    return DealtOut(source, index, number)

@@ -231,18 +231,13 @@ def _tag_column(config: SyntheticConfig, shown: Shown) -> pa.Array:
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """A `Source` of synthetic examples with the columns of `SCHEMA`. Chunk k is a function of (config, k) alone.
-
-    One partition has every `number`-th chunk, from the `index`-th on.
-    """
+    """A `Source` of synthetic examples with the columns of `SCHEMA`. Chunk k is a function of (config, k) alone."""
 
     config: SyntheticConfig
-    index: int = 0
-    number: int = 1
 
     @property
     def num_examples(self) -> int:
-        """Examples from start to end, of all partitions."""
+        """Examples from start to end."""
         return self.config.num_examples
 
     def read(self, position: Position) -> Iterator[Chunk]:
@@ -258,7 +253,7 @@ class SyntheticSource:
                 f'a position of this stream is {{}} or {{"chunk": k}} with k from 0 to {chunks}, got {dict(position)}; '
                 "a snapshot goes on only with the num_examples and chunk_rows that it was made with, or more examples"
             )
-        return (self._chunk(k) for k in range(first, chunks) if k % self.number == self.index)
+        return (self._chunk(k) for k in range(first, chunks))
 
     def _chunk(self, k: int) -> Chunk:
         config = self.config

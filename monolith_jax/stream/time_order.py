@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from monolith_jax.stream import validate
-from monolith_jax.stream.dead_letter import DeadLetters
+from monolith_jax.stream.dead_letter import DeadLetters, set_aside
 from monolith_jax.stream.kinds import narrow
 from monolith_jax.stream.tabular import TableFile, open_table, read_rows, require_columns, start
 
@@ -95,7 +95,7 @@ def sort_by_time(
     try:
         runs, kinds = _write_runs(files, time_column, runs_folder, rows_in_memory, letters, progress or _quiet)
         if not runs:
-            raise ValueError(f"no row has a readable {time_column!r}:\n{letters.summary()}")
+            raise ValueError(f"no row has a readable {time_column!r}:\n{set_aside(letters.counts, letters.path)}")
         written = _merge(runs, kinds, ready, name, rows_in_memory, progress or _quiet)
         done = tuple(path.rename(output / path.name) for path in written)  # only now: half a log would look like a whole one
         return Sorted(num_rows=sum(run.num_rows for run in runs), set_aside=letters.counts, files=done)

@@ -127,10 +127,9 @@ def test_killed_and_started_again_equals_uninterrupted(tmp_path: Path) -> None:
 
 
 def test_one_process_has_nothing_to_read(tmp_path: Path) -> None:
-    # One chunk: all of it is partition 0's.
-    few = ("SyntheticConfig.num_examples = 100", "SyntheticConfig.chunk_rows = 100")
-    printed = train_together(tmp_path, 2, 0, *few)
-    assert "7 steps, 100 examples" in printed[0]
+    # One example, of one user, in one partition.
+    printed = train_together(tmp_path, 2, 0, "SyntheticConfig.num_examples = 1")
+    assert "1 steps, 1 examples" in printed[0]
 
 
 @pytest.mark.parametrize(

@@ -34,15 +34,28 @@ def users_of(source: Any) -> list[int]:
     return [row["user_id"] for row in rows_of(assert_resumes(source))]
 
 
-def test_chunks_are_dealt_out_by_turns(tmp_path: Path) -> None:
-    source = write(tmp_path, [4, 2, 5, 3, 1], epochs=2)
-    assert [users_of(partition(source, index, 3)) for index in range(3)] == [
-        # Chunks of up to three rows: 0-2, 3, 4-5, 6-8, 9-10, 11-13, 14, and again; seven of them, dealt out to three.
-        [0, 1, 2, 6, 7, 8, 14, 4, 5, 11, 12, 13],
-        [3, 9, 10, 0, 1, 2, 6, 7, 8, 14],
-        [4, 5, 11, 12, 13, 3, 9, 10],
-    ]
+@pytest.mark.parametrize("text", [False, True])
+def test_a_user_is_in_one_partition_and_all_examples_are(tmp_path: Path, text: bool) -> None:
+    users = np.random.default_rng(0).integers(0, 40, 200)
+    names = [f"u{user}" for user in users] if text else users
+    table = pa.table({"user_id": names, "video_id": np.arange(200), "event_time_ms": T0_MS + np.arange(200)})
+    pq.write_table(table, tmp_path / "0.parquet")
+    source = ColumnsSource(ColumnsConfig(paths=(str(tmp_path / "0.parquet"),), chunk_rows=30))
+    found = [rows_of(assert_resumes(partition(source, index, 3))) for index in range(3)]
+    of_users = [{row["user_id"] for row in rows} for rows in found]
+    assert sum(map(len, of_users)) == len(set.union(*of_users)) == len(set(users.tolist())) and all(of_users)
+    videos = [[row["video_id"] for row in rows] for rows in found]
+    assert sorted(video for of_part in videos for video in of_part) == list(range(200))
+    assert all(of_part == sorted(of_part) for of_part in videos)
     assert partition(source, 0, 1) is source
+
+
+def test_without_users_chunks_are_dealt_out_by_turns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": np.arange(16), "event_time_ms": T0_MS + np.arange(16)}), tmp_path / "0.parquet")
+    source = ColumnsSource(ColumnsConfig(paths=(str(tmp_path / "0.parquet"),), chunk_rows=3, epochs=2))
+    found = [[row["a"] for row in rows_of(assert_resumes(partition(source, index, 4)))] for index in range(4)]
+    # Six chunks a pass: the second one begins with the third partition.
+    assert found[0] == [0, 1, 2, 12, 13, 14, 6, 7, 8] and found[3] == [9, 10, 11, 3, 4, 5, 15]
 
 
 def test_files_are_dealt_out_by_turns(tmp_path: Path) -> None:
@@ -58,17 +71,16 @@ def test_fewer_files_than_partitions_are_refused(tmp_path: Path) -> None:
         next(source.read({}))
 
 
-def test_rejected_rows_stay_with_their_chunk() -> None:
-    parts = [partition(SmallSource(num_chunks=5, rejects=True), index, 2) for index in range(2)]
+def test_rejected_rows_are_the_first_partitions() -> None:
+    parts = [partition(SmallSource(num_chunks=3, rejects=True), index, 2) for index in range(2)]
     assert [[one.where for chunk in part.read({}) for one in chunk.rejected] for part in parts] == [
-        ["part#0", "part#2", "part#4"],
-        ["part#1", "part#3"],
+        ["part#0", "part#1", "part#2"],
+        [],
     ]
 
 
 def test_a_synthetic_world_stays_the_same_world() -> None:
     whole = SyntheticSource(SyntheticConfig(num_examples=1002, chunk_rows=100))
     found = [pa.Table.from_batches([c.examples for c in assert_resumes(partition(whole, i, 4))]) for i in range(4)]
-    assert [table.num_rows for table in found] == [300, 300, 202, 200]
     together = pa.concat_tables(found).sort_by("event_time_ms")
     assert together.equals(pa.Table.from_batches([chunk.examples for chunk in whole.read({})]).combine_chunks())
