@@ -14,6 +14,7 @@ from rich.console import Console
 from launch.bench import kill
 from launch.run import identity, train
 from monolith_jax.experiment import load
+from tests.launch.test_several import FOUR, train_together
 from tests.test_flow import SMALL, start, wait_for_snapshot
 
 ROOT = Path(__file__).parent.parent
@@ -145,3 +146,18 @@ def test_a_batch_that_does_not_fit_names_what_to_change(tmp_path: Path) -> None:
         run(tmp_path, *few)
     assert "user" in str(caught.value) and "TrainConfig.batch_size" in str(caught.value)
     assert not any(child.name.isdigit() for child in (tmp_path / "snapshots").glob("*"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_one_goes_on(tmp_path: Path) -> None:
+    for name, some in (("one", TIERED), ("other", ())):
+        train_together(tmp_path / name, 2, 12, *some, devices=2)
+    assert sum(row["loaded"] for row in steps_of(tmp_path / "one")) > 0
+    assert kill.compare(tmp_path / "one", tmp_path / "other") == []
+    # A snapshot is of any number of processes: two go on with rows where they were not, then one.
+    for name, some in (("one", ()), ("other", TIERED)):
+        train_together(tmp_path / name, 2, 14, *some, devices=2)
+    assert kill.compare(tmp_path / "one", tmp_path / "other") == []
+    for name, some in (("one", TIERED), ("other", ())):
+        run(tmp_path / name, *FOUR, *some, steps=16)
+    assert kill.compare(tmp_path / "one", tmp_path / "other") == []
