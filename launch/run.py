@@ -40,12 +40,13 @@ from monolith_jax.stream.kuairand import KuaiRandConfig, KuaiRandSource
 from monolith_jax.stream.movielens import MovieLensConfig, MovieLensSource
 from monolith_jax.stream.partitions import partition
 from monolith_jax.stream.synthetic import SyntheticConfig, SyntheticSource
-from monolith_jax.tables.table import TableConfig
+from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.train.grow import can_grow, restore_grown
 from monolith_jax.train.log import RunLog
 from monolith_jax.train.loop import TrainConfig, predict, run
 from monolith_jax.train.state import Model, TrainState, first_state, make_model
 from monolith_jax.train.step import make_predict_step, make_train_step
+from monolith_jax.train.tiers import Tiers
 from monolith_jax.train.warm_start import take_over
 from monolith_jax.types import Source
 
@@ -70,6 +71,9 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     for name in parts:
         value = getattr(experiment, name)
         plain[name] = [_plain(part) for part in value] if isinstance(value, tuple) else _plain(value)
+    for table in plain["tables"]:
+        # Where rows are kept changes nothing that is learned or saved.
+        del table["memory"], table["device_rows"]
     train = experiment.train
     numbers = {"batch_size": train.batch_size, "partitions": train.partitions, "seed": train.seed}
     return plain | {"num_shards": experiment.mesh.num_shards, **numbers}
@@ -92,6 +96,8 @@ class Parts:
     """Of each of these partitions."""
     exchange: Exchange | None
     """To the other processes."""
+    tiers: Tiers
+    """The rows that are not on the devices."""
 
 
 def assemble(experiment: Experiment) -> Parts:
@@ -118,13 +124,15 @@ def assemble(experiment: Experiment) -> Parts:
             threads,
             process_id,
             num_processes,
+            tier=make_tier(group, num_processes),
         )
         for index, group in enumerate(model.groups)
     ]
     share = config.partitions // num_processes
     mine = range(process_id * share, (process_id + 1) * share)
     mapper = Mapper(mappers, num_devices(mesh), exchange)
-    return Parts(model, first_state(model, weights), mapper, mine, tuple(_memories(experiment) for _ in mine), exchange)
+    memories = tuple(_memories(experiment) for _ in mine)
+    return Parts(model, first_state(model, weights), mapper, mine, memories, exchange, Tiers(model, exchange))
 
 
 def _check_batch(config: TrainConfig, devices: int, num_processes: int) -> None:
@@ -190,7 +198,7 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
     who = identity(experiment)
 
     def save(state: TrainState, frozen: Mapping[str, Any]) -> None:
-        snapshots.save(log.steps, state, frozen, log.get_state(), who)
+        snapshots.save(log.steps, parts.tiers.whole(state), frozen, log.get_state(), who)
         log.last_snapshot = f"step {log.steps} in {workdir / 'snapshots'}"
 
     try:
@@ -198,11 +206,12 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
         if first:
             (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
         with log, _stopped_by_sigterm(planner):
-            state = run(state, planner, make_train_step(parts.model), log, save)
+            state = run(state, planner, make_train_step(parts.model), log, save, parts.tiers)
+        stopped = planner.stopped  # Closing stops it too.
     finally:
         planner.close()
         snapshots.close()
-    if planner.stopped:
+    if stopped:
         console.print(
             f"stopped by SIGTERM after step {log.steps:,}, saved; the same command goes on from there", highlight=False
         )
@@ -224,17 +233,18 @@ def _begin(
     """Returns the state to start from: the newest snapshot, a warm start, or nothing learned yet."""
     step = snapshots.latest()
     if step is not None:
+        like = parts.tiers.like(parts.state)
         if can_grow(snapshots.read_meta(step)["identity"], who):
             _refuse_several(parts, "tables take new sizes or rules")
-            restored = restore_grown(snapshots, step, parts.model, parts.state, parts.mapper, tables)
+            restored = restore_grown(snapshots, step, parts.model, like, parts.mapper, tables)
             console.print("tables take their new sizes and rules; every id keeps its row", highlight=False)
         else:
-            restored = snapshots.restore(step, parts.state, who)
+            restored = snapshots.restore(step, like, who)
         planner.set_state(restored.host)
         log.set_state(restored.extras)
         log.last_snapshot = f"step {step}"
         console.print(f"going on from the snapshot of step {step:,}", highlight=False)
-        return restored.state
+        return parts.tiers.split(restored.state)
     if not warm_start:
         return parts.state
     _refuse_several(parts, "TrainConfig.warm_start takes over another run")
@@ -246,7 +256,7 @@ def _begin(
     )
     old.close()
     console.print(f"warm start from step {latest:,} of {warm_start}:\n  " + "\n  ".join(lines), highlight=False)
-    return state
+    return parts.tiers.split(state)
 
 
 def _refuse_several(parts: Parts, what: str) -> None:
@@ -291,7 +301,7 @@ def _finish(
 
 
 def test(experiment: Experiment, parts: Parts, state: TrainState, workdir: Path) -> list[dict[str, Any]]:
-    """Scores the held-out source with a state that stays as it is; returns a row a head.
+    """Scores the held-out source with a state that stays as it is (tables in two tiers use it up); returns a row a head.
 
     Histories and counters go on, as they would in production: an example sees what came before it, never itself.
     """
@@ -306,6 +316,7 @@ def test(experiment: Experiment, parts: Parts, state: TrainState, workdir: Path)
             planner,
             make_predict_step(parts.model),
             lambda seen, scores: measures.add(seen.event_time_ms, seen.groups, scores, seen.labels, seen.masks, seen.optimal),
+            parts.tiers,
         )
     finally:
         planner.close()

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from monolith_jax.ids.footprint import (
     DistinctIds,
@@ -24,6 +25,7 @@ from monolith_jax.ids.footprint import (
     bytes_of_tables,
     most_distinct,
     plan_sizes,
+    tier_bytes,
     work_bytes,
     zipf_distinct,
 )
@@ -47,8 +49,10 @@ class TableBytes:
 
     name: str
     max_rows: int
+    device_rows: int
+    """As configured; 0: all rows are on the devices."""
     rows: int
-    """Rows a device that are reserved: its part of `max_rows`, and the headroom of `MapLayout.caps`."""
+    """Rows a device that are reserved: its part of `max_rows`, and the headroom of `MapLayout.caps`; or of `device_rows`."""
     dim: int
     optimizer: str
     vectors: float
@@ -57,6 +61,8 @@ class TableBytes:
     """Bytes a device of the optimizer's state beside them."""
     host: float
     """Bytes a host of id map and filter."""
+    host_rows: float
+    """Bytes a host of all rows, where it holds them, and of which are on the devices."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class DeviceBytes:
     inputs: int
     """Index arrays and values of all steps planned or running."""
     rows: int
-    """Touched rows, before and after their update, and their vectors in the batch."""
+    """Touched rows, before and after their update, and their vectors in the batch; in two tiers, rows that come and go."""
     exchange: int
     """What `all_to_all` takes and gives."""
     towers: int
@@ -107,6 +113,8 @@ class HostBytes:
 
     maps: int
     filters: int
+    tables: int
+    """All rows of the groups that are in two tiers, and which of them are on the devices."""
     memories: int
     """Histories and counters, whole on each host."""
     work: int
@@ -114,7 +122,7 @@ class HostBytes:
     frozen: int
     """At a snapshot: the copy of maps, filters and memories as they were after its plan, and Orbax's copy of that."""
     state: int
-    """At a snapshot: what the host's devices hold, on its way to disk."""
+    """At a snapshot: what the host's devices hold, and Orbax's copy of `tables`, on their way to disk."""
 
     @property
     def total(self) -> int:
@@ -174,15 +182,17 @@ def measure(
     if num_hosts < 1 or num_devices % num_hosts:
         raise ValueError(f"{num_devices} devices cannot be divided among {num_hosts} hosts; use a power of two")
     for group in model.groups:
-        rows_per_device(group.maps, num_devices)
+        rows_per_device(group.maps, num_devices, group.slots_per_shard)
     if batch_size % num_devices:
         raise ValueError(f"TrainConfig.batch_size {batch_size} is no multiple of the {num_devices} devices")
     state = jax.eval_shape(lambda weights: first_state(model, weights), weights)
     of_state = bytes_by(state_shardings(model), state)
     most = _Step(model, state, batch_size, most_distinct)
     host = _host_bytes(model, most, num_hosts, history, counters, partitions)
-    host = dataclasses.replace(host, state=sum(jax.tree.leaves(of_state)) * (num_devices // num_hosts))
-    whole = sum(whole_bytes(leaf) for leaf in jax.tree.leaves(state))
+    tiered = sum(_host_rows(group) for group in model.groups)
+    host = dataclasses.replace(host, state=sum(jax.tree.leaves(of_state)) * (num_devices // num_hosts) + tiered // num_hosts)
+    saved = state._replace(groups=[_all_rows(group) for group in model.groups])
+    whole = sum(whole_bytes(leaf) for leaf in jax.tree.leaves(saved))
     maps = (host.maps + host.filters) * num_hosts
     memories = host.memories * min(num_hosts, partitions)
     floats = sum(table.max_rows * group.dim for group in model.groups for table in group.tables)
@@ -221,7 +231,9 @@ def refuse(found: Footprint, device_memory: float, host_memory: float | None) ->
     if host_memory is not None and host.total > host_memory:
         devices = found.num_devices // found.num_hosts
         # The map, its two copies at a snapshot, and the rows on their way to disk.
-        of_tables = {table.name: 3 * table.host + devices * (table.vectors + table.slots) for table in found.tables}
+        of_tables = {
+            table.name: 3 * table.host + 2 * table.host_rows + devices * (table.vectors + table.slots) for table in found.tables
+        }
         numbers = (found.num_hosts, found.num_devices)
         raise ValueError(_refusal(found, "host", numbers, (host.total, 3 * host.memories, host_memory), of_tables))
 
@@ -249,11 +261,14 @@ def _refusal(
     while not fits(more) and 2 * more <= most:
         more *= 2
     ways = [f"--{what}s={more}"] if fits(more) else []
-    rows = int(table.max_rows * (1 - (needed - there) / of_tables[name]) * 0.99)
+    of_device = what == "device" and table.device_rows > 0
+    rows = int((table.device_rows if of_device else table.max_rows) * (1 - (needed - there) / of_tables[name]) * 0.99)
     if rows > 0:
-        ways += [f"a TableConfig.max_rows of {rows:,} for it"]
+        ways += [f"a TableConfig.{'device_rows' if of_device else 'max_rows'} of {rows:,} for it"]
         if what == "device":
             ways += ["a smaller TableConfig.dim", "an OptimizerConfig with fewer slots"]
+    if what == "device" and not of_device:
+        ways += ["TableConfig.memory 'tiered' for it"]
     if not ways or of_tables[name] < needed / 2:
         ways += ["a smaller TrainConfig.batch_size", "smaller towers" if what == "device" else "smaller histories and counters"]
     return (
@@ -301,13 +316,14 @@ def _device_bytes(step: _Step, of_state: TrainState) -> DeviceBytes:
     rows, vectors, valid = jax.eval_shape(read, step.state.groups, plans)
     gathered = [sum(local_bytes(leaf) for leaf in jax.tree.leaves(part)) for part in (rows, vectors, valid)]
     of_inputs = bytes_by(input_shardings(model, step.inputs), step.inputs)
+    moved = [local_bytes(of_group) for of_group, group in zip(rows, model.groups, strict=True) if group.tiered]
     taken = sum(exchanged(jax.make_jaxpr(read)(step.state.groups, plans)))
     return DeviceBytes(
         tables=sum(jax.tree.leaves(of_state.groups)),
         weights=sum(jax.tree.leaves(of_state.weights)),
         optimizer=sum(jax.tree.leaves((of_state.optimizer, of_state.step))),
         inputs=(AHEAD + IN_FLIGHT) * sum(jax.tree.leaves(of_inputs)),
-        rows=2 * gathered[0] + gathered[1] + gathered[2],
+        rows=2 * gathered[0] + gathered[1] + gathered[2] + 2 * sum(moved),
         exchange=2 * taken,
         towers=tower_bytes(model, step.state, step.inputs),
     )
@@ -317,15 +333,33 @@ def _rules(group: Group) -> list[Rule]:
     return [Rule(table.admission, table.ttl_s) for table in group.tables]
 
 
+def _all_rows(group: Group) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(group.shape, group.rows.array_dtype)
+
+
+def _host_rows(group: Group) -> int:
+    """Returns the bytes of all rows, over all hosts, where hosts hold them."""
+    return whole_bytes(_all_rows(group)) if group.tiered else 0
+
+
+def _slot_bytes(group: Group) -> int:
+    """Returns the bytes of what says which rows are on the devices, over all hosts."""
+    return tier_bytes(group.maps.num_shards, group.maps.rows_per_shard, group.slots_per_shard) if group.tiered else 0
+
+
 def _table_bytes(model: Model, of_state: TrainState, num_hosts: int) -> Iterator[TableBytes]:
     for group, arrays in zip(model.groups, of_state.groups, strict=True):
         shards = group.maps.num_shards // model.mesh.size
-        of_group = sum(jax.tree.leaves(arrays)) / group.maps.caps.sum()
+        of_device = np.array(group.slots) * (sum(jax.tree.leaves(arrays)) / sum(group.slots))
         slots = sum(math.prod(shape) for shape in group.rows.shapes) / group.rows.width
-        on_host = bytes_of_tables(group.maps, _rules(group)) / num_hosts
-        for table, cap, host in zip(group.tables, group.maps.caps.tolist(), on_host.tolist(), strict=True):
-            sizes = (of_group * cap * (1 - slots), of_group * cap * slots, host)
-            yield TableBytes(table.name, table.max_rows, cap * shards, table.dim, table.optimizer.name, *sizes)
+        share = group.maps.caps / group.maps.caps.sum()
+        of_rows = share * (_host_rows(group) + _slot_bytes(group)) / num_hosts
+        of_maps = bytes_of_tables(group.maps, _rules(group)) / num_hosts
+        parts = (group.tables, group.slots, of_device.tolist(), of_maps.tolist(), of_rows.tolist())
+        for table, rows, size, host, host_rows in zip(*parts, strict=True):
+            sizes = (size * (1 - slots), size * slots, host, host_rows)
+            numbers = (table.max_rows, table.device_rows, rows * shards)
+            yield TableBytes(table.name, *numbers, table.dim, table.optimizer.name, *sizes)
 
 
 def _host_bytes(
@@ -336,14 +370,16 @@ def _host_bytes(
     counters: CountersConfig | None,
     partitions: int,
 ) -> HostBytes:
-    maps = filters = work = 0
+    maps = filters = work = tables = 0
     for index, group in enumerate(model.groups):
         arrays = array_bytes(group.maps, _rules(group))
         of_filters = sum(size for name, size in arrays.items() if name.startswith("filter"))
         maps, filters = maps + sum(arrays.values()) - of_filters, filters + of_filters
+        tables += _host_rows(group) + _slot_bytes(group)
         work += work_bytes(group.maps, _rules(group), step.batch_size * model.layout.num_positions(index))
     inputs = sum(whole_bytes(leaf) for leaf in jax.tree.leaves(step.inputs))
     memories = (history_bytes(history) if history else 0) + (counters_bytes(counters) if counters else 0)
     memories *= -(-partitions // num_hosts)
     maps, filters = -(-maps // num_hosts), -(-filters // num_hosts)
-    return HostBytes(maps, filters, memories, (work + inputs) // num_hosts, 2 * (maps + filters + memories), 0)
+    of_plans = (work + inputs) // num_hosts
+    return HostBytes(maps, filters, tables // num_hosts, memories, of_plans, 2 * (maps + filters + memories), 0)

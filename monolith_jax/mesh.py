@@ -153,6 +153,14 @@ def is_shared(mesh: Mesh | AbstractMesh) -> bool:
     return isinstance(mesh, Mesh) and mesh.is_multi_process  # An abstract one has no devices.
 
 
+def own_part(mesh: Mesh) -> Mesh:
+    """Returns a mesh of this process's devices of a mesh, in their order: the mesh itself where there is one process."""
+    if not is_shared(mesh):
+        return mesh
+    mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return Mesh(np.array(mine).reshape(-1, 1), (SHARD, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
 def num_devices(mesh: Mesh) -> int:
     """Returns S."""
     return mesh.size

@@ -27,7 +27,7 @@ from monolith_jax.packing import pack, stacked, unpack
 from monolith_jax.reader import Observed, Reader, joined
 from monolith_jax.rounds import agree, may_go_on
 from monolith_jax.train.state import Inputs, Model, place_inputs
-from monolith_jax.types import Exchange, FreedRows
+from monolith_jax.types import Exchange, FreedRows, Moves
 
 AHEAD = 2
 
@@ -48,6 +48,8 @@ class Planned:
     """Where the batch starts in each partition that this process reads, for error messages."""
     frozen: dict[str, Any] | None
     """Host state right after this plan, if it was asked for."""
+    moves: tuple[Moves | None, ...] = ()
+    """What the host must bring to the device before the step, and take from it, for each group."""
 
 
 class _End(NamedTuple):
@@ -190,7 +192,8 @@ class Planner:
         self._step += 1
         freeze = self._freeze_every and self._step % self._freeze_every == 0
         frozen = self.get_state() if freeze else None
-        return Planned(inputs, now.observed, now.num_examples, now.epoch, plan.stats, plan.freed, position, frozen)
+        told = (plan.stats, plan.freed, position, frozen, plan.moves)
+        return Planned(inputs, now.observed, now.num_examples, now.epoch, *told)
 
     def get_state(self) -> dict[str, Any]:
         """Returns a copy of this process's host state.

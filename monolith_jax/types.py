@@ -86,6 +86,9 @@ class GroupPlan(NamedTuple):
     """[S, F] index of the table of each fresh row in its group."""
     num_sent: Array
     """[S owners, S slices] how many of `sent` are no padding; they come first."""
+    touched_rows: Array = None
+    """[S, V] of a group in two tiers, whose `touched` and `fresh_rows` name slots: the row in the shard that each touched slot
+    holds. None where slots are rows."""
 
 
 class FreedRows(NamedTuple):
@@ -101,6 +104,21 @@ class FreedRows(NamedTuple):
     """int32 [N], row in the shard's table."""
 
 
+class Moves(NamedTuple):
+    """The slots of a group in two tiers that a plan gives to other rows, by shard. All [N], of this process's shards."""
+
+    shards: np.ndarray
+    """int32, counted from the first of this process's."""
+    slots: np.ndarray
+    """int32, places in the shard's part of the device array."""
+    rows: np.ndarray
+    """int32, row in the shard that the slot holds from this plan on."""
+    evicted: np.ndarray
+    """int32, row in the shard that it held before, -1: none."""
+    loaded: np.ndarray
+    """bool, whether the row comes from the host; else it is fresh, and its first value is made on the device."""
+
+
 class Plan(NamedTuple):
     """What the host tells the device for one step."""
 
@@ -109,6 +127,8 @@ class Plan(NamedTuple):
     """Of each group; not for the device."""
     stats: dict[str, float]
     """Counts of this step, as `ids.mapper` says."""
+    moves: tuple[Moves | None, ...] = ()
+    """Of each group, None where all of its rows are on the device; not for the device."""
 
 
 class GroupIds(NamedTuple):

@@ -13,7 +13,7 @@ from monolith_jax.mesh import MeshConfig, make_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.losses import HeadConfig
 from monolith_jax.reader import observe
-from monolith_jax.tables.table import TableConfig
+from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.tables.update import OptimizerConfig
 from monolith_jax.train.state import Inputs, Model, ModelConfig, TrainState, first_state, make_model, place_inputs
 from monolith_jax.types import Chunk, Exchange, Plan, Position, Rejected
@@ -75,7 +75,15 @@ def make_small(
     model, weights = make_model(config, tables, features, HEADS, dense_optimizer, seed, 8, mesh)
     process = (exchange.process_id, exchange.num_processes) if exchange else (0, 1)
     mappers = [
-        GroupMapper(group.maps, model.layout.position_tables(index, group.maps.names), num_devices, (), None, *process)
+        GroupMapper(
+            group.maps,
+            model.layout.position_tables(index, group.maps.names),
+            num_devices,
+            (),
+            None,
+            *process,
+            tier=make_tier(group, process[1]),
+        )
         for index, group in enumerate(model.groups)
     ]
     return Small(model, first_state(model, weights), Mapper(mappers, num_devices, exchange))

@@ -146,9 +146,34 @@ def test_snapshot_of_full_tables_takes_what_was_said(tmp_path: Path) -> None:
     assert found.snapshot > size
 
 
-def small_footprint(num_devices: int = 8, num_hosts: int = 1, max_rows: int = 10**9, num_shards: int = 64) -> Footprint:
+def test_two_tiers_hold_what_was_said() -> None:
+    overrides = ["TableConfig.memory = 'tiered'", "TableConfig.device_rows = 4_096"]
+    experiment = loaded("quickstart", 8, overrides)
+    parts, found, before = assemble(experiment), plan(experiment, hosts=1), plan(loaded("quickstart", 8), hosts=1)
+    assert found.device.tables == on_device(parts.state.groups) < before.device.tables
+    rows = slots = 0
+    for host, mapper in zip(parts.tiers._hosts, parts.mapper.groups, strict=True):
+        assert host is not None and mapper.tier is not None
+        tier = mapper.tier
+        rows += host._rows.nbytes
+        slots += sum(array.nbytes for array in (tier._slot_of, tier._row_at, tier._marks, tier._hands, host._row_at))
+    assert found.host.tables == rows + slots
+    assert sum(table.host_rows for table in found.tables) == pytest.approx(rows + slots)
+    assert sum(table.vectors + table.slots for table in found.tables) == pytest.approx(found.device.tables)
+    assert {table.rows * 8 for table in found.tables if table.max_rows > 4_096} == {4_096}
+    # A snapshot is the same, whatever is where, but needs a copy of the rows that are on the host.
+    assert (found.snapshot, found.written) == (before.snapshot, before.written)
+    assert found.host.state == before.host.state + 8 * (found.device.tables - before.device.tables) + rows
+    inputs = first_inputs(parts, experiment.train.batch_size)
+    assert found.all_distinct.index_arrays == pytest.approx(on_device(inputs.plans), rel=0.1)
+
+
+def small_footprint(
+    num_devices: int = 8, num_hosts: int = 1, max_rows: int = 10**9, num_shards: int = 64, device_rows: int = 0
+) -> Footprint:
     mesh = make_abstract_mesh(MeshConfig(num_devices=num_devices, num_shards=num_shards))
-    tables = (TABLES[0], TABLES[1], dataclasses.replace(TABLES[2], max_rows=max_rows))
+    video = dataclasses.replace(TABLES[2], max_rows=max_rows, device_rows=device_rows)
+    tables = (TABLES[0], TABLES[1], dataclasses.replace(video, memory="tiered" if device_rows else "device"))
     towers = DeepFMConfig(hidden=(8,))
     model, weights = trace_model(
         lambda: make_model(towers, tables, FEATURES, HEADS, SGD, 0, num_shards, mesh)  # pyright: ignore[reportArgumentType]
@@ -167,6 +192,21 @@ def test_what_does_not_fit_is_refused_with_a_size_that_does() -> None:
         refuse(changed, 1e9, None)
     with pytest.raises(ValueError, match="a device would need"):
         refuse(small_footprint(16), 1e9, None)
+
+
+def test_the_way_out_of_too_small_a_device_is_the_host() -> None:
+    with pytest.raises(ValueError, match=r"or TableConfig.memory 'tiered' for it"):
+        refuse(small_footprint(), 1e9, None)
+    found = small_footprint(device_rows=10**8)
+    refuse(found, 1e9, None)
+    with pytest.raises(ValueError, match=r"or a TableConfig.device_rows of ([\d,]+) for it") as caught:
+        refuse(found, 0.15e9, None)
+    assert "TableConfig.memory" not in str(caught.value)
+    rows = int(re.findall(r"device_rows of ([\d,]+)", str(caught.value))[0].replace(",", ""))
+    refuse(small_footprint(device_rows=rows), 0.15e9, None)
+    # All rows are on the host, and once more while they are saved.
+    assert found.host.total > small_footprint().host.total + 10**9 * 4 * 4
+    assert found.snapshot == small_footprint().snapshot
 
 
 def test_a_host_that_is_too_small_is_refused() -> None:

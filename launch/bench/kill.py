@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = "example: python -m launch.bench.kill --times 20 --workdir /tmp/kill"
 CLOCK_FIELDS = ("seconds", "examples_per_s")
 """Fields of metrics.jsonl that tell how fast the machine was."""
+TIER_FIELDS = ("hit_rate", "loaded", "evicted")
+"""Fields that tell which rows were on the device: after a restart it starts with none."""
 OVERRIDES = {
     "TrainConfig.batch_size": 256,
     "TrainConfig.log_every": 1,
@@ -98,11 +100,11 @@ def kill_once(folder: Path, steps: int, cache: Path, after_s: float) -> bool:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl without the clock's fields; a last line that is not whole is left out."""
+    """Returns the rows of metrics.jsonl without the fields above; a last line that is not whole is left out."""
     path = folder / "metrics.jsonl"
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
     rows = [json.loads(line) for line in whole.splitlines()]
-    return [{name: value for name, value in row.items() if name not in CLOCK_FIELDS} for row in rows]
+    return [{name: value for name, value in row.items() if name not in CLOCK_FIELDS + TIER_FIELDS} for row in rows]
 
 
 def compare(folder: Path, other: Path) -> list[str]:

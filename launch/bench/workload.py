@@ -7,6 +7,7 @@ Workload: 26 features of one id, 10M ids zipf(1.05) each, dim 16, 13 dense value
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +32,11 @@ from monolith_jax.models.losses import HeadConfig, multi_task_loss
 from monolith_jax.planner import Planner
 from monolith_jax.reader import Reader
 from monolith_jax.stream.dead_letter import DeadLetters
-from monolith_jax.tables.table import TableConfig
+from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.tables.update import OptimizerConfig, apply_updates, learning_rate
 from monolith_jax.train.state import Inputs, Model, ModelConfig, first_state, make_model
 from monolith_jax.train.step import make_fresh, make_read, make_train_step, make_write
+from monolith_jax.train.tiers import Tiers
 
 NUM_IDS = 10_000_000
 NUM_FEATURES, NUM_DENSE = 26, 13
@@ -131,7 +133,11 @@ class Workload:
         return Mapper(
             [
                 GroupMapper(
-                    group.maps, model.layout.position_tables(index, group.maps.names), model.mesh.size, threads=self.threads
+                    group.maps,
+                    model.layout.position_tables(index, group.maps.names),
+                    model.mesh.size,
+                    threads=self.threads,
+                    tier=make_tier(group),
                 )
                 for index, group in enumerate(model.groups)
             ]
@@ -162,9 +168,11 @@ def make_workload(
     dim: int = 16,
     labels: Sequence[str] = ("like",),
     threads: ShardThreads | None = None,
+    device_rows: int = 0,
 ) -> Workload:
-    """Returns the workload: 26 tables of `max_rows` rows, and the towers of `config`."""
-    tables = [TableConfig(name=f"id{f}", max_rows=max_rows, dim=dim, optimizer=optimizer) for f in range(NUM_FEATURES)]
+    """Returns the workload: 26 tables of `max_rows` rows, `device_rows` of them on the device (0: all), and the towers."""
+    table = TableConfig("", max_rows, dim, optimizer, memory="tiered" if device_rows else "device", device_rows=device_rows)
+    tables = [dataclasses.replace(table, name=f"id{f}") for f in range(NUM_FEATURES)]
     features: list[Any] = [IdFeatureConfig(name=f"id{f}", column=f"id{f}", table=f"id{f}") for f in range(NUM_FEATURES)]
     features += [DenseFeatureConfig(name=f"dense{v}", column=f"dense{v}") for v in range(NUM_DENSE)]
     heads = [HeadConfig(label=label) for label in labels]
@@ -237,14 +245,19 @@ def dense_lane(work: Workload, name: str) -> Lane:
     return Lane(name, run)
 
 
-def full_lane(work: Workload, name: str, mapper: Mapper | None = None) -> Lane:
-    """The whole step, with the host's half running in its thread."""
-    planner = work.planner(mapper)
+def full_lane(
+    work: Workload, name: str, mapper: Mapper | None = None, seen: Callable[[dict[str, float]], None] | None = None
+) -> Lane:
+    """The whole step, with the host's half running in its thread; `seen` gets each plan's counts."""
+    planner, tiers = work.planner(mapper), Tiers(work.model)
     train_step, steps = make_train_step(work.model), iter(planner)
     state = [first_state(work.model, jax.tree.map(np.array, work.weights))]
 
     def run() -> Any:
-        state[0], metrics = train_step(state[0], next(steps).inputs)
+        planned = next(steps)
+        if seen is not None:
+            seen(planned.stats)
+        state[0], metrics = train_step(tiers.move(state[0], planned.moves), planned.inputs)
         return metrics
 
     return Lane(name, run, planner.close)

@@ -129,6 +129,11 @@ def bytes_of_tables(layout: MapLayout, rules: Sequence[Rule]) -> np.ndarray:
     return own / own.sum() * sum(array_bytes(layout, rules).values())
 
 
+def tier_bytes(num_shards: int, rows_per_shard: int, slots_per_shard: int) -> int:
+    """Returns the bytes of the arrays of a `Tier` by its sizes L, R and C, and of the loop's copy of the rows in the slots."""
+    return num_shards * (4 * rows_per_shard + 9 * slots_per_shard + 4)
+
+
 def work_bytes(layout: MapLayout, rules: Sequence[Rule], occurrences: int) -> int:
     """Returns the bytes that a group's `GroupMapper` works with for a batch of so many id positions."""
     freed = max(256, int(layout.caps.sum()) // expiry.CAP_PARTS) if any(rule.ttl_s for rule in rules) else 0

@@ -23,6 +23,7 @@ from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout, ladder
 from monolith_jax.ids.lines import NOT_ADMITTED, Distinct, make_distinct
 from monolith_jax.ids.threads import ShardThreads
+from monolith_jax.ids.tier import Tier
 from monolith_jax.types import FreedRows, GroupIds, GroupPlan
 
 _FRESH_SIZES = tuple(4**k for k in range(3, 14))
@@ -80,6 +81,7 @@ class GroupMapper:
         threads: ShardThreads | None = None,
         process_id: int = 0,
         num_processes: int = 1,
+        tier: Tier | None = None,
     ) -> None:
         """Makes empty maps.
 
@@ -91,11 +93,15 @@ class GroupMapper:
             threads: Share the shards; none: all is done in the caller's thread.
             process_id, num_processes: This process and all that share the shards: it has the maps of those that its devices
                 own, and makes plans together with the others (`ids.owners`).
+            tier: Slots of the rows on the device; none: all rows are there, and plans name rows instead of slots.
 
         Raises:
             ValueError: S does not divide L, or a device would have more rows than int32 can count.
         """
-        self.rows_per_device = rows_per_device(layout, num_devices)
+        self.tier = tier
+        self.rows_per_shard = tier.slots_per_shard if tier else layout.rows_per_shard
+        self.row_offsets = np.zeros_like(layout.row_offsets) if tier else layout.row_offsets
+        self.rows_per_device = rows_per_device(layout, num_devices, self.rows_per_shard)
         self._layout = layout
         self._threads, self._alone = threads or ShardThreads(1, ()), ShardThreads(1, ())
         self.maps = IdMaps(layout, self._threads, num_processes)
@@ -126,7 +132,7 @@ class GroupMapper:
             insert: Whether new ids get rows; if not, they read zeros and nothing changes but padded sizes, which may grow.
 
         Raises:
-            ValueError: S does not divide B.
+            ValueError: S does not divide B, or a batch needs more rows at once than the device has slots.
         """
         if batch.ids.shape[0] % self._num_devices:
             raise ValueError(f"{batch.ids.shape[0]} examples cannot be divided among {self._num_devices} devices")
@@ -141,10 +147,13 @@ class GroupMapper:
             batch_kernels.dedup(ends, work.hashes, *positions, first, last, scratch, work.distinct, work.inverse)
 
         freed, stats = self.map_rows(parts, dedup, now_s, plan_number, insert, threads)
+        if self.tier:
+            self.tier.check()
         fresh = self.fresh_lists(int(stats["fresh"]))
         touched, sent, positions, num_sent, num_touched = self._route(batch, ends, threads)
         stats["unknown"] = stats["unique"] - num_touched
-        return GroupPlan(touched, sent, positions, *fresh, num_sent), freed, stats
+        rows = self.tier.rows_of(touched) if self.tier else None
+        return GroupPlan(touched, sent, positions, *fresh, num_sent, rows), freed, stats
 
     def threads_for(self, size: int) -> ShardThreads:
         """Returns who does the work for so many ids."""
@@ -197,7 +206,7 @@ class GroupMapper:
         insert: bool,
         threads: ShardThreads,
     ) -> tuple[FreedRows, dict[str, float]]:
-        """Finds or makes the rows of the distinct ids in `work`, and frees others.
+        """Finds or makes the rows of the distinct ids in `work`, and frees others. With a tier the rows become slots.
 
         Args:
             parts: int64 [L], ids of each shard that `dedup` looks at.
@@ -232,6 +241,9 @@ class GroupMapper:
         freed = self._freed(freed_starts, freed_numbers[:, 0])
         stats = self._stats(int(parts.sum()), refused, (freed, int(freed_numbers[:, 1].sum())))
         stats["second_looks"] = float(sum(looks))
+        if self.tier:
+            self.tier.assign(distinct, threads)
+            stats |= self.tier.stats()
         return freed, stats
 
     def _freed(self, starts: np.ndarray, numbers: np.ndarray) -> FreedRows:
@@ -265,13 +277,11 @@ class GroupMapper:
 
     def fresh_lists(self, number: int, size: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the fresh rows of this process's devices with their ids and tables, padded to `size` or as needed."""
-        layout, per_device = self._layout, self._layout.num_shards // self._num_devices
+        per_device = self._layout.num_shards // self._num_devices
         num_devices = self.maps.num_shards // per_device
         hashes, tables = np.empty(number, np.uint64), np.empty(number, np.int32)
         rows, numbers = np.empty(number, np.int64), np.zeros(num_devices, np.int64)
-        routes.list_fresh(
-            self.work.distinct, per_device, layout.rows_per_shard, layout.row_offsets, hashes, tables, rows, numbers
-        )
+        routes.list_fresh(self.work.distinct, per_device, self.rows_per_shard, self.row_offsets, hashes, tables, rows, numbers)
         ids = self.maps.ids_of(hashes, tables).view(np.uint32).reshape(-1, 2)
         size = size or fresh_size(int(numbers.max()))
         fresh_rows = np.tile(np.arange(self.rows_per_device, self.rows_per_device + size, dtype=np.int32), (num_devices, 1))
@@ -310,7 +320,7 @@ class GroupMapper:
                 sent[device, part, int(sent_of[device, :, part].sum()) :] = self._touched_size
         first_touched = (touched_of.cumsum(1) - touched_of).reshape(-1)
         first_sent = (sent_of.cumsum(1) - sent_of).reshape(num_sent.shape)
-        sizes = (layout.num_shards // num_devices, layout.rows_per_shard, layout.row_offsets)
+        sizes = (layout.num_shards // num_devices, self.rows_per_shard, self.row_offsets)
 
         def fill(first: int, last: int) -> None:
             scratch = (work.last_slice, work.sent_at, work.touched_at)
@@ -346,24 +356,26 @@ class GroupMapper:
         if len(sizes) != 2 or any(size != ladder(size) or size >= 2**31 for size in sizes):
             raise ValueError(f"the state of tables {self._layout.names} is damaged: no plan has the padded sizes {sizes}")
         self.maps.set_state(state)
+        if self.tier:
+            self.tier.reset()
         for name, array in mine.items():
             array[:] = state[name]
         self._touched_size, self._sent_size = sizes
 
 
-def rows_per_device(layout: MapLayout, num_devices: int) -> int:
-    """Returns the rows of a group that each of S devices holds.
+def rows_per_device(layout: MapLayout, num_devices: int, rows_per_shard: int = 0) -> int:
+    """Returns the rows of a group that each of S devices holds; `rows_per_shard` of each shard, 0: all.
 
     Raises:
         ValueError: S does not divide L, or a device would have more rows than int32 can count.
     """
     if layout.num_shards % num_devices:
         raise ValueError(f"{layout.num_shards} shards cannot be divided among {num_devices} devices; use a power of two")
-    rows = layout.num_shards // num_devices * layout.rows_per_shard
+    rows = layout.num_shards // num_devices * (rows_per_shard or layout.rows_per_shard)
     if rows + _FRESH_SIZES[-1] >= 2**31:
         raise ValueError(
             f"a device would hold {rows:,} rows of tables {layout.names}, more than int32 counts; use more than {num_devices} "
-            "devices or a smaller TableConfig.max_rows"
+            "devices, a smaller TableConfig.max_rows or TableConfig.memory 'tiered'"
         )
     return rows
 

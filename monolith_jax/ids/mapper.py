@@ -14,7 +14,7 @@ import numpy as np
 from monolith_jax.ids.cuckoo import ladder
 from monolith_jax.ids.group import GroupMapper
 from monolith_jax.ids.owners import WORDS, Answered, Asked, OwnedGroup, Sizes
-from monolith_jax.types import Exchange, GroupIds, Plan
+from monolith_jax.types import Exchange, GroupIds, Moves, Plan
 
 
 class Mapper:
@@ -54,7 +54,7 @@ class Mapper:
             freed.append(freed_of_group)
             for name, value in stats.items():
                 totals[name] = totals.get(name, 0.0) + value
-        return Plan(tuple(plans), tuple(freed), _with_shares(totals, sum(plan.touched.size for plan in plans)))
+        return Plan(tuple(plans), tuple(freed), _with_shares(totals, sum(plan.touched.size for plan in plans)), self._moves())
 
     def _plan_together(
         self, exchange: Exchange, batch: Sequence[GroupIds], seen_s: np.ndarray, now_s: int, plan_number: int, insert: bool
@@ -66,6 +66,8 @@ class Mapper:
         for group, of_group, words_of_group in zip(self._owned, numbers, words, strict=True):
             answered.append(group.answer(of_group, words_of_group, now_s, plan_number, insert))
         needed, stats = _agree(exchange, answered)
+        if stats.get("too_few_slots"):
+            self._refuse()
         # Bits, so a 192nd of the questions, rounded up for the words of each.
         replies = exchange.swap(_replies(answered, received.shape[1] // (32 * WORDS) + 1))
         bits = np.unpackbits(replies.view(np.uint8), axis=1, bitorder="little").view(np.bool_)
@@ -77,7 +79,17 @@ class Mapper:
             at += lengths
             plans.append(group.plan(batch[index], asked[index], answered[index], has_row, needed[index]))
         rows = sum(plan.touched.size for plan in plans) * exchange.num_processes
-        return Plan(tuple(plans), tuple(one.freed for one in answered), _with_shares(stats, rows))
+        return Plan(tuple(plans), tuple(one.freed for one in answered), _with_shares(stats, rows), self._moves())
+
+    def _moves(self) -> tuple[Moves | None, ...]:
+        return tuple(group.tier.moves if group.tier else None for group in self.groups)
+
+    def _refuse(self) -> None:
+        """Ends all processes where the rows of a batch do not fit into the slots of one."""
+        for group in self.groups:
+            if group.tier:
+                group.tier.check()
+        raise ValueError("a batch does not fit on the devices of another process, whose message says what to change")
 
     def get_state(self) -> list[dict[str, np.ndarray]]:
         """Returns a copy of everything, one mapping of arrays a group."""
@@ -101,6 +113,10 @@ def _with_shares(counts: dict[str, float], num_touched: int) -> dict[str, float]
         num_touched: Places for touched rows, padding included.
     """
     slots, looks, unique = counts.pop("slots"), counts.pop("second_looks"), counts["unique"]
+    if "known" in counts:
+        known = counts.pop("known")
+        counts["hit_rate"] = 1 - counts["loaded"] / known if known else 1.0
+        del counts["too_few_slots"]
     shares = {"load": counts["rows"] / slots, "probe_length": 1 + looks / max(unique, 1)}
     return counts | shares | {"padding": 1 - (unique - counts["unknown"]) / num_touched}
 
@@ -138,8 +154,9 @@ def _from_questions(received: np.ndarray, shards: Sequence[int]) -> tuple[list[n
 
 def _agree(exchange: Exchange, answered: Sequence[Answered]) -> tuple[list[Sizes], dict[str, float]]:
     """Returns of each group the sizes that the neediest owner needs, and the stats of all groups and processes."""
-    names = list(answered[0].stats)
-    mine = np.array([[*one.needed, *(one.stats[name] for name in names)] for one in answered], np.float64)
+    # Groups in two tiers count more.
+    names = list(dict.fromkeys(name for one in answered for name in one.stats))
+    mine = np.array([[*one.needed, *(one.stats.get(name, 0.0) for name in names)] for one in answered], np.float64)
     words = exchange.gather(mine.reshape(-1).view(np.uint32))
     theirs = np.ascontiguousarray(words).view(np.float64).reshape(exchange.num_processes, *mine.shape)
     needed = [Sizes(*(int(size) for size in sizes)) for sizes in theirs[:, :, :3].max(0)]

@@ -304,7 +304,7 @@ class OwnedGroup:
             has_row: bool [N], the owners' answers in the order of `asked.words`.
             needed: The most that any owner needs.
         """
-        mapper, layout, work = self.mapper, self.mapper.maps.layout, self._asking
+        mapper, work = self.mapper, self._asking
         num_touched, num_sent = mapper.grow_sizes(needed.touched, needed.sent)
         per_device, slice_positions = self._shards // self._num_devices, batch.ids.size // self._slices
         touched = np.empty((self._slices, num_touched), np.int32)
@@ -312,7 +312,7 @@ class OwnedGroup:
         for device, used in enumerate(answered.num_touched.tolist()):
             first = mapper.rows_per_device + used
             touched[device, used:] = np.arange(first, first + num_touched - used)
-        sizes = (self._slices, per_device, layout.rows_per_shard, layout.row_offsets)
+        sizes = (self._slices, per_device, mapper.rows_per_shard, mapper.row_offsets)
         _fill_routes(answered.received, mapper.work.distinct, *sizes, touched, sent)
         positions = np.full(batch.ids.shape, self._num_devices * num_sent + 1, np.int32)
         _fill_positions(
@@ -320,4 +320,5 @@ class OwnedGroup:
             num_sent, positions.reshape(-1),
         )  # fmt: skip
         fresh = mapper.fresh_lists(int(answered.stats["fresh"]), fresh_size(needed.fresh))
-        return GroupPlan(touched, sent, positions, *fresh, answered.num_sent)
+        rows = mapper.tier.rows_of(touched) if mapper.tier else None
+        return GroupPlan(touched, sent, positions, *fresh, answered.num_sent, rows)

@@ -138,16 +138,21 @@ def write_rows(
         plan: Names the touched rows.
     """
     layout, config = group.rows, group.rows.config
+    in_tiers = plan.touched_rows is not None
 
-    def local(array: jax.Array, rows: jax.Array, gradients: jax.Array, step: jax.Array, touched: jax.Array) -> jax.Array:
+    def local(
+        array: jax.Array, rows: jax.Array, gradients: jax.Array, step: jax.Array, touched: jax.Array, numbers: jax.Array
+    ) -> jax.Array:
         noise = None
         if layout.vector_dtype == "bfloat16":
             num_shards, rows_per_shard = array.shape[:2]
             shards = jax.lax.axis_index((SHARD, MODEL)) * num_shards + touched[0] // rows_per_shard
-            noise = noise_of(rounding_seed(group), step, shards, touched[0] % rows_per_shard, layout.vector_width)
+            # Rounding goes by the row, whatever slot it is in.
+            of_shard = numbers[0] if in_tiers else touched[0] % rows_per_shard
+            noise = noise_of(rounding_seed(group), step, shards, of_shard, layout.vector_width)
         updated = updated_rows(layout, rows[0], gradients[0], learning_rate(config, step), noise)
         return _flat(array).at[touched[0]].set(updated, mode="drop", unique_indices=True).reshape(array.shape)
 
-    in_specs = (ROWS, ROWS, ROWS, REPLICATED, ROWS)
+    in_specs = (ROWS, ROWS, ROWS, REPLICATED, ROWS, ROWS)
     mapped = partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=ROWS, check_vma=False)(local)
-    return mapped(array, rows, gradients, step, plan.touched)
+    return mapped(array, rows, gradients, step, plan.touched, plan.touched_rows if in_tiers else plan.touched)

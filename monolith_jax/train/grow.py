@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from monolith_jax.ids.cuckoo import IdMaps
 from monolith_jax.ids.mapper import Mapper
@@ -48,7 +49,7 @@ def restore_grown(
         snapshots: Where it is.
         step: Which one; `can_grow` must hold for it.
         model: The model with its new sizes.
-        state: A state of the model.
+        state: A state of the model; without a sharding where all rows are to come as a numpy array (`Tiers.like`).
         mapper: Its id maps, empty, for their sizes; unchanged.
         tables: The tables of the model.
     """
@@ -57,7 +58,10 @@ def restore_grown(
     old_tables = [dataclasses.replace(table, max_rows=old_rows[table.name]) for table in tables]
     old_groups = make_groups(old_tables, model.groups[0].maps.num_shards)
     by_rows = sharding(model.mesh, ROWS)
-    like = tuple(jax.ShapeDtypeStruct(group.shape, group.rows.array_dtype, sharding=by_rows) for group in old_groups)
+    like = tuple(
+        jax.ShapeDtypeStruct(old.shape, old.rows.array_dtype, sharding=None if new.tiered else by_rows)
+        for old, new in zip(old_groups, model.groups, strict=True)
+    )
     restored = snapshots.restore(step, state._replace(groups=like), identity)
     arrays, maps = [], []
     empty = mapper.get_state()
@@ -71,12 +75,18 @@ def restore_grown(
     )
 
 
-def _grown_array(old: Group, new: Group, array: jax.Array, by_rows: Any) -> jax.Array:
-    """Returns the array with each table's rows where they belong now."""
+def _grown_array(old: Group, new: Group, array: Any, by_rows: Any) -> Any:
+    """Returns the array with each table's rows where they belong now, on the device or not as it was."""
+    parts = list(zip(old.maps.row_offsets, new.maps.row_offsets, old.maps.caps, strict=True))
+    if isinstance(array, np.ndarray):
+        whole = np.zeros(new.shape, array.dtype)
+        for at, to, rows in parts:
+            whole[:, to : to + rows] = array[:, at : at + rows]
+        return whole
 
     def move(array: jax.Array) -> jax.Array:
         grown = jnp.zeros(new.shape, array.dtype)
-        for at, to, rows in zip(old.maps.row_offsets, new.maps.row_offsets, old.maps.caps, strict=True):
+        for at, to, rows in parts:
             grown = grown.at[:, to : to + rows].set(array[:, at : at + rows])
         return grown
 

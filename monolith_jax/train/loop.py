@@ -18,6 +18,7 @@ from monolith_jax.planner import Observed, Planned, Planner
 from monolith_jax.train.log import RunLog
 from monolith_jax.train.state import Inputs, TrainState
 from monolith_jax.train.step import Metrics
+from monolith_jax.train.tiers import Tiers
 
 IN_FLIGHT = 2
 
@@ -49,6 +50,7 @@ def run(
     train_step: Callable[[TrainState, Inputs], tuple[TrainState, Metrics]],
     log: RunLog,
     save: Callable[[TrainState, dict[str, Any]], None],
+    tiers: Tiers | None = None,
 ) -> TrainState:
     """Trains until the planner ends.
 
@@ -58,6 +60,7 @@ def run(
         train_step: From `make_train_step`.
         log: Gets the metrics of every step, in order.
         save: Saves a state together with the host state that was frozen after the same step.
+        tiers: The rows that are not on the device, where tables are in two tiers; they are not part of the state.
 
     Returns:
         The state after the last step.
@@ -72,6 +75,8 @@ def run(
         try:
             for planned in planner:
                 _drain(in_flight, IN_FLIGHT - 1, log)
+                if tiers is not None:
+                    state = tiers.move(state, planned.moves)
                 state, metrics = train_step(state, planned.inputs)
                 in_flight.append((planned, metrics))
                 if planned.frozen is not None:
@@ -102,8 +107,13 @@ def predict(
     planner: Planner,
     predict_step: Callable[[TrainState, Inputs], jax.Array],
     observe: Callable[[Observed, np.ndarray], Any],
-) -> None:
-    """Scores all that the planner yields with a state that stays as it is."""
+    tiers: Tiers | None = None,
+) -> TrainState:
+    """Scores all that the planner yields with what the state holds.
+
+    Returns:
+        The same state. Where tables are in two tiers other rows of them are on the device, and what was passed in is used up.
+    """
     in_flight: deque[tuple[Planned, jax.Array]] = deque()
 
     def drain(keep: int) -> None:
@@ -113,5 +123,8 @@ def predict(
 
     for planned in planner:
         drain(IN_FLIGHT - 1)
+        if tiers is not None:
+            state = tiers.move(state, planned.moves)
         in_flight.append((planned, predict_step(state, planned.inputs)))
     drain(0)
+    return state

@@ -41,7 +41,7 @@ def input_shapes(model: Model, batch_size: int, sizes: Sequence[PlanSizes]) -> I
         return jax.ShapeDtypeStruct(axes, dtype)
 
     num_devices, plans, weights = model.mesh.size, [], []
-    for index, of_plan in enumerate(sizes):
+    for index, (group, of_plan) in enumerate(zip(model.groups, sizes, strict=True)):
         positions = (batch_size, model.layout.num_positions(index))
         plans.append(
             GroupPlan(
@@ -52,6 +52,7 @@ def input_shapes(model: Model, batch_size: int, sizes: Sequence[PlanSizes]) -> I
                 shape(num_devices, of_plan.fresh, 2, dtype=jnp.uint32),
                 shape(num_devices, of_plan.fresh, dtype=jnp.int32),
                 shape(num_devices, num_devices, dtype=jnp.int32),
+                shape(num_devices, of_plan.touched, dtype=jnp.int32) if group.tiered else None,
             )
         )
         weights.append(shape(*positions) if any(slot.weighted for slot in model.layout.groups[index]) else None)

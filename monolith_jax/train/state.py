@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
     optimizer: Any
     """State of their optimizer, split like them."""
     groups: tuple[Array, ...]
-    """Of each group of tables float32 [L, R, W], split over all devices."""
+    """Of each group of tables float32 [L, R, W], split over all devices; [L, C, W] of one in two tiers (`train.tiers`)."""
 
 
 class Inputs(NamedTuple):
@@ -171,4 +171,5 @@ def input_shardings(model: Model, inputs: Inputs) -> Any:
     rows, batch = sharding(model.mesh, ROWS), sharding(model.mesh, BATCH)
     plan = GroupPlan(rows, rows, sharding(model.mesh, BATCH_ALL), rows, rows, rows, rows)
     weights = tuple(None if array is None else batch for array in inputs.weights)
-    return Inputs(tuple(plan for _ in inputs.plans), weights, batch, batch, batch)
+    plans = tuple(plan if of_group.touched_rows is None else plan._replace(touched_rows=rows) for of_group in inputs.plans)
+    return Inputs(plans, weights, batch, batch, batch)

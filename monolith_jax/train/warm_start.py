@@ -38,7 +38,8 @@ def take_over(
         identity: The configs that the snapshot belongs to.
 
     Returns:
-        The state, and a line for each table and weight: taken over, or why not.
+        The state with all rows (those of groups in two tiers as numpy arrays, for `Tiers.split`), and a line for each table and
+        weight: taken over, or why not.
     """
     lines: list[str] = []
     sources = _old_tables(old, identity)
@@ -52,7 +53,8 @@ def take_over(
                 lines.append(f"table {table.name}: starts empty ({known})")
                 continue
             lines.append(_take_table(group, index, mapper_of_group.maps, array, source))
-        arrays.append(jax.device_put(array, sharding(model.mesh, ROWS)))
+        # All rows of a group in two tiers may be more than the device holds.
+        arrays.append(array if group.tiered else jax.device_put(array, sharding(model.mesh, ROWS)))
     weights = _take_weights(state.weights, old.state["weights"], lines)
     return state._replace(weights=jax.device_put(weights, state_shardings(model).weights), groups=tuple(arrays)), lines
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from launch.bench import scaling, step, workload
+from launch.bench import scaling, step, tiered, workload
 from launch.bench.workload import Lane, Workload
 from monolith_jax.mesh import MeshConfig, make_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
@@ -148,3 +148,14 @@ def test_scaling_divides_round_by_round() -> None:
     figures = scaling.summary(found)
     assert figures["devices8_over_devices2"] == pytest.approx(statistics.median([1.1, 1.05, 1.2]))
     assert figures["exchange_over_floor"] == {"2": 1.5, "8": 1.5}
+
+
+@pytest.mark.slow
+def test_tiered_tells_all_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--batch_size=64", "--max_rows=2000", "--pool=10", "--rounds=2", "--steps=4", "--times", "10", "2"]
+    assert tiered.main(sizes) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(figures) == {"hit_rate", "steps_per_s_over_device", "steps_per_s_device", "by_times"}
+    tenth, half = (figures["by_times"][times] for times in ("10", "2"))
+    assert 0 < tenth["hit_rate"] == figures["hit_rate"] < half["hit_rate"] <= 1
+    assert tenth["steps_per_s_over_device"] > 0

@@ -13,7 +13,8 @@ from monolith_jax.ids.cuckoo import MapLayout
 from monolith_jax.ids.group import GroupMapper, Rule
 from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.owners import OwnedGroup
-from monolith_jax.types import GroupIds, GroupPlan, Plan
+from monolith_jax.ids.tier import Tier
+from monolith_jax.types import GroupIds, GroupPlan, Moves, Plan
 from tests.ids.threads_exchange import ThreadsExchange, together
 
 SHARDS = 16
@@ -23,6 +24,9 @@ RULES = (
     (Rule(AdmissionConfig("seen", 2), 500), Rule(ttl_s=900)),
     (Rule(AdmissionConfig("chance", 2)),),
 )
+IN_TIERS = (RULES[0], (Rule(),))
+"""The first group is in two tiers."""
+SLOTS = 14
 NO_RULES = ((Rule(), Rule()), (Rule(),))
 SPECIAL = np.array([0, -1, 2**63 - 1, -(2**63), 1], np.int64)
 
@@ -44,10 +48,15 @@ def part_of(batch: Batch, index: int, number: int) -> Batch:
 
 
 def make_groups(num_devices: int, rules: Any, process_id: int = 0, num_processes: int = 1) -> list[GroupMapper]:
+    shards = SHARDS // num_processes
     return [
-        GroupMapper(layout, tables, num_devices, of_group, process_id=process_id, num_processes=num_processes)
+        GroupMapper(
+            layout, tables, num_devices, of_group, process_id=process_id, num_processes=num_processes,
+            tier=Tier(layout.names, layout.row_offsets, (False,) * len(layout.names), layout.rows_per_shard, SLOTS, shards)
+            if rules is IN_TIERS and layout is LAYOUTS[0] else None,
+        )
         for layout, tables, of_group in zip(LAYOUTS, TABLES, rules, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def run_alone(batches: Sequence[Batch], num_devices: int, rules: Any) -> tuple[list[Plan], Any]:
@@ -70,7 +79,7 @@ def run_together(batches: Sequence[Batch], num_devices: int, rules: Any, num_pro
 
 def whole(plans: Sequence[GroupPlan]) -> GroupPlan:
     """Returns the plan that the processes' parts make up."""
-    return GroupPlan(*(np.concatenate(arrays) for arrays in zip(*plans, strict=True)))
+    return GroupPlan(*(None if arrays[0] is None else np.concatenate(arrays) for arrays in zip(*plans, strict=True)))
 
 
 def resolved(plan: GroupPlan, num_devices: int) -> np.ndarray:
@@ -87,7 +96,7 @@ def resolved(plan: GroupPlan, num_devices: int) -> np.ndarray:
     return np.where(there, owner * 10_000_000 + rows, state).reshape(plan.positions.shape)
 
 
-def check_equal(batches: Sequence[Batch], num_devices: int, rules: Any, num_processes: int) -> None:
+def check_equal(batches: Sequence[Batch], num_devices: int, rules: Any, num_processes: int) -> list[Plan]:
     alone, state = run_alone(batches, num_devices, rules)
     others = run_together(batches, num_devices, rules, num_processes)
     for number, plan in enumerate(alone):
@@ -103,19 +112,37 @@ def check_equal(batches: Sequence[Batch], num_devices: int, rules: Any, num_proc
             freed = [np.concatenate(arrays) for arrays in zip(*(part.freed[group] for part in parts), strict=True)]
             for mine, theirs in zip(freed, plan.freed[group], strict=True):
                 np.testing.assert_array_equal(mine, theirs)
+            if of_group.touched_rows is not None:
+                np.testing.assert_array_equal(found.touched_rows, of_group.touched_rows)
+                check_moves([part.moves[group] for part in parts], plan.moves[group])
     for group, arrays in enumerate(state):
         for name, array in arrays.items():
             of_parts = [of_process[group][name] for _, of_process in others]
             found = of_parts[0] if name == "sizes" else np.concatenate(of_parts)
             np.testing.assert_array_equal(found, array, err_msg=name)
+    return alone
 
 
-@pytest.mark.parametrize("rules", [NO_RULES, RULES], ids=["all ids", "admission and expiry"])
+def check_moves(parts: Sequence[Moves | None], whole: Moves | None) -> None:
+    """Compares the moves of processes, whose shards are their own, with those of one."""
+    assert whole is not None
+    for process, part in enumerate(parts):
+        assert part is not None
+        first = process * SHARDS // len(parts)
+        mine = (whole.shards >= first) & (whole.shards < first + SHARDS // len(parts))
+        np.testing.assert_array_equal(part.shards + first, whole.shards[mine])
+        for one, other in zip(part[1:], whole[1:], strict=True):
+            np.testing.assert_array_equal(one, other[mine])
+
+
+@pytest.mark.parametrize("rules", [NO_RULES, RULES, IN_TIERS], ids=["all ids", "admission and expiry", "two tiers"])
 @pytest.mark.parametrize(("num_processes", "num_devices"), [(2, 2), (2, 8), (4, 4), (4, 8), (8, 8), (1, 4)])
 def test_processes_plan_what_one_plans(num_processes: int, num_devices: int, rules: Any) -> None:
     rng = np.random.default_rng(num_processes)
     batches = [draw(rng, 32, 40 + 60 * step, step * 5) for step in range(12)]
-    check_equal(batches, num_devices, rules, num_processes)
+    plans = check_equal(batches, num_devices, rules, num_processes)
+    if rules is IN_TIERS:
+        assert min(sum(plan.stats[name] for plan in plans) for name in ("loaded", "evicted", "hit_rate")) > 0
 
 
 @settings(max_examples=25, deadline=None)
