@@ -95,6 +95,7 @@ def assemble(experiment: Experiment) -> Parts:
     model, weights = make_model(
         experiment.model, experiment.tables, experiment.features, experiment.heads,
         experiment.dense_optimizer, experiment.train.seed, experiment.mesh.num_shards, mesh,
+        experiment.exchange,
     )  # fmt: skip
     threads = make_threads(experiment.mapper)
     mappers = [

@@ -16,6 +16,7 @@ from monolith_jax.models.losses import HeadConfig
 from monolith_jax.planner import observe
 from monolith_jax.tables.table import TableConfig
 from monolith_jax.tables.update import OptimizerConfig
+from monolith_jax.tables.wire import PADDED, ExchangeConfig
 from monolith_jax.train.state import Inputs, Model, ModelConfig, TrainState, first_state, input_shardings, make_model
 from monolith_jax.types import Chunk, Plan, Position, Rejected
 
@@ -65,11 +66,12 @@ def make_small(
     dense_optimizer: OptimizerConfig = SGD,
     seed: int = 0,
     model_parallel: int = 1,
+    exchange: ExchangeConfig = PADDED,
 ) -> Small:
     """Makes a model; by default one whose logits are linear in its inputs but for the products of a factorisation machine."""
     mesh = make_mesh(MeshConfig(num_devices, model_parallel, num_shards=8))
     config = config or DeepFMConfig(hidden=())
-    model, weights = make_model(config, tables, features, HEADS, dense_optimizer, seed, 8, mesh)
+    model, weights = make_model(config, tables, features, HEADS, dense_optimizer, seed, 8, mesh, exchange)
     mappers = [
         GroupMapper(group.maps, model.layout.position_tables(index, group.maps.names), num_devices)
         for index, group in enumerate(model.groups)
