@@ -307,8 +307,8 @@ def many_divisors(size: int) -> int:
     return size if size < 2**14 else -(-size // 1024) * 1024
 
 
-def ladder(needed: int, smallest: int = 256) -> int:
-    """Returns the padded size for `needed`: the next of 8, 9, ..., 15 times a power of two, so at most a ninth is padding."""
+def ladder(needed: int, smallest: int = 64) -> int:
+    """Returns the padded size for `needed`: the next of 16, 17, ..., 31 times a power of two: at most a seventeenth is padding."""
     size = max(needed, smallest)
-    step = 1 << max(size.bit_length() - 4, 0)
+    step = 1 << max(size.bit_length() - 5, 0)
     return -(-size // step) * step

@@ -11,6 +11,7 @@ the order of the calls; padded sizes only ever grow, so few shapes are compiled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +26,8 @@ from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.types import FreedRows, GroupIds, GroupPlan
 
 _FRESH_SIZES = tuple(4**k for k in range(3, 14))
-_ROOM = 1.05
-"""A padded size that must grow takes this much more than was needed (and half as much again as it was): each size is a
-compilation of the step."""
+_FIRST_SIZES = (256, 64)
+"""V and U before anything was needed. What only one device reads costs nothing; what crosses between them is kept small."""
 _WORTH_THREADS = 2**15
 """Positions of a batch below which handing it to threads takes longer than the work."""
 
@@ -103,7 +103,7 @@ class GroupMapper:
         shape = self.maps.arrays.counts.shape
         self._expiry = {"sweeps": np.zeros(shape, np.int32), "wanted": np.zeros(shape, np.int32)}
         self._work = _make_work(0, 0, layout.num_shards)
-        self._touched_size = self._sent_size = ladder(0)
+        self._touched_size, self._sent_size = first_sizes(num_devices)
 
     def plan(
         self, batch: GroupIds, seen_s: np.ndarray, now_s: int, plan_number: int, insert: bool = True
@@ -341,6 +341,17 @@ def fresh_size(number: int) -> int:
     return next(size for size in _FRESH_SIZES if size >= number)
 
 
+def first_sizes(num_devices: int) -> tuple[int, int]:
+    """Returns the padded sizes V and U of a mapper for S devices before its first plan."""
+    touched, sent = _FIRST_SIZES
+    return touched, sent if num_devices > 1 else touched
+
+
 def grown_size(size: int, needed: int) -> int:
-    """Returns the padded size V or U of a plan that needs so much, after one of `size`."""
-    return size if needed <= size else ladder(max(int(needed * _ROOM), size + size // 2))
+    """Returns the padded size V or U of a plan that needs so much, after one of `size`.
+
+    Each size is a compilation of the step's tables, each place of padding is sent. So a size that must grow is a quarter larger
+    than it was, and has room for what the next plans of such a stream will need: ids fall on owners by chance, so the most that
+    one is asked for by a slice varies by about the root of it.
+    """
+    return size if needed <= size else ladder(max(int(1.03 * needed + math.sqrt(needed)), size + size // 4))
