@@ -90,8 +90,8 @@ class Experiment:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """The devices, and how tables are split over them."""
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
-    """How vectors and gradients cross between the devices. Like the mesh it may change when a run goes on; with other rounding on
-    the wire the run then goes on with other rounding."""
+    """How vectors and gradients cross between the devices. Like the mesh it may be another when a run goes on, which then
+    rounds as that one does."""
     prequential: PrequentialConfig = field(default_factory=PrequentialConfig)
     """How predictions are measured along the stream."""
 

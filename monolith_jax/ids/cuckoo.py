@@ -308,7 +308,7 @@ def many_divisors(size: int) -> int:
 
 
 def ladder(needed: int, smallest: int = 64) -> int:
-    """Returns the padded size for `needed`: the next of 16, 17, ..., 31 times a power of two: at most a seventeenth is padding."""
+    """Returns the padded size for `needed`: the next of 16, 17, ..., 31 times a power of two, so at most 1/17 is padding."""
     size = max(needed, smallest)
     step = 1 << max(size.bit_length() - 5, 0)
     return -(-size // step) * step
