@@ -11,7 +11,9 @@ from __future__ import annotations
 import difflib
 import io
 import json
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from monolith_jax.host_copy import HostCopies, on_cpu
 
 CHUNK_BYTES = 64 * 2**20
 _NPZ_ROW = 2**20
@@ -47,18 +51,40 @@ class Restored:
     """Whatever else was saved with it."""
 
 
+@dataclass(frozen=True)
+class Committed:
+    """A snapshot that is whole."""
+
+    step: int
+    num_bytes: int
+    """On disk."""
+    seconds: float
+    """From the call of `save` on."""
+
+
 class Snapshots:
     """The snapshots of a run."""
 
-    def __init__(self, config: SnapshotConfig, folder: Path, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        config: SnapshotConfig,
+        folder: Path,
+        read_only: bool = False,
+        tell: Callable[[Committed], None] = lambda committed: None,
+    ) -> None:
         """Opens the folder, which is made if need be. Leftovers of interrupted saves are removed.
 
         Args:
             config: How many are kept.
             folder: Where they are.
             read_only: Leaves the folder as it is: another process may be writing there.
+            tell: Is called in another thread when a snapshot is whole.
         """
         self._folder = folder.absolute()
+        self._tell = tell
+        self._copies = HostCopies()
+        self._writer: threading.Thread | None = None
+        self._failed: Exception | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, create=not read_only, cleanup_tmp_directories=not read_only
         )
@@ -68,6 +94,7 @@ class Snapshots:
 
     def latest(self) -> int | None:
         """Returns the step of the newest snapshot, None where there is none."""
+        self._join()
         return self._manager.latest_step()
 
     def save(
@@ -77,11 +104,57 @@ class Snapshots:
 
         Args:
             step: Steps done.
-            state: Tree of device arrays.
-            host: The planner's state.
-            extras: Further state: `arrays` (a flat mapping of numpy arrays), the rest JSON-able.
+            state: Tree of device arrays; may be donated as soon as this returns.
+            host: The planner's state; its arrays are not to be changed any more.
+            extras: Further state: `arrays` (a flat mapping of numpy arrays, not to be changed any more), the rest JSON-able.
             identity: The configs that the state belongs to, JSON-able.
+
+        Raises:
+            Exception: Whatever an earlier write in the background met (a full disk, say).
         """
+        started = time.monotonic()
+        self._join()
+        if jax.process_count() == 1 and on_cpu(state):
+            # Orbax would read the devices' own memory while it writes, and copies all that is numpy before it returns.
+            state = self._copies.copy(state)
+            self._write(step, started, lambda: self._begin(step, state, host, extras, identity))
+        else:
+            # Processes call it in the same order only here; and it has to fetch what the next step overwrites.
+            self._begin(step, state, host, extras, identity)
+            self._write(step, started, lambda: None)
+
+    def prepare(self, state: Any) -> None:
+        """Takes memory for copies of such states in the background, so that the first save is no slower than the others."""
+        if jax.process_count() == 1 and on_cpu(state):
+            self._copies.prepare(state)
+
+    def _write(self, step: int, started: float, begin: Callable[[], None]) -> None:
+        """Begins and ends a save in a thread of its own."""
+
+        def write() -> None:
+            try:
+                begin()
+                self._manager.wait_until_finished()
+                if step in self._manager.all_steps():
+                    self._tell(Committed(step, folder_bytes(self._folder / str(step)), time.monotonic() - started))
+            except Exception as error:  # Every error is the caller's to see.
+                self._failed = error
+
+        self._writer = threading.Thread(target=write, name="snapshot")
+        self._writer.start()
+
+    def _join(self) -> None:
+        """Waits for the thread that writes; raises what it met."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    def _begin(
+        self, step: int, state: Any, host: Mapping[str, Any], extras: Mapping[str, Any], identity: Mapping[str, Any]
+    ) -> None:
         meta = {
             "identity": dict(identity),
             "host": {name: value for name, value in host.items() if name not in ("maps", "memories")},
@@ -143,6 +216,7 @@ class Snapshots:
         return Restored(step, restored["state"], host, extras)
 
     def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        self._join()
         try:
             return self._manager.restore(step, args=args)
         except Exception as error:  # orbax raises whatever it meets, a bare Exception among them
@@ -175,11 +249,18 @@ class Snapshots:
         Raises:
             Exception: Whatever the background write met (a full disk, say).
         """
-        self._manager.wait_until_finished()
+        self._join()
 
     def close(self) -> None:
-        """Waits for the background write, then releases the folder."""
-        self._manager.close()
+        """Waits for the background write, then releases the folder.
+
+        Raises:
+            Exception: Whatever the background write met.
+        """
+        try:
+            self._join()
+        finally:
+            self._manager.close()
 
 
 def _save_tree(tree: Any) -> ocp.args.PyTreeSave:
@@ -239,6 +320,11 @@ def _named(value: Any) -> dict[str, Any] | None:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def folder_bytes(folder: Path) -> int:
+    """Returns the bytes of all files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def find(folder: Path) -> Path:
