@@ -10,6 +10,7 @@ import dataclasses
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.threads import make_threads
 from monolith_jax.mesh import make_mesh, num_devices
 from monolith_jax.planner import Memory, Planner
-from monolith_jax.snapshot import SnapshotConfig, Snapshots, find
+from monolith_jax.snapshot import Committed, SnapshotConfig, Snapshots, find
 from monolith_jax.stream.batcher import batches
 from monolith_jax.stream.columns import ColumnsConfig, ColumnsSource
 from monolith_jax.stream.counters import Counters
@@ -128,7 +129,7 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
     parts = assemble(experiment)
     workdir.mkdir(parents=True, exist_ok=True)
     source = open_source(experiment.source)
-    snapshots = Snapshots(experiment.snapshots, workdir / "snapshots")
+    snapshots = Snapshots(experiment.snapshots, workdir / "snapshots", tell=partial(_tell_committed, console))
     dead_letters = DeadLetters(workdir / "dead_letters.jsonl")
     config = experiment.train
     planner = Planner(
@@ -148,6 +149,8 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
 
     try:
         state = _begin(parts, snapshots, planner, log, who, experiment.tables, config.warm_start, console)
+        if experiment.snapshots.period_steps:
+            snapshots.prepare(state)
         (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
         with log, _stopped_by_sigterm(planner) as stopped:
             state = run(state, planner, make_train_step(parts.model), log, save)
@@ -161,6 +164,14 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
         return {}
     totals = _finish(experiment, parts, state, log, dead_letters, workdir, console)
     return totals
+
+
+def _tell_committed(console: Console, committed: Committed) -> None:
+    # Not into metrics.jsonl: when a snapshot is whole depends on the clock, and a run that goes on must write the same file.
+    console.print(
+        f"snapshot of step {committed.step:,}: {committed.num_bytes / 1e6:,.1f} MB on disk, saved in {committed.seconds:.1f} s",
+        highlight=False,
+    )
 
 
 def _begin(

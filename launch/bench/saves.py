@@ -7,7 +7,7 @@ snapshots of a run. Turns of equal length follow one another in one run: one beg
   longest_stall_s   longest time from the end of one step to the end of the next around a save, over the median
   longest_quiet_s   the same in turns without a save: what other work on the machine does
   save_s            from the save to the commit
-  extra_memory_gb   most resident memory in turns with a save, over the most before the first; what is frozen for it included
+  extra_memory_gb   most resident memory of the run, over the most (`memory_gb`) of one that never saves, before it
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Clock:
     commits: dict[int, float] = field(default_factory=dict)
     resident: list[tuple[float, int]] = field(default_factory=list)
     """Bytes by time."""
+    at_rest: int = 0
+    """Most bytes that were resident before there were snapshots."""
 
 
 class Watch(threading.Thread):
@@ -121,18 +123,21 @@ def measure(
         turn_s: Seconds of a turn, as near as whole steps come.
         rounds: Turns with a save.
     """
-    from monolith_jax.snapshot import SnapshotConfig, Snapshots
+    from monolith_jax.snapshot import SnapshotConfig, Snapshots, folder_bytes
     from monolith_jax.train.loop import run
     from monolith_jax.train.step import make_train_step
 
     work, mapper, state = _full_work(table_bytes, batch_size, count)
     held, train_step, warm = sum(array.nbytes for array in state.groups), make_train_step(work.model), Clock()
-    log = _timed_log(workdir, warm)
+    log, watch = _timed_log(workdir, warm), Watch(warm, workdir)
     planner = work.planner(mapper, max_steps=WARM_STEPS)
+    watch.start()
     state = run(state, planner, train_step, log, lambda state, frozen: None)
     planner.close()
+    watch.end()
     turn = max(2 * FROZEN_AHEAD, round(turn_s / _median_s(warm.ends[WARM_STEPS // 2 :])))
-    clock, snapshots = Clock(), Snapshots(SnapshotConfig(keep=1), workdir / "snapshots")
+    clock = Clock(at_rest=max(size for moment, size in warm.resident if moment < warm.ends[-8]))
+    snapshots = Snapshots(SnapshotConfig(keep=1), workdir / "snapshots")
     log, watch = _timed_log(workdir, clock), Watch(clock, workdir / "snapshots")
 
     def save(state: Any, frozen: Mapping[str, Any]) -> None:
@@ -141,6 +146,7 @@ def measure(
             snapshots.save(log.steps, state, frozen, log.get_state(), {})
             clock.saves[log.steps] = (asked, time.perf_counter())
 
+    snapshots.prepare(state)
     planner = work.planner(mapper, max_steps=(2 * rounds + 1) * turn, freeze_every=2 * turn)
     watch.start()
     try:
@@ -158,11 +164,6 @@ def _median_s(ends: Sequence[float]) -> float:
     return statistics.median(later - sooner for sooner, later in itertools.pairwise(ends))
 
 
-def folder_bytes(folder: Path) -> int:
-    """Returns the bytes of all files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def summary(clock: Clock, turn: int, period_s: float) -> dict[str, float]:
     """Returns the figures of time and memory.
 
@@ -171,7 +172,7 @@ def summary(clock: Clock, turn: int, period_s: float) -> dict[str, float]:
         turn: Steps of a turn.
         period_s: Seconds from save to save that `throughput_lost` is told for.
     """
-    costs, with_save, quiet, resident_with = [], [], [], []
+    costs, with_save, quiet = [], [], []
     for step in clock.saves:
         # Losses are known in order, so `ends[n - 1]` is the end of step n.
         first, last = step - FROZEN_AHEAD, step - FROZEN_AHEAD + turn
@@ -180,9 +181,6 @@ def summary(clock: Clock, turn: int, period_s: float) -> dict[str, float]:
         steps = [later - sooner for sooner, later in itertools.pairwise(clock.ends)]
         with_save += steps[first - 1 : last - 1]
         quiet += steps[first - turn - 1 : first - 1]
-        resident_with += [size for moment, size in clock.resident if start <= moment < end]
-    before_first = clock.ends[min(clock.saves) - FROZEN_AHEAD - 1]
-    at_rest = max(size for moment, size in clock.resident if moment < before_first)
     median = statistics.median(quiet)
     return {
         "throughput_lost": round(statistics.median(costs) / period_s, 4),
@@ -190,8 +188,8 @@ def summary(clock: Clock, turn: int, period_s: float) -> dict[str, float]:
         "longest_quiet_s": round(max(quiet) - median, 3),
         "save_s": round(statistics.median(clock.commits[step] - asked for step, (asked, _) in clock.saves.items()), 2),
         "save_call_s": round(statistics.median(returned - asked for asked, returned in clock.saves.values()), 3),
-        "extra_memory_gb": round((max(resident_with) - at_rest) / 1e9, 3),
-        "memory_gb": round(at_rest / 1e9, 3),
+        "extra_memory_gb": round((max(size for _, size in clock.resident) - clock.at_rest) / 1e9, 3),
+        "memory_gb": round(clock.at_rest / 1e9, 3),
         "step_ms": round(1e3 * median, 1),
     }
 

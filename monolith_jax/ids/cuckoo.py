@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from monolith_jax.ids import kernels, restore
+from monolith_jax.ids.copies import Copies
 from monolith_jax.ids.lines import LINE_WORDS, SLOTS, Distinct, Maps, Tables
 from monolith_jax.ids.threads import ShardThreads
 
@@ -165,6 +166,7 @@ class IdMaps:
         # Used by every call: fresh memory costs more than the work.
         self._hashes = np.empty(0, np.uint64)
         self._tables, self._absent = np.empty(0, np.int32), np.empty(0, np.int32)
+        self._copies = Copies()
 
     @property
     def num_rows(self) -> np.ndarray:
@@ -242,7 +244,7 @@ class IdMaps:
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of everything, uint32 and int32 arrays with the shards as leading axis, and checksums."""
-        copies = {name: array.copy() for name, array in self._state().items()}
+        copies = {name: self._copies.copy(name, array) for name, array in self._state().items()}
         return {**copies, "checksums": self._checksums(copies["lines"])}
 
     def _checksums(self, lines: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 
 from monolith_jax.ids import admission, batch, expiry, kernels, routes
 from monolith_jax.ids.admission import AdmissionConfig
+from monolith_jax.ids.copies import Copies
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout, ladder
 from monolith_jax.ids.lines import NOT_ADMITTED, Distinct, make_distinct
 from monolith_jax.ids.threads import ShardThreads
@@ -102,7 +103,7 @@ class GroupMapper:
         self._pinned = np.zeros_like(self.maps.arrays.used) if self._ttl_s.any() else np.zeros((1, 1), np.uint32)
         shape = self.maps.arrays.counts.shape
         self._expiry = {"sweeps": np.zeros(shape, np.int32), "wanted": np.zeros(shape, np.int32)}
-        self._work = _make_work(0, 0, layout.num_shards)
+        self._work, self._copies = _make_work(0, 0, layout.num_shards), Copies()
         self._touched_size, self._sent_size = first_sizes(num_devices)
 
     def plan(
@@ -294,7 +295,8 @@ class GroupMapper:
     def get_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of the maps, filters, sweeps and padded sizes."""
         sizes = np.array([self._touched_size, self._sent_size], np.int32)
-        return {**self.maps.get_state(), **{name: array.copy() for name, array in self._state().items()}, "sizes": sizes}
+        copies = {name: self._copies.copy(name, array) for name, array in self._state().items()}
+        return {**self.maps.get_state(), **copies, "sizes": sizes}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Takes over what `get_state` returned.
