@@ -124,15 +124,15 @@ class Snapshots:
             self._write(step, started, lambda: self._begin(step, state, host, extras, identity))
         else:
             # Processes call it in the same order only here; and it has to fetch what the next step overwrites.
-            self._begin(step, state, host, extras, identity)
-            self._write(step, started, lambda: None)
+            begun = self._begin(step, state, host, extras, identity)
+            self._write(step, started, lambda: begun)
 
     def prepare(self, state: Any) -> None:
         """Takes memory for copies of such states in the background, so that the first save is no slower than the others."""
         if jax.process_count() == 1 and on_cpu(state):
             self._copies.prepare(state)
 
-    def _write(self, step: int, started: float, begin: Callable[[], None]) -> None:
+    def _write(self, step: int, started: float, begin: Callable[[], bool]) -> None:
         """Begins and ends a save in a thread of its own."""
 
         def write() -> None:
@@ -141,9 +141,9 @@ class Snapshots:
                 # them the planner, which gives way to the devices, would stand still for seconds.
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             try:
-                begin()
+                begun = begin()
                 self._manager.wait_until_finished()
-                if step in self._manager.all_steps():
+                if begun:
                     self._tell(Committed(step, folder_bytes(self._folder / str(step)), time.monotonic() - started))
             except Exception as error:  # Every error is the caller's to see.
                 self._failed = error
@@ -162,7 +162,8 @@ class Snapshots:
 
     def _begin(
         self, step: int, state: Any, host: Mapping[str, Any], extras: Mapping[str, Any], identity: Mapping[str, Any]
-    ) -> None:
+    ) -> bool:
+        """Returns whether there was no snapshot of the step yet."""
         meta = {
             "identity": dict(identity),
             "host": {name: value for name, value in host.items() if name not in ("maps", "memories")},
@@ -178,7 +179,7 @@ class Snapshots:
             arrays=_save_tree({"npz": _npz(arrays)}),
             meta=ocp.args.JsonSave(meta),
         )
-        self._manager.save(step, args=args)
+        return self._manager.save(step, args=args)
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Returns what a snapshot says of itself: `identity`, `host` and `extras` without their arrays."""

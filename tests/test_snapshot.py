@@ -191,7 +191,7 @@ def test_what_is_whole_is_told_with_its_size(tmp_path: Path) -> None:
     told: list[Committed] = []
     snapshots = Snapshots(SnapshotConfig(), tmp_path, tell=told.append)
     snapshots.prepare(make_state(0))
-    for step in (3, 5):
+    for step in (3, 5, 5):
         snapshots.save(step, make_state(step), make_host(step), make_extras(step), IDENTITY)
     snapshots.wait()
     assert [one.step for one in told] == [3, 5]
