@@ -169,7 +169,7 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
 def _tell_committed(console: Console, committed: Committed) -> None:
     # Not into metrics.jsonl: when a snapshot is whole depends on the clock, and a run that goes on must write the same file.
     console.print(
-        f"snapshot of step {committed.step:,}: {committed.num_bytes / 1e6:,.1f} MB on disk, saved in {committed.seconds:.1f} s",
+        f"saved step {committed.step:,}: {committed.num_bytes / 1e6:,.1f} MB on disk, whole after {committed.seconds:.1f} s",
         highlight=False,
     )
 
