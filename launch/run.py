@@ -12,6 +12,7 @@ import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from monolith_jax.mesh import make_mesh, num_devices
 from monolith_jax.planner import Planner
 from monolith_jax.reader import Memory, Reader
 from monolith_jax.rounds import everyone
-from monolith_jax.snapshot import SnapshotConfig, Snapshots, find
+from monolith_jax.snapshot import Committed, SnapshotConfig, Snapshots, find
 from monolith_jax.stream.batcher import batches
 from monolith_jax.stream.columns import ColumnsConfig, ColumnsSource
 from monolith_jax.stream.counters import Counters
@@ -112,7 +113,7 @@ def assemble(experiment: Experiment) -> Parts:
     _check_batch(config, num_devices(mesh), num_processes)
     model, weights = make_model(
         experiment.model, experiment.tables, experiment.features, experiment.heads,
-        experiment.dense_optimizer, config.seed, experiment.mesh.num_shards, mesh,
+        experiment.dense_optimizer, config.seed, experiment.mesh.num_shards, mesh, experiment.exchange,
     )  # fmt: skip
     threads = make_threads(experiment.mapper)
     mappers = [
@@ -183,7 +184,8 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
     console = console or Console(quiet=not first)
     workdir.mkdir(parents=True, exist_ok=True)
     source = open_source(experiment.source)
-    snapshots = Snapshots(experiment.snapshots, workdir / "snapshots", exchange=parts.exchange)
+    tell = partial(_tell_committed, console)
+    snapshots = Snapshots(experiment.snapshots, workdir / "snapshots", tell=tell, exchange=parts.exchange)
     config = experiment.train
     readers = _readers(experiment, parts, source, workdir, "dead_letters")
     planner = Planner(
@@ -203,21 +205,30 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
 
     try:
         state = _begin(parts, snapshots, planner, log, who, experiment.tables, config.warm_start, console)
+        if experiment.snapshots.period_steps:
+            snapshots.prepare(state)
         if first:
             (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
         with log, _stopped_by_sigterm(planner):
             state = run(state, planner, make_train_step(parts.model), log, save, parts.tiers)
-        stopped = planner.stopped  # Closing stops it too.
     finally:
         planner.close()
         snapshots.close()
-    if stopped:
+    if planner.stopped:
         console.print(
             f"stopped by SIGTERM after step {log.steps:,}, saved; the same command goes on from there", highlight=False
         )
         return {}
     totals = _finish(experiment, parts, state, log, readers, workdir, console)
     return totals
+
+
+def _tell_committed(console: Console, committed: Committed) -> None:
+    # Not into metrics.jsonl: when a snapshot is whole depends on the clock, and a run that goes on must write the same file.
+    console.print(
+        f"saved step {committed.step:,}: {committed.num_bytes / 1e6:,.1f} MB on disk, whole after {committed.seconds:.1f} s",
+        highlight=False,
+    )
 
 
 def _begin(

@@ -89,6 +89,9 @@ class Experiment:
     """How the host maps ids to rows; results do not depend on it."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """The devices, and how tables are split over them."""
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    """How vectors and gradients cross between the devices. Like the mesh it may be another when a run goes on, which then
+    rounds as that one does."""
     prequential: PrequentialConfig = field(default_factory=PrequentialConfig)
     """How predictions are measured along the stream."""
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from monolith_jax.ids.footprint import (
@@ -29,11 +28,13 @@ from monolith_jax.ids.footprint import (
     work_bytes,
     zipf_distinct,
 )
-from monolith_jax.ids.group import Rule, rows_per_device
+from monolith_jax.ids.group import Rule
+from monolith_jax.ids.sizes import rows_per_device
 from monolith_jax.planner import AHEAD
 from monolith_jax.stream.counters import CountersConfig, counters_bytes
 from monolith_jax.stream.history import HistoryConfig, history_bytes
 from monolith_jax.tables.table import Group
+from monolith_jax.tables.wire import vector_bytes
 from monolith_jax.train.loop import IN_FLIGHT
 from monolith_jax.train.shapes import bytes_by, exchanged, input_shapes, local_bytes, tower_bytes, whole_bytes
 from monolith_jax.train.state import Model, TrainState, first_state, input_shardings, state_shardings
@@ -79,7 +80,7 @@ class DeviceBytes:
     rows: int
     """Touched rows, before and after their update, and their vectors in the batch; in two tiers, rows that come and go."""
     exchange: int
-    """What `all_to_all` takes and gives."""
+    """What `all_to_all` takes and gives, whole blocks of either kind of exchange."""
     towers: int
     """Activations and gradients at the device's part of the batch."""
 
@@ -94,11 +95,11 @@ class Traffic:
     """What one step moves, a device, under one assumption on the distinct ids of a batch."""
 
     to_batch: int
-    """Bytes that leave a device with vectors, padding included."""
+    """Bytes that leave a device with vectors, padding included (with `ExchangeConfig.kind` ragged there is none)."""
     to_owners: int
     """Bytes that leave it with gradients, padding included."""
     needed: float
-    """Both without padding: distinct ids of its slice whose owner is another device, times dim."""
+    """Both without padding: distinct ids of its slice whose owner is another device, times dim and the bytes of a number."""
     dense: int
     """Bytes that leave a device in the ring all-reduce of the gradients of the dense weights."""
     inputs: int
@@ -298,7 +299,13 @@ class _Step:
         to_batch = sum(exchanged(jax.make_jaxpr(make_read(model))(self.state.groups, plans)))
         both = sum(exchanged(jax.make_jaxpr(make_train_step(model))(self.state, self.inputs)))
         parts = zip(self.sizes, model.groups, strict=True)
-        needed = sum(2 * sizes.in_slice * group.dim * jnp.float32.dtype.itemsize for sizes, group in parts)
+        of_vectors = [(sizes.in_slice, *vector_bytes(group.dim, model.exchange)) for sizes, group in parts]
+        needed = sum(2 * number * least for number, _, least in of_vectors)
+        if model.exchange.kind == "ragged":
+            # Only what is in the blocks leaves, and before it how much that is.
+            of_sizes = 4 * model.mesh.size
+            to_batch = sum(number * size + of_sizes for number, size, _ in of_vectors)
+            both = 2 * to_batch
         of_inputs = bytes_by(input_shardings(model, self.inputs), self.inputs)
         return Traffic(
             to_batch=round(to_batch * leaving),

@@ -138,6 +138,9 @@ class Planner:
             # On a CPU host it shares the cores with the devices' threads, which wait for one another: it takes their gaps.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
         try:
+            if self._freeze_every:
+                # Takes the memory for it before the first step, not at a later one.
+                self._mapper.get_state()
             error = self._plan_all()
             frozen = self.get_state()
         except Exception as raised:  # Every error is the consumer's to see; the host's state may be half way through a plan.

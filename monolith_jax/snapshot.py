@@ -9,8 +9,11 @@ state of the stream by partition: any mesh and any number of processes reads its
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,11 +24,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from monolith_jax.host_copy import HostCopies, on_cpu
 from monolith_jax.ids.exchange import Exchange
 from monolith_jax.mesh import OF_PROCESSES, sharding
 from monolith_jax.packing import pack, unpack
 
 CHUNK_BYTES = 64 * 2**20
+FILE_BYTES = 128 * 2**20
+"""Files are collected in memory up to this size; Orbax's default would hold a whole gigabyte twice."""
 _WHOLE = ("sizes", "extras")
 """Host state that is not by shard or partition, and the same in all processes."""
 _SHARE_S = 60.0
@@ -54,22 +60,45 @@ class Restored:
     """Whatever else was saved with it."""
 
 
+@dataclass(frozen=True)
+class Committed:
+    """A snapshot that is whole."""
+
+    step: int
+    num_bytes: int
+    """On disk."""
+    seconds: float
+    """From the call of `save` on."""
+
+
 class Snapshots:
     """The snapshots of a run."""
 
-    def __init__(self, config: SnapshotConfig, folder: Path, read_only: bool = False, exchange: Exchange | None = None) -> None:
+    def __init__(
+        self,
+        config: SnapshotConfig,
+        folder: Path,
+        read_only: bool = False,
+        tell: Callable[[Committed], None] = lambda committed: None,
+        exchange: Exchange | None = None,
+    ) -> None:
         """Opens the folder, which is made if need be. Leftovers of interrupted saves are removed.
 
         Args:
             config: How many are kept.
             folder: Where they are.
             read_only: Leaves the folder as it is: another process may be writing there.
+            tell: Is called in another thread when a snapshot is whole.
             exchange: To the other processes that save and restore together; none: this is the only one.
 
         Raises:
             ValueError: The other processes do not share the folder.
         """
         self._folder = folder.absolute()
+        self._tell = tell
+        self._copies = HostCopies()
+        self._writer: threading.Thread | None = None
+        self._failed: Exception | None = None
         self._exchange = exchange
         processes = ocp.options.MultiprocessingOptions()
         if exchange:
@@ -88,6 +117,7 @@ class Snapshots:
 
     def latest(self) -> int | None:
         """Returns the step of the newest snapshot, None where there is none."""
+        self._join()
         return self._manager.latest_step()
 
     def save(
@@ -97,11 +127,62 @@ class Snapshots:
 
         Args:
             step: Steps done.
-            state: Tree of device arrays.
-            host: The planner's state, of all processes after the same plan.
-            extras: Further state: `arrays` (a flat mapping of numpy arrays), the rest JSON-able.
+            state: Tree of device arrays; may be donated as soon as this returns.
+            host: The planner's state, of all processes after the same plan; its arrays are not to be changed any more.
+            extras: Further state: `arrays` (a flat mapping of numpy arrays, not to be changed any more), the rest JSON-able.
             identity: The configs that the state belongs to, JSON-able.
+
+        Raises:
+            Exception: Whatever an earlier write in the background met (a full disk, say).
         """
+        started = time.monotonic()
+        self._join()
+        if jax.process_count() == 1 and on_cpu(state):
+            # Orbax would read the devices' own memory while it writes, and copies all that is numpy before it returns.
+            state = self._copies.copy(state)
+            self._write(step, started, lambda: self._begin(step, state, host, extras, identity))
+        else:
+            # Processes call it in the same order only here; and it has to fetch what the next step overwrites.
+            begun = self._begin(step, state, host, extras, identity)
+            self._write(step, started, lambda: begun)
+
+    def prepare(self, state: Any) -> None:
+        """Takes memory for copies of such states in the background, so that the first save is no slower than the others."""
+        if jax.process_count() == 1 and on_cpu(state):
+            self._copies.prepare(state)
+
+    def _write(self, step: int, started: float, begin: Callable[[], bool]) -> None:
+        """Begins and ends a save in a thread of its own."""
+
+        def write() -> None:
+            with contextlib.suppress(OSError):
+                # The threads that compress take after this one. On a CPU host they get what devices and planner leave: beside
+                # them the planner, which gives way to the devices, would stand still for seconds.
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            try:
+                begun = begin()
+                self._manager.wait_until_finished()
+                if begun:
+                    self._tell(Committed(step, folder_bytes(self._folder / str(step)), time.monotonic() - started))
+            except Exception as error:  # Every error is the caller's to see.
+                self._failed = error
+
+        self._writer = threading.Thread(target=write, name="snapshot")
+        self._writer.start()
+
+    def _join(self) -> None:
+        """Waits for the thread that writes; raises what it met."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    def _begin(
+        self, step: int, state: Any, host: Mapping[str, Any], extras: Mapping[str, Any], identity: Mapping[str, Any]
+    ) -> bool:
+        """Returns whether there was no snapshot of the step yet."""
         meta = {
             "identity": dict(identity),
             "host": {name: value for name, value in host.items() if name not in ("maps", "parts")},
@@ -115,7 +196,7 @@ class Snapshots:
             arrays=_save_tree({"parts": parts, "extras": pack(dict(extras["arrays"]))}),
             meta=ocp.args.JsonSave(meta),
         )
-        self._manager.save(step, args=args)
+        return self._manager.save(step, args=args)
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Returns what a snapshot says of itself: `identity`, `host` and `extras` without their arrays."""
@@ -161,6 +242,7 @@ class Snapshots:
         return Restored(step, restored["state"], host, extras)
 
     def _read(self, step: int, args: Callable[[], dict[str, Any]]) -> Any:
+        self._join()
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args()))
         except Exception as error:  # orbax raises whatever it meets, a bare Exception among them
@@ -208,16 +290,23 @@ class Snapshots:
         Raises:
             Exception: Whatever the background write met (a full disk, say).
         """
-        self._manager.wait_until_finished()
+        self._join()
 
     def close(self) -> None:
-        """Waits for the background write, then releases the folder."""
-        self._manager.close()
+        """Waits for the background write, then releases the folder.
+
+        Raises:
+            Exception: Whatever the background write met.
+        """
+        try:
+            self._join()
+        finally:
+            self._manager.close()
 
 
 def _save_tree(tree: Any) -> ocp.args.PyTreeSave:
     args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    return ocp.args.PyTreeSave(tree, save_args=args)
+    return ocp.args.PyTreeSave(tree, save_args=args, ocdbt_target_data_file_size=FILE_BYTES)
 
 
 def _share_folder(folder: Path, process_id: int) -> None:
@@ -268,6 +357,11 @@ def _named(value: Any) -> dict[str, Any] | None:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def folder_bytes(folder: Path) -> int:
+    """Returns the bytes of all files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def find(folder: Path) -> Path:

@@ -15,6 +15,7 @@ from monolith_jax.models.losses import HeadConfig
 from monolith_jax.reader import observe
 from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.tables.update import OptimizerConfig
+from monolith_jax.tables.wire import PADDED, ExchangeConfig
 from monolith_jax.train.state import Inputs, Model, ModelConfig, TrainState, first_state, make_model, place_inputs
 from monolith_jax.types import Chunk, Exchange, Plan, Position, Rejected
 
@@ -65,6 +66,7 @@ def make_small(
     seed: int = 0,
     model_parallel: int = 1,
     exchange: Exchange | None = None,
+    wire: ExchangeConfig = PADDED,
 ) -> Small:
     """Makes a model; by default one whose logits are linear in its inputs but for the products of a factorisation machine.
 
@@ -72,7 +74,7 @@ def make_small(
     """
     mesh = make_mesh(MeshConfig(num_devices, model_parallel, num_shards=8))
     config = config or DeepFMConfig(hidden=())
-    model, weights = make_model(config, tables, features, HEADS, dense_optimizer, seed, 8, mesh)
+    model, weights = make_model(config, tables, features, HEADS, dense_optimizer, seed, 8, mesh, wire)
     process = (exchange.process_id, exchange.num_processes) if exchange else (0, 1)
     mappers = [
         GroupMapper(

@@ -140,6 +140,7 @@ def test_to_the_end_of_the_stream(tmp_path: Path) -> None:
     assert [row["examples"] for row in rows(tmp_path, "step")] == [64, 128, 192, 256, 320, 384, 448, 500]
     assert totals["skip"]["examples"] == 500
     assert "8 steps, 500 examples" in text
+    assert "saved step 7: " in text and "saved step 8: " in text and " MB on disk" in text
     # The same command again finds nothing to do, and leaves the same metrics.
     before = kill.rows_of(tmp_path)
     _, text = run(tmp_path, "SyntheticConfig.num_examples = 500", steps=0)

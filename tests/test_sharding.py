@@ -19,6 +19,7 @@ from monolith_jax.mesh import MeshConfig, make_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.mmoe import MMoEConfig
 from monolith_jax.tables.update import OptimizerConfig
+from monolith_jax.tables.wire import PADDED, ExchangeConfig
 from monolith_jax.train.state import ModelConfig
 from monolith_jax.train.step import make_train_step
 from tests.float64_run import MESHES, OPTIMIZERS
@@ -29,10 +30,10 @@ MODELS = {"deepfm": DeepFMConfig(hidden=(16, 8)), "mmoe": MMoEConfig(4, (16, 8),
 
 @functools.cache
 def learn(
-    num_devices: int, config: ModelConfig, run: int, model_parallel: int = 1
+    num_devices: int, config: ModelConfig, run: int, model_parallel: int = 1, wire: ExchangeConfig = PADDED
 ) -> tuple[list[float], Any, list[dict[str, np.ndarray]], list[Any]]:
     optimizer = OptimizerConfig(name="adagrad", learning_rate=0.05)
-    small = make_small(num_devices, config, dense_optimizer=optimizer, model_parallel=model_parallel)
+    small = make_small(num_devices, config, dense_optimizer=optimizer, model_parallel=model_parallel, wire=wire)
     train_step, state = make_train_step(small.model), small.state
     losses, scores = [], []
     for step in range(20):
@@ -64,6 +65,26 @@ def test_two_runs_on_eight_devices_are_equal_to_the_bit() -> None:
     assert runs[0][0] == runs[1][0]
     for one, other in zip(*(jax.tree.leaves(run[1]) for run in runs), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_bfloat16_on_the_wire_learns_what_float32_does(config: ModelConfig) -> None:
+    losses, state, maps, _ = learn(8, config, 0)
+    half_losses, half_state, half_maps, _ = learn(8, config, 0, wire=ExchangeConfig(wire_dtype="bfloat16"))
+    assert half_losses != losses and half_losses[-1] < half_losses[0]
+    # Each number is rounded by at most a part in 256 on its way.
+    np.testing.assert_allclose(half_losses, losses, rtol=2e-3)
+    assert losses[-1] - losses[0] == pytest.approx(half_losses[-1] - half_losses[0], rel=0.02)
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(half_state), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=0.05 * float(np.abs(one).max()))
+    for one, other in zip(maps, half_maps, strict=True):
+        for name, array in one.items():
+            np.testing.assert_array_equal(other[name], array)
+
+
+def test_ragged_is_refused_before_the_first_step_on_cpu_devices() -> None:
+    with pytest.raises(ValueError, match=r"ExchangeConfig\.kind is 'ragged', but XLA has no ragged_all_to_all for CPU"):
+        make_small(8, wire=ExchangeConfig("ragged"))
 
 
 def test_tables_and_batch_are_split() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from monolith_jax.mesh import ROWS, MeshConfig, make_mesh, sharding
 from monolith_jax.packing import pack, stacked
-from monolith_jax.snapshot import Restored, SnapshotConfig, Snapshots, differences, find
+from monolith_jax.snapshot import Committed, Restored, SnapshotConfig, Snapshots, differences, find
 
 IDENTITY = {"tables": [{"name": "user", "dim": 4}, {"name": "tag", "dim": 8}], "seed": 0, "hidden": [3, 4]}
 
@@ -179,8 +179,40 @@ def test_leftovers_of_interrupted_saves_are_no_snapshots(tmp_path: Path) -> None
     snapshots = Snapshots(SnapshotConfig(), tmp_path)
     assert snapshots.latest() == 2
     assert_is(snapshots.restore(2, make_state(0), IDENTITY), 2)
+    # They are removed in the background, at the latest before the next save.
+    snapshots.save(8, make_state(8), make_host(8), make_extras(8), IDENTITY)
     snapshots.close()
     assert not (tmp_path / "7.orbax-checkpoint-tmp-123").exists()
+
+
+def test_what_is_whole_is_told_with_its_size(tmp_path: Path) -> None:
+    told: list[Committed] = []
+    snapshots = Snapshots(SnapshotConfig(), tmp_path, tell=told.append)
+    snapshots.prepare(make_state(0))
+    for step in (3, 5, 5):
+        snapshots.save(step, make_state(step), make_host(step), make_extras(step), IDENTITY)
+    snapshots.wait()
+    assert [one.step for one in told] == [3, 5]
+    sizes = [sum(path.stat().st_size for path in (tmp_path / str(step)).rglob("*") if path.is_file()) for step in (3, 5)]
+    assert [one.num_bytes for one in told] == sizes and min(one.seconds for one in told) > 0
+    assert_is(snapshots.restore(3, make_state(0), IDENTITY), 3)
+    snapshots.close()
+
+
+def test_what_the_background_met_is_raised_once_and_the_next_save_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = Snapshots(SnapshotConfig(), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Snapshots, "_begin", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        snapshots.save(1, make_state(1), make_host(1), make_extras(1), IDENTITY)
+        with pytest.raises(OSError, match="no space left"):
+            snapshots.wait()
+    snapshots.save(2, make_state(2), make_host(2), make_extras(2), IDENTITY)
+    snapshots.wait()
+    assert snapshots.latest() == 2
+    assert_is(snapshots.restore(2, make_state(0), IDENTITY), 2)
+    snapshots.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that fail after the first one

@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue  # It was faster this time, and had ended.
         reached = max((row["step"] for row in rows_of(folder) if row["kind"] == "step"), default=0)
         text = finish(start(folder, steps, cache))
-        went_on = int(text.partition("snapshot of step ")[2].split("\n")[0].replace(",", "") or 0)
+        went_on = int(text.partition("going on from the snapshot of step ")[2].split("\n")[0].replace(",", "") or 0)
         found = compare(workdir / "whole", folder)
         results.append({"at": reached, "from": went_on, "differences": found})
         row = f"{len(results):>4}  {after_s:>7.2f} s  {reached:>7}  {went_on:>12}  {'no' if found else 'yes':>5}"

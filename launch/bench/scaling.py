@@ -5,6 +5,7 @@ processes take turns: one computes, the others wait. Per number of devices:
 
   step_ms   median of the turns' step times, the whole host pipeline running
   padded    bytes that all_to_all carries a step, both ways, padding and what stays on its device included
+  ragged    the same with ragged_all_to_all, which no CPU has: counted from the same plans
   floor     sum over devices of the distinct ids in their slice of the batch x dim x bytes of a float, both ways
 """
 
@@ -21,26 +22,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 COUNTS = (1, 2, 4, 8)
-PLANS_COUNTED = 8
-
-
-def exchange_bytes(positions: np.ndarray, sent: np.ndarray, dim: int, bytes_a_float: int = 4) -> tuple[int, int]:
-    """Returns the bytes that a step's exchange carries and the least that it could, both ways, counted from a plan.
-
-    Args:
-        positions: [B, P], as in `GroupPlan`.
-        sent: [S, S, U], as in `GroupPlan`.
-        dim: D.
-        bytes_a_float: Of a float on the wire.
-    """
-    num_slices = sent.shape[1]
-    slices = np.asarray(positions).reshape(num_slices, -1)
-    places = sent.shape[0] * sent.shape[2]
-    distinct = sum(np.unique(part[part < places]).size for part in slices)
-    return 2 * sent.size * dim * bytes_a_float, 2 * distinct * dim * bytes_a_float
+PLANS_COUNTED = 24
 
 
 def _turns(count: int, batch_size: int, max_rows: int, steps: int) -> None:
@@ -50,6 +33,7 @@ def _turns(count: int, batch_size: int, max_rows: int, steps: int) -> None:
     from monolith_jax.mesh import MeshConfig, make_mesh
     from monolith_jax.models.deepfm import DeepFMConfig
     from monolith_jax.tables.update import OptimizerConfig
+    from monolith_jax.tables.wire import exchanged_bytes
 
     prepare(MeshConfig(cpu_devices=count))
     mesh = make_mesh(MeshConfig(num_devices=count))
@@ -60,9 +44,9 @@ def _turns(count: int, batch_size: int, max_rows: int, steps: int) -> None:
     lane.warm(2 * workload.POOL)
     dim = work.model.groups[0].dim
     plans = [one.plans[0] for one in work.inputs(PLANS_COUNTED)]
-    counted = [exchange_bytes(np.asarray(plan.positions), np.asarray(plan.sent), dim) for plan in plans]
-    padded, floor = (statistics.mean(numbers) for numbers in zip(*counted, strict=True))
-    print(json.dumps({"padded_bytes": padded, "floor_bytes": floor}), flush=True)
+    counted = [exchanged_bytes(plan, dim) for plan in plans]
+    padded, ragged, floor = (statistics.mean(numbers) for numbers in zip(*counted, strict=True))
+    print(json.dumps({"padded_bytes": padded, "ragged_bytes": ragged, "floor_bytes": floor}), flush=True)
     for _ in sys.stdin:
         lane.turn(steps)
         print(json.dumps({"step_ms": lane.step_ms[-1], "cpu_ms": lane.cpu_ms[-1]}), flush=True)
@@ -126,6 +110,7 @@ def summary(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "step_ms": {str(count): round(statistics.median(one["step_ms"]), 2) for count, one in found.items()},
         "cpu_ms": {str(count): round(statistics.median(one["cpu_ms"]), 2) for count, one in found.items()},
         "exchange_over_floor": {str(count): round(one["padded_bytes"] / one["floor_bytes"], 3) for count, one in found.items()},
+        "ragged_over_floor": {str(count): round(one["ragged_bytes"] / one["floor_bytes"], 3) for count, one in found.items()},
         "exchange_bytes": {str(count): round(one["padded_bytes"]) for count, one in found.items()},
         "floor_bytes": {str(count): round(one["floor_bytes"]) for count, one in found.items()},
         "devices8_over_devices2": None,
@@ -162,11 +147,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     found = measure(arguments.devices, arguments.batch_size, arguments.max_rows, arguments.rounds, arguments.steps)
     figures = summary(found)
-    table = Table("devices", "ms a step", "CPU ms a step", "exchange MB", "over floor", title=f"batch {arguments.batch_size}")
+    names = ("devices", "ms a step", "CPU ms a step", "exchange MB", "over floor", "ragged over floor")
+    table = Table(*names, title=f"batch {arguments.batch_size}")
     for count in (str(count) for count in found):
         megabytes = f"{figures['exchange_bytes'][count] / 1e6:.2f}"
-        over = f"{figures['exchange_over_floor'][count]:.3f}"
-        table.add_row(count, f"{figures['step_ms'][count]:.1f}", f"{figures['cpu_ms'][count]:.1f}", megabytes, over)
+        over = [f"{figures[name][count]:.3f}" for name in ("exchange_over_floor", "ragged_over_floor")]
+        table.add_row(count, f"{figures['step_ms'][count]:.1f}", f"{figures['cpu_ms'][count]:.1f}", megabytes, *over)
     Console().print(table)
     print(json.dumps(figures))
     return 0

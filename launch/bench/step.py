@@ -23,8 +23,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 LARGE_ROWS, SMALL_ROWS = 100_000_000, 1_000_000
 BYTES_A_ROW = 16 + 19 + 40
 """Of a large table with dim 4 while its maps are being filled: the row, the map's entry, the ids in two orders and the rows
@@ -83,11 +81,7 @@ def _rows_lane(rows: int, batches: Any, sparse_only: bool, count: int) -> Any:
     mesh, of_table = make_mesh(MeshConfig(num_devices=count)), rows // workload.NUM_FEATURES
     sgd = OptimizerConfig(name="sgd", learning_rate=0.02)
     work = workload.make_workload(mesh, DeepFMConfig(), batches, sgd, of_table, dim=4)
-    mapper, rng = work.mapper(), np.random.default_rng(0)
-    for table in range(workload.NUM_FEATURES):
-        # Rows are given out in the order in which ids come.
-        ids = workload.ids_of_ranks(rng.permutation(of_table), table)
-        mapper.groups[0].maps.lookup_or_insert(ids, table, np.zeros(ids.size, np.uint32))
+    mapper = workload.full_mapper(work, of_table)
     if not sparse_only:
         return workload.full_lane(work, f"full step, {rows:,} rows", mapper)
     planned = [one.inputs for one in work.planner(mapper, max_steps=len(batches))]

@@ -143,12 +143,13 @@ class Workload:
             ]
         )
 
-    def planner(self, mapper: Mapper | None = None, max_steps: int = 0) -> Planner:
+    def planner(self, mapper: Mapper | None = None, max_steps: int = 0, freeze_every: int = 0) -> Planner:
         """Returns the host's half, from reading Arrow to inputs on the device."""
         letters = DeadLetters(Path(tempfile.gettempdir()) / "bench_step_dead_letters.jsonl")
         pool = Pool(self.batches)
         reader = Reader(pool, (), letters, self.batch_size)
-        return Planner(self.model, [reader], mapper or self.mapper(), max_steps=max_steps)
+        parts = (self.model, [reader], mapper or self.mapper())
+        return Planner(*parts, freeze_every=freeze_every, max_steps=max_steps)
 
     def inputs(self, number: int = 0) -> list[Inputs]:
         """Returns the inputs of `number` batches (0: of the pool) on the device; their ids all have rows already."""
@@ -178,6 +179,16 @@ def make_workload(
     heads = [HeadConfig(label=label) for label in labels]
     model, weights = make_model(config, tables, features, heads, optimizer, 0, NUM_SHARDS, mesh)
     return Workload(model, weights, batches, threads)
+
+
+def full_mapper(work: Workload, of_table: int) -> Mapper:
+    """Returns maps in which the first `of_table` ids of each table have rows, spread over all of them."""
+    mapper, rng = work.mapper(), np.random.default_rng(0)
+    for table in range(NUM_FEATURES):
+        # Rows are given out in the order in which ids come.
+        ids = ids_of_ranks(rng.permutation(of_table), table)
+        mapper.groups[0].maps.lookup_or_insert(ids, table, np.zeros(ids.size, np.uint32))
+    return mapper
 
 
 @dataclass

@@ -172,7 +172,14 @@ def _flat(row: Row, prefix: str = "") -> Iterable[tuple[str, str]]:
             yield prefix + name, f"{value:,}" if whole else f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def _run_table(run: Run) -> Table:
+def _snapshot_sizes(folder: Path) -> dict[int, int]:
+    """Returns the bytes on disk of each snapshot in a folder, by step."""
+    there = [child for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
+    sizes = {int(child.name): sum(path.stat().st_size for path in child.rglob("*") if path.is_file()) for child in there}
+    return dict(sorted(sizes.items()))
+
+
+def _run_table(run: Run, snapshots: dict[int, int]) -> Table:
     table = _table("Run", "what", "value")
     for name, value in _flat(run.summary):
         table.add_row(name, value)
@@ -183,6 +190,8 @@ def _run_table(run: Run) -> Table:
         table.add_row("last loss", _number(last.get("loss")))
         if speeds:
             table.add_row("examples/s, median of the steps", f"{np.median(speeds):,.0f}")
+    for step, size in snapshots.items():
+        table.add_row(f"snapshot of step {step:,}, on disk", f"{size / 1e6:,.1f} MB")
     table.caption = "\n".join(f"note: {note}" for note in run.notes) or None
     return table
 
@@ -214,7 +223,7 @@ def tables(workdir: str | Path) -> list[Table]:
         ValueError: The folder has no metrics.jsonl.
     """
     run = read(workdir)
-    out = [_run_table(run)]
+    out = [_run_table(run, _snapshot_sizes(Path(workdir) / "snapshots"))]
     out += [closing_table(run.totals, run.tests)] if run.totals or run.tests else []
     return out + ([_period_table(run)] if run.periods else [])
 

@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from monolith_jax.ids import kernels, restore
+from monolith_jax.ids.copies import Copies
 from monolith_jax.ids.lines import LINE_WORDS, SLOTS, Distinct, Maps, Tables
 from monolith_jax.ids.threads import ShardThreads
 
@@ -176,6 +177,7 @@ class IdMaps:
         # Used by every call: fresh memory costs more than the work.
         self._hashes = np.empty(0, np.uint64)
         self._tables, self._absent = np.empty(0, np.int32), np.empty(0, np.int32)
+        self._copies = Copies()
 
     @property
     def num_rows(self) -> np.ndarray:
@@ -254,7 +256,7 @@ class IdMaps:
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of everything, uint32 and int32 arrays with the shards as leading axis, and checksums."""
-        copies = {name: array.copy() for name, array in self._state().items()}
+        copies = {name: self._copies.copy(name, array) for name, array in self._state().items()}
         return {**copies, "checksums": self._checksums(copies["lines"])}
 
     def _checksums(self, lines: np.ndarray) -> np.ndarray:
@@ -319,8 +321,8 @@ def many_divisors(size: int) -> int:
     return size if size < 2**14 else -(-size // 1024) * 1024
 
 
-def ladder(needed: int, smallest: int = 256) -> int:
-    """Returns the padded size for `needed`: the next of 8, 9, ..., 15 times a power of two, so at most a ninth is padding."""
+def ladder(needed: int, smallest: int = 64) -> int:
+    """Returns the padded size for `needed`: the next of 16, 17, ..., 31 times a power of two, so at most 1/17 is padding."""
     size = max(needed, smallest)
-    step = 1 << max(size.bit_length() - 4, 0)
+    step = 1 << max(size.bit_length() - 5, 0)
     return -(-size // step) * step

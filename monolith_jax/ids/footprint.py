@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from monolith_jax.ids import admission, expiry
-from monolith_jax.ids.cuckoo import MapLayout, ladder
-from monolith_jax.ids.group import Rule, fresh_size, grown_size
+from monolith_jax.ids.cuckoo import MapLayout
+from monolith_jax.ids.group import Rule
 from monolith_jax.ids.lines import LINE_WORDS
+from monolith_jax.ids.sizes import first_sizes, fresh_size, grown_size
 
 ZIPF = 1.05
 """Exponent of the estimate, that of the benchmarks (`launch.bench`)."""
@@ -92,8 +93,9 @@ def plan_sizes(
     in_slice = sum(distinct(batch_size // num_devices * number, rows) for number, rows in pairs)
     of_device = largest_part(in_batch, num_devices, num_devices)
     of_pair = largest_part(in_slice, num_devices, num_devices**2)
-    sizes = [grown_size(ladder(0), number) for number in (of_device, of_pair)]
-    return PlanSizes(sizes[0], sizes[1], fresh_size(of_device), in_batch, in_slice)
+    first_touched, first_sent = first_sizes(num_devices)
+    touched, sent = grown_size(first_touched, of_device), grown_size(first_sent, of_pair)
+    return PlanSizes(touched, sent, fresh_size(of_device), in_batch, in_slice)
 
 
 def map_bytes(layout: MapLayout) -> dict[str, int]:

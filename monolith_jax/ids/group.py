@@ -20,16 +20,14 @@ import numpy as np
 from monolith_jax.ids import admission, expiry, kernels, routes
 from monolith_jax.ids import batch as batch_kernels
 from monolith_jax.ids.admission import AdmissionConfig
+from monolith_jax.ids.copies import Copies
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout, ladder
 from monolith_jax.ids.lines import NOT_ADMITTED, Distinct, make_distinct
+from monolith_jax.ids.sizes import first_sizes, fresh_size, grown_size, rows_per_device, scratch_size
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.ids.tier import Tier
 from monolith_jax.types import FreedRows, GroupIds, GroupPlan
 
-_FRESH_SIZES = tuple(4**k for k in range(3, 14))
-_ROOM = 1.05
-"""A padded size that must grow takes this much more than was needed (and half as much again as it was): each size is a
-compilation of the step."""
 _WORTH_THREADS = 2**15
 """Positions of a batch below which handing it to threads takes longer than the work."""
 
@@ -116,8 +114,8 @@ class GroupMapper:
         self._pinned = np.zeros_like(self.maps.arrays.used) if self._ttl_s.any() else np.zeros((1, 1), np.uint32)
         shape = self.maps.arrays.counts.shape
         self._expiry = {"sweeps": np.zeros(shape, np.int32), "wanted": np.zeros(shape, np.int32)}
-        self.work = make_work(0, 0, self.maps.num_shards)
-        self._touched_size = self._sent_size = ladder(0)
+        self.work, self._copies = make_work(0, 0, self.maps.num_shards), Copies()
+        self._touched_size, self._sent_size = first_sizes(num_devices)
 
     def plan(
         self, batch: GroupIds, seen_s: np.ndarray, now_s: int, plan_number: int, insert: bool = True
@@ -336,7 +334,8 @@ class GroupMapper:
     def get_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of the maps, filters, sweeps and padded sizes."""
         sizes = np.array([self._touched_size, self._sent_size], np.int32)
-        return {**self.maps.get_state(), **{name: array.copy() for name, array in self._state().items()}, "sizes": sizes}
+        copies = {name: self._copies.copy(name, array) for name, array in self._state().items()}
+        return {**self.maps.get_state(), **copies, "sizes": sizes}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Takes over what `get_state` returned.
@@ -361,35 +360,3 @@ class GroupMapper:
         for name, array in mine.items():
             array[:] = state[name]
         self._touched_size, self._sent_size = sizes
-
-
-def rows_per_device(layout: MapLayout, num_devices: int, rows_per_shard: int = 0) -> int:
-    """Returns the rows of a group that each of S devices holds; `rows_per_shard` of each shard, 0: all.
-
-    Raises:
-        ValueError: S does not divide L, or a device would have more rows than int32 can count.
-    """
-    if layout.num_shards % num_devices:
-        raise ValueError(f"{layout.num_shards} shards cannot be divided among {num_devices} devices; use a power of two")
-    rows = layout.num_shards // num_devices * (rows_per_shard or layout.rows_per_shard)
-    if rows + _FRESH_SIZES[-1] >= 2**31:
-        raise ValueError(
-            f"a device would hold {rows:,} rows of tables {layout.names}, more than int32 counts; use more than {num_devices} "
-            "devices, a smaller TableConfig.max_rows or TableConfig.memory 'tiered'"
-        )
-    return rows
-
-
-def fresh_size(number: int) -> int:
-    """Returns the padded size F for the fresh rows of a device."""
-    return next(size for size in _FRESH_SIZES if size >= number)
-
-
-def scratch_size(parts: np.ndarray) -> int:
-    """Returns the size of `dedup`'s scratch for shards with so many ids."""
-    return 1 << max(int(2 * parts.max() - 1).bit_length(), 4)
-
-
-def grown_size(size: int, needed: int) -> int:
-    """Returns the padded size V or U of a plan that needs so much, after one of `size`."""
-    return size if needed <= size else ladder(max(int(needed * _ROOM), size + size // 2))

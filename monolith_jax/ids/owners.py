@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from monolith_jax.ids import batch as batch_kernels
-from monolith_jax.ids.group import GroupMapper, fresh_size, make_work, scratch_size
+from monolith_jax.ids.group import GroupMapper, make_work
 from monolith_jax.ids.lines import jit
+from monolith_jax.ids.sizes import fresh_size, scratch_size
 from monolith_jax.types import FreedRows, GroupIds, GroupPlan
 
 WORDS = 6

@@ -109,6 +109,11 @@ class ExchangedBytes(NamedTuple):
     """Sum over devices of the distinct ids in their slice of the batch that have a row, times D and the bytes of a number."""
 
 
+def vector_bytes(dim: int, exchange: ExchangeConfig) -> tuple[int, int]:
+    """Returns the bytes of a vector [D] on the wire, and what its numbers alone take: two share a word in bfloat16."""
+    return (4 * num_words(dim), 2 * dim) if exchange.wire_dtype == "bfloat16" else (4 * dim, 4 * dim)
+
+
 def exchanged_bytes(plan: GroupPlan, dim: int, exchange: ExchangeConfig = PADDED) -> ExchangedBytes:
     """Returns the bytes of one step, both ways, for either kind of exchange.
 
@@ -117,8 +122,7 @@ def exchanged_bytes(plan: GroupPlan, dim: int, exchange: ExchangeConfig = PADDED
         dim: D of the group.
         exchange: Its `wire_dtype` is looked at, not its kind.
     """
-    half = exchange.wire_dtype == "bfloat16"
-    of_vector, number = 4 * num_words(dim) if half else 4 * dim, int(np.asarray(plan.num_sent).sum())
+    (of_vector, least), number = vector_bytes(dim, exchange), int(np.asarray(plan.num_sent).sum())
     of_sizes = 4 * plan.num_sent.shape[0] ** 2
     padded = 2 * plan.sent.shape[0] * plan.sent.shape[1] * plan.sent.shape[2] * of_vector
-    return ExchangedBytes(padded, 2 * (number * of_vector + of_sizes), 2 * number * dim * (2 if half else 4))
+    return ExchangedBytes(padded, 2 * (number * of_vector + of_sizes), 2 * number * least)

@@ -14,6 +14,7 @@ from launch.bench.workload import Lane, Workload
 from monolith_jax.mesh import MeshConfig, make_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.tables.update import OptimizerConfig
+from monolith_jax.tables.wire import exchanged_bytes
 
 BATCH = 64
 STEP_NAMES = {
@@ -21,7 +22,7 @@ STEP_NAMES = {
     "rows_100m_over_1m_sparse", "over_dense_of_fastest", "host_ms", "host_over_step", "sparse_ms", "full_minus_dense_cpu_ms",
 }  # fmt: skip
 SCALING_NAMES = {
-    "step_ms", "cpu_ms", "exchange_over_floor", "exchange_bytes", "floor_bytes", "devices8_over_devices2"
+    "step_ms", "cpu_ms", "exchange_over_floor", "ragged_over_floor", "exchange_bytes", "floor_bytes", "devices8_over_devices2"
 }  # fmt: skip
 
 
@@ -35,14 +36,14 @@ def small_work(num_devices: int, max_rows: int = 4000) -> Workload:
 def test_exchange_is_counted_from_the_plan(num_devices: int) -> None:
     work = small_work(num_devices)
     plan = work.inputs(1)[0].plans[0]
-    sent = np.asarray(plan.sent)
-    padded, floor = scaling.exchange_bytes(np.asarray(plan.positions), sent, 16)
+    padded, ragged, floor = exchanged_bytes(plan, 16)
     # The first batch that is read is the pool's second; its ids are apart by feature.
     examples = work.batches[1].examples
     ids = np.stack([examples[f"id{f}"].to_numpy() for f in range(workload.NUM_FEATURES)], axis=1)
     distinct = sum(np.unique(part).size for part in np.split(ids, num_devices))
     assert floor == 2 * distinct * 16 * 4
-    assert padded == 2 * num_devices**2 * sent.shape[2] * 16 * 4 >= floor
+    assert padded == 2 * num_devices**2 * plan.sent.shape[2] * 16 * 4 >= floor
+    assert ragged == floor + 2 * 4 * num_devices**2
 
 
 def test_ids_of_made_inputs_all_have_rows() -> None:
@@ -143,11 +144,11 @@ def test_scaling_says_which_process_ended() -> None:
 
 
 def test_scaling_divides_round_by_round() -> None:
-    one = {"cpu_ms": [1.0], "padded_bytes": 3.0, "floor_bytes": 2.0}
+    one = {"cpu_ms": [1.0], "padded_bytes": 3.0, "ragged_bytes": 2.1, "floor_bytes": 2.0}
     found = {2: {**one, "step_ms": [10.0, 20.0, 30.0]}, 8: {**one, "step_ms": [11.0, 21.0, 36.0]}}
     figures = scaling.summary(found)
     assert figures["devices8_over_devices2"] == pytest.approx(statistics.median([1.1, 1.05, 1.2]))
-    assert figures["exchange_over_floor"] == {"2": 1.5, "8": 1.5}
+    assert figures["exchange_over_floor"] == {"2": 1.5, "8": 1.5} and figures["ragged_over_floor"]["8"] == 1.05
 
 
 @pytest.mark.slow

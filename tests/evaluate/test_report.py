@@ -68,8 +68,16 @@ def _text(*tables: Table) -> str:
 
 
 def test_tables_tell_the_run(tmp_path: Path) -> None:
+    for step, size in ((200, 2_500_000), (1000, 1_500_000)):
+        part = tmp_path / "snapshots" / str(step) / "state"
+        part.mkdir(parents=True)
+        (part / "data").write_bytes(bytes(size))
+    (tmp_path / "snapshots" / "1200.orbax-checkpoint-tmp-1").mkdir()
     text = _text(*report.tables(_write(tmp_path, _rows())))
+    assert text.index("snapshot of step 200, on disk") < text.index("snapshot of step 1,000, on disk")
     for wanted in (
+        "2.5 MB",
+        "1.5 MB",
         "long_view",
         "0.6543",
         "0.8000",

@@ -351,6 +351,6 @@ def test_seeds_depend_on_the_name_alone() -> None:
 @given(st.integers(0, 2**31))
 def test_padded_sizes(needed: int) -> None:
     size = ladder(needed)
-    power = 1 << (size.bit_length() - 4)
-    assert size >= max(needed, 256) and size % power == 0
-    assert size == 256 or size - needed <= size / 9
+    power = 1 << (size.bit_length() - 5)
+    assert size >= max(needed, 64) and size % power == 0
+    assert size == 64 or size - needed <= size / 17
