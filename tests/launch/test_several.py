@@ -20,7 +20,12 @@ from tests import test_flow
 from tests.ids.threads_exchange import together
 from tests.launch.processes import finish, free_port, start
 
-FOUR = ("TrainConfig.partitions = 4", "Experiment.counters = @CountersConfig()", "CountersConfig.max_rows = 500")
+FOUR = (
+    "TrainConfig.partitions = 4",
+    "SyntheticConfig.num_examples = 5_000",
+    "Experiment.counters = @CountersConfig()",
+    "CountersConfig.max_rows = 500",
+)
 compile_cache = test_flow.compile_cache
 from_the_root = test_flow.from_the_root
 
@@ -68,28 +73,28 @@ def assert_close(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the folder of a run of 12 steps of one process with one device."""
+    """Returns the folder of a run of 50 steps of one process with one device."""
     folder = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(test_flow.ROOT)
-        test_flow.run(folder, *FOUR, steps=12)
+        test_flow.run(folder, *FOUR, steps=50)
     return folder
 
 
 def test_a_run_changes_size_and_learns_the_same(whole: Path, tmp_path: Path) -> None:
-    printed = train_together(tmp_path, 2, 4, devices=2)
-    assert "4 steps, 256 examples" in printed[0] and "complete" in printed[0]
+    printed = train_together(tmp_path, 2, 16, devices=2)
+    assert "16 steps, 1,024 examples" in printed[0] and "complete" in printed[0]
     assert printed[1].replace("[Gloo]", "").count("steps") == 0, "process 0 alone prints"
-    test_flow.run(tmp_path, *FOUR, "MeshConfig.num_devices = 8", steps=8)
-    train_together(tmp_path, 2, 12)
+    test_flow.run(tmp_path, *FOUR, "MeshConfig.num_devices = 8", steps=32)
+    train_together(tmp_path, 2, 50)
     assert_close(whole, tmp_path)
 
 
 @pytest.mark.slow
 def test_four_processes_and_models_split_inside_them(whole: Path, tmp_path: Path) -> None:
-    train_together(tmp_path, 4, 5)
-    train_together(tmp_path, 2, 9, "MeshConfig.model_parallel = 2", devices=4)
-    test_flow.run(tmp_path, *FOUR, steps=12)
+    train_together(tmp_path, 4, 20)
+    train_together(tmp_path, 2, 35, "MeshConfig.model_parallel = 2", devices=4)
+    test_flow.run(tmp_path, *FOUR, steps=50)
     assert_close(whole, tmp_path)
 
 
