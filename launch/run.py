@@ -205,8 +205,8 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
 
     try:
         state = _begin(parts, snapshots, planner, log, who, experiment.tables, config.warm_start, console)
-        if experiment.snapshots.period_steps:
-            snapshots.prepare(state)
+        if experiment.snapshots.period_steps and not parts.exchange:
+            snapshots.prepare(parts.tiers.whole(state))
         if first:
             (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
         with log, _stopped_by_sigterm(planner):

@@ -1,8 +1,9 @@
 """Copies of what CPU devices hold, in memory that is used again.
 
-In: a tree of arrays. Out: the same tree, its arrays in memory of their own, so that the next step can go on in place while the
-copy is being written to disk. XLA shares the memory of a CPU device with whoever reads it; a step that is given shared arrays
-copies them whole into new memory, and to touch new memory takes several times as long as to copy into old.
+In: a tree of arrays, jax's on CPU devices or numpy's. Out: the same tree, its arrays in memory of their own, so that the next
+step can go on in place while the copy is being written to disk. XLA shares the memory of a CPU device with whoever reads it; a
+step that is given shared arrays copies them whole into new memory, and to touch new memory takes several times as long as to
+copy into old.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ _ALIGNMENT = 64
 
 
 def on_cpu(tree: Any) -> bool:
-    """Returns whether all arrays of a tree lie on CPU devices of this process."""
+    """Returns whether all arrays of a tree lie on CPU devices of this process, or are numpy's."""
     return all(
         leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.sharding.device_set)
         for leaf in jax.tree.leaves(tree)
+        if not isinstance(leaf, np.ndarray)
     )
 
 
@@ -52,10 +54,13 @@ class HostCopies:
         leaves, structure = jax.tree.flatten(tree)
         return structure.unflatten([self._copied(index, leaf) for index, leaf in enumerate(leaves)])
 
-    def _copied(self, index: int, array: jax.Array) -> jax.Array:
+    def _copied(self, index: int, array: Any) -> Any:
         parts = []
         for place, part in _parts(index, array):
             buffer = self._buffer(place)
+            if part is array:  # numpy's
+                np.copyto(buffer, array)
+                return buffer
             np.copyto(buffer, np.asarray(part.data))
             # XLA uses the memory as it is, or copies it, as it likes; either is right.
             parts.append(jax.device_put(buffer, part.device, may_alias=True))
@@ -76,6 +81,8 @@ class HostCopies:
             self._preparing = None
 
 
-def _parts(index: int, array: jax.Array) -> list[tuple[tuple[Any, ...], Any]]:
-    """Returns the parts of an array on its devices, each with what its memory is known by."""
+def _parts(index: int, array: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Returns the parts of an array on its devices, or all of numpy's, each with what its memory is known by."""
+    if isinstance(array, np.ndarray):
+        return [((index, -1, array.shape, array.dtype), array)]
     return [((index, part.device.id, part.data.shape, array.dtype), part) for part in array.addressable_shards]

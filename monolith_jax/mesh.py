@@ -94,7 +94,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"{num_processes} processes have {', '.join(map(str, of_process))} devices, MeshConfig.num_devices is "
             f"{config.num_devices}: give each process as many, and use all of them (MeshConfig.num_devices = 0)"
         )
-    if of_process[0] % config.model_parallel and num_processes > 1:
+    if num_processes > 1 and (config.model_parallel < 1 or of_process[0] % config.model_parallel):
         raise ValueError(
             f"MeshConfig.model_parallel is {config.model_parallel}, which does not divide the {of_process[0]} devices of a "
             "process: devices that share a tower must belong to one process"
