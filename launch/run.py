@@ -11,7 +11,7 @@ import dataclasses
 import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ from launch.process import prepare
 from monolith_jax.evaluate.prequential import Prequential
 from monolith_jax.evaluate.report import closing_table
 from monolith_jax.experiment import Experiment, SourceConfig, to_gin
+from monolith_jax.host_copy import on_cpu
 from monolith_jax.ids.exchange import Exchange
 from monolith_jax.ids.group import GroupMapper, Rule
 from monolith_jax.ids.mapper import Mapper
+from monolith_jax.ids.messages import everyone
 from monolith_jax.ids.threads import make_threads
 from monolith_jax.mesh import make_mesh, num_devices
 from monolith_jax.planner import Planner
 from monolith_jax.reader import Memory, Reader
-from monolith_jax.rounds import everyone
 from monolith_jax.snapshot import Committed, SnapshotConfig, Snapshots, find
 from monolith_jax.stream.batcher import batches
 from monolith_jax.stream.columns import ColumnsConfig, ColumnsSource
@@ -113,7 +114,7 @@ def assemble(experiment: Experiment) -> Parts:
     _check_batch(config, num_devices(mesh), num_processes)
     model, weights = make_model(
         experiment.model, experiment.tables, experiment.features, experiment.heads,
-        experiment.dense_optimizer, config.seed, experiment.mesh.num_shards, mesh, experiment.exchange,
+        experiment.dense_optimizer, config.seed, experiment.mesh.num_shards, mesh, experiment.wire,
     )  # fmt: skip
     threads = make_threads(experiment.mapper)
     mappers = [
@@ -164,10 +165,11 @@ def _readers(experiment: Experiment, parts: Parts, source: Source, workdir: Path
     """Returns the readers of this process's partitions; partition 0's rejected rows go to `<letters>.jsonl`."""
     number = experiment.train.partitions
     rows = experiment.train.batch_size // number
+    column = experiment.history.user_column if experiment.history else "user_id"
     readers = []
     for index, memories in zip(parts.partitions, parts.memories, strict=True):
         dead_letters = DeadLetters(workdir / (f"{letters}.{index}.jsonl" if index else f"{letters}.jsonl"))
-        readers.append(Reader(batches(partition(source, index, number), rows), memories, dead_letters, rows))
+        readers.append(Reader(batches(partition(source, index, number, column), rows), memories, dead_letters, rows))
     return readers
 
 
@@ -184,7 +186,7 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
     console = console or Console(quiet=not first)
     workdir.mkdir(parents=True, exist_ok=True)
     source = open_source(experiment.source)
-    tell = partial(_tell_committed, console)
+    tell = partial(_tell_committed, console) if first else None
     snapshots = Snapshots(experiment.snapshots, workdir / "snapshots", tell=tell, exchange=parts.exchange)
     config = experiment.train
     readers = _readers(experiment, parts, source, workdir, "dead_letters")
@@ -205,15 +207,16 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
 
     try:
         state = _begin(parts, snapshots, planner, log, who, experiment.tables, config.warm_start, console)
-        if experiment.snapshots.period_steps and not parts.exchange:
+        if experiment.snapshots.period_steps and on_cpu(state):
             snapshots.prepare(parts.tiers.whole(state))
         if first:
             (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
         with log, _stopped_by_sigterm(planner):
             state = run(state, planner, make_train_step(parts.model), log, save, parts.tiers)
     finally:
-        planner.close()
-        snapshots.close()
+        with ExitStack() as closing:
+            closing.callback(snapshots.close)
+            closing.callback(planner.close)
     if planner.stopped:
         console.print(
             f"stopped by SIGTERM after step {log.steps:,}, saved; the same command goes on from there", highlight=False
@@ -242,7 +245,7 @@ def _begin(
     console: Console,
 ) -> TrainState:
     """Returns the state to start from: the newest snapshot, a warm start, or nothing learned yet."""
-    step = snapshots.latest()
+    step = newest_snapshot(parts, snapshots)
     if step is not None:
         like = parts.tiers.like(parts.state)
         if can_grow(snapshots.read_meta(step)["identity"], who):
@@ -268,6 +271,17 @@ def _begin(
     old.close()
     console.print(f"warm start from step {latest:,} of {warm_start}:\n  " + "\n  ".join(lines), highlight=False)
     return parts.tiers.split(state)
+
+
+def newest_snapshot(parts: Parts, snapshots: Snapshots) -> int | None:
+    """Returns the step of the newest snapshot, the same in all processes."""
+    seen = everyone(parts.exchange, snapshots.latest())
+    if len(set(seen)) > 1:
+        raise ValueError(
+            f"the processes see different newest snapshots, of steps {', '.join(map(str, seen))}: is --workdir on a file "
+            "system that all hosts share? If it is, start again in a minute"
+        )
+    return seen[0]
 
 
 def _refuse_several(parts: Parts, what: str) -> None:

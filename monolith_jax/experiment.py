@@ -43,7 +43,7 @@ from monolith_jax.stream.movielens import MovieLensConfig
 from monolith_jax.stream.synthetic import SyntheticConfig
 from monolith_jax.tables.table import TableConfig
 from monolith_jax.tables.update import OptimizerConfig
-from monolith_jax.tables.wire import ExchangeConfig
+from monolith_jax.tables.wire import WireConfig
 from monolith_jax.train.loop import TrainConfig
 
 SourceConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfig
@@ -54,7 +54,7 @@ CONFIGS: tuple[type, ...] = (
     *(IdFeatureConfig, CrossFeatureConfig, BucketFeatureConfig, TimeFeatureConfig, DenseFeatureConfig),
     *(TableConfig, AdmissionConfig, MapperConfig, OptimizerConfig),
     *(DeepFMConfig, MMoEConfig, HeadConfig),
-    *(TrainConfig, SnapshotConfig, MeshConfig, ExchangeConfig, PrequentialConfig),
+    *(TrainConfig, SnapshotConfig, MeshConfig, WireConfig, PrequentialConfig),
 )
 """Every dataclass that a file may bind, in the order of `configs/reference.gin`: the order of the data."""
 
@@ -89,7 +89,7 @@ class Experiment:
     """How the host maps ids to rows; results do not depend on it."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """The devices, and how tables are split over them."""
-    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
     """How vectors and gradients cross between the devices. Like the mesh it may be another when a run goes on, which then
     rounds as that one does."""
     prequential: PrequentialConfig = field(default_factory=PrequentialConfig)

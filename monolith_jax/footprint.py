@@ -95,7 +95,7 @@ class Traffic:
     """What one step moves, a device, under one assumption on the distinct ids of a batch."""
 
     to_batch: int
-    """Bytes that leave a device with vectors, padding included (with `ExchangeConfig.kind` ragged there is none)."""
+    """Bytes that leave a device with vectors, padding included (with `WireConfig.kind` ragged there is none)."""
     to_owners: int
     """Bytes that leave it with gradients, padding included."""
     needed: float
@@ -117,11 +117,12 @@ class HostBytes:
     tables: int
     """All rows of the groups that are in two tiers, and which of them are on the devices."""
     memories: int
-    """Histories and counters, whole on each host."""
+    """Histories and counters of the host's partitions."""
     work: int
     """The mapper's scratch, and the inputs of the plan being made."""
     frozen: int
-    """At a snapshot: the copy of maps, filters and memories as they were after its plan, and Orbax's copy of that."""
+    """At a snapshot: the copy of maps, filters and memories as they were after its plan, and Orbax's copy of that; of memories
+    one more, while they are packed."""
     state: int
     """At a snapshot: what the host's devices hold, and Orbax's copy of `tables`, on their way to disk."""
 
@@ -299,9 +300,9 @@ class _Step:
         to_batch = sum(exchanged(jax.make_jaxpr(make_read(model))(self.state.groups, plans)))
         both = sum(exchanged(jax.make_jaxpr(make_train_step(model))(self.state, self.inputs)))
         parts = zip(self.sizes, model.groups, strict=True)
-        of_vectors = [(sizes.in_slice, *vector_bytes(group.dim, model.exchange)) for sizes, group in parts]
+        of_vectors = [(sizes.in_slice, *vector_bytes(group.dim, model.wire)) for sizes, group in parts]
         needed = sum(2 * number * least for number, _, least in of_vectors)
-        if model.exchange.kind == "ragged":
+        if model.wire.kind == "ragged":
             # Only what is in the blocks leaves, and before it how much that is.
             of_sizes = 4 * model.mesh.size
             to_batch = sum(number * size + of_sizes for number, size, _ in of_vectors)
@@ -389,4 +390,4 @@ def _host_bytes(
     memories *= -(-partitions // num_hosts)
     maps, filters = -(-maps // num_hosts), -(-filters // num_hosts)
     of_plans = (work + inputs) // num_hosts
-    return HostBytes(maps, filters, tables // num_hosts, memories, of_plans, 2 * (maps + filters + memories), 0)
+    return HostBytes(maps, filters, tables // num_hosts, memories, of_plans, 2 * (maps + filters) + 3 * memories, 0)

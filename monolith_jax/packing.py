@@ -33,9 +33,12 @@ def pack(state: Any) -> np.ndarray:
     text = np.frombuffer(json.dumps(plain(state)).encode(), np.uint8)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **{_JSON: text}, **arrays)
-    data = buffer.getvalue()
-    raw = np.frombuffer(len(data).to_bytes(8, "little") + data, np.uint8)
-    return np.pad(raw, (0, -raw.size % ROW_BYTES)).reshape(-1, ROW_BYTES)
+    data = np.frombuffer(buffer.getbuffer(), np.uint8)
+    rows = np.zeros((-(-(data.size + 8) // ROW_BYTES), ROW_BYTES), np.uint8)
+    flat = rows.reshape(-1)
+    flat[:8] = np.frombuffer(data.size.to_bytes(8, "little"), np.uint8)
+    flat[8 : 8 + data.size] = data
+    return rows
 
 
 def unpack(rows: np.ndarray) -> Any:
@@ -58,4 +61,6 @@ def unpack(rows: np.ndarray) -> Any:
 def stacked(packed: Sequence[np.ndarray], num_rows: int = 0) -> np.ndarray:
     """Returns packed states as one array, uint8 [number, rows, 2^20], with as many rows as the longest, at least `num_rows`."""
     most = max([num_rows, *(len(rows) for rows in packed)])
+    if len(packed) == 1 and len(packed[0]) == most:
+        return packed[0][None]
     return np.stack([np.pad(rows, ((0, most - len(rows)), (0, 0))) for rows in packed])

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from monolith_jax.ids.mapper import Mapper
+from monolith_jax.ids.messages import everyone
 from monolith_jax.packing import pack, stacked, unpack
 from monolith_jax.reader import Observed, Reader, joined
 from monolith_jax.rounds import agree, may_go_on
@@ -87,6 +88,7 @@ class Planner:
         self._readers = tuple(readers)
         self._mapper = mapper
         self._exchange = exchange
+        self._num_partitions = len(self._readers) * (exchange.num_processes if exchange else 1)
         self._labels = [head.label for head in model.heads]
         self._group_column = group_column
         self._freeze_every = freeze_every
@@ -142,7 +144,8 @@ class Planner:
                 # Takes the memory for it before the first step, not at a later one.
                 self._mapper.get_state()
             error = self._plan_all()
-            frozen = self.get_state()
+            # Whoever only tests changes nothing that is worth keeping.
+            frozen = self.get_state() if self._insert else {}
         except Exception as raised:  # Every error is the consumer's to see; the host's state may be half way through a plan.
             error = raised
         self._put(_End(frozen, error))
@@ -153,10 +156,9 @@ class Planner:
             fetched, error = self._fetch()
             go = may_go_on(self._exchange, fetched, self._stop.is_set(), error is not None)
             self.stopped = go.stop
-            if error is not None:
-                return error
             if go.failed is not None:
-                return ValueError(f"process {go.failed} cannot read its input on; its own output says why")
+                said = everyone(self._exchange, str(error or ""))
+                return error or ValueError(f"process {go.failed} cannot read its input on: {said[go.failed]}")
             if go.stop or not go.fetched:
                 return None
             self._put(self._plan())
@@ -185,8 +187,8 @@ class Planner:
         parts = [reader.take(*arguments) for reader in self._readers]
         features, observed = joined(parts)
         now = agree(self._exchange, parts, observed)
-        # The highest median of a batch, never going back: a few events from the future expire nothing, and are seen now.
-        self._now_ms = max(self._now_ms, now.median_ms)
+        # Never going back. What comes from the future is seen now.
+        self._now_ms = max(self._now_ms, now.watermark_ms)
         shift_ms = np.repeat([part.shift_ms for part in parts], self._readers[0].num_rows)
         times_ms = np.minimum(observed.event_time_ms + shift_ms, self._now_ms)
         plan = self._mapper.plan(features.groups, times_ms, self._now_ms, self._step, self._insert)
@@ -196,7 +198,11 @@ class Planner:
         freeze = self._freeze_every and self._step % self._freeze_every == 0
         frozen = self.get_state() if freeze else None
         told = (plan.stats, plan.freed, position, frozen, plan.moves)
-        return Planned(inputs, now.observed, now.num_examples, now.epoch, *told)
+        observed = now.observed
+        if self._num_partitions > 1:
+            # Partitions are not at the same time: their rows count in the period that the watermark is in.
+            observed = observed._replace(event_time_ms=np.full_like(observed.event_time_ms, self._now_ms))
+        return Planned(inputs, observed, now.num_examples, now.epoch, *told)
 
     def get_state(self) -> dict[str, Any]:
         """Returns a copy of this process's host state.

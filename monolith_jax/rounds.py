@@ -6,9 +6,8 @@ compiled another shape, stopped a step earlier or took another time than the oth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,8 +33,9 @@ class Round(NamedTuple):
     """Of the whole batch, the processes' rows one after the other."""
     num_examples: int
     """Rows of the whole batch that are no padding."""
-    median_ms: int
-    """Of their times, shifted by the passes over the data that were."""
+    watermark_ms: int
+    """The lowest median time of a partition, shifted by the passes over its data: no partition is far behind it, so what was
+    seen in this batch does not count as old. A few events from the future do not move it."""
     epoch: int
     """The latest of those that the rows are of."""
 
@@ -65,28 +65,9 @@ def agree(exchange: Exchange | None, parts: Sequence[Part], observed: Observed) 
         numbers = np.ascontiguousarray(words[:, :first]).view(np.int64).reshape(-1, 3)
         observed = _observed(words[:, first:], num_heads)
     size = len(observed.event_time_ms) // len(numbers)
-    real = (np.arange(size) < numbers[:, :1]).reshape(-1)
-    # A part without examples has no time of its own.
-    newest, nowhere = int(observed.event_time_ms[real].max()), np.repeat(numbers[:, 0] == 0, size)
-    shifted = (observed.event_time_ms + np.repeat(numbers[:, 2], size))[real]
-    return Round(
-        observed._replace(event_time_ms=np.where(nowhere, newest, observed.event_time_ms)),
-        int(numbers[:, 0].sum()),
-        int(np.median(shifted)),
-        int(numbers[numbers[:, 0] > 0, 1].max()),
-    )
-
-
-def everyone(exchange: Exchange | None, value: Any) -> list[Any]:
-    """Returns what each process gives, JSON-able, in their order; not for every step. No planner may run meanwhile."""
-    if exchange is None:
-        return [value]
-    data = json.dumps(value).encode()
-    lengths = exchange.gather(np.array([len(data)], np.uint32))[:, 0]
-    padded = np.zeros(-(-int(lengths.max()) // 4) * 4, np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    words = exchange.gather(padded.view(np.uint32))
-    return [json.loads(row.tobytes()[:length]) for row, length in zip(words, lengths, strict=True)]
+    parts_ms, there = observed.event_time_ms.reshape(-1, size), numbers[numbers[:, 0] > 0]
+    medians = [int(np.median(row[:n])) + shift for row, (n, _, shift) in zip(parts_ms, numbers.tolist(), strict=True) if n]
+    return Round(observed, int(numbers[:, 0].sum()), min(medians), int(there[:, 1].max()))
 
 
 def _words(observed: Observed) -> np.ndarray:

@@ -79,7 +79,7 @@ class Snapshots:
         config: SnapshotConfig,
         folder: Path,
         read_only: bool = False,
-        tell: Callable[[Committed], None] = lambda committed: None,
+        tell: Callable[[Committed], None] | None = None,
         exchange: Exchange | None = None,
     ) -> None:
         """Opens the folder, which is made if need be. Leftovers of interrupted saves are removed.
@@ -162,7 +162,7 @@ class Snapshots:
             try:
                 begun = begin()
                 self._manager.wait_until_finished()
-                if begun:
+                if begun and self._tell:
                     self._tell(Committed(step, folder_bytes(self._folder / str(step)), time.monotonic() - started))
             except Exception as error:  # Every error is the caller's to see.
                 self._failed = error
@@ -360,8 +360,12 @@ def _short(value: Any) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Returns the bytes of all files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Returns the bytes of all files under a folder; those that go meanwhile do not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def find(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from monolith_jax.models.losses import HeadConfig
 from monolith_jax.reader import observe
 from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.tables.update import OptimizerConfig
-from monolith_jax.tables.wire import PADDED, ExchangeConfig
+from monolith_jax.tables.wire import PADDED, WireConfig
 from monolith_jax.train.state import Inputs, Model, ModelConfig, TrainState, first_state, make_model, place_inputs
 from monolith_jax.types import Chunk, Exchange, Plan, Position, Rejected
 
@@ -66,7 +66,7 @@ def make_small(
     seed: int = 0,
     model_parallel: int = 1,
     exchange: Exchange | None = None,
-    wire: ExchangeConfig = PADDED,
+    wire: WireConfig = PADDED,
 ) -> Small:
     """Makes a model; by default one whose logits are linear in its inputs but for the products of a factorisation machine.
 

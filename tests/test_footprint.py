@@ -124,8 +124,8 @@ def test_exchange_is_what_a_plan_sends() -> None:
 
 
 def test_what_is_on_the_wire_is_counted() -> None:
-    exchange = ("Experiment.exchange = @ExchangeConfig()", "ExchangeConfig.wire_dtype = 'bfloat16'")
-    ragged = (*exchange, "ExchangeConfig.kind = 'ragged'")
+    exchange = ("Experiment.wire = @WireConfig()", "WireConfig.dtype = 'bfloat16'")
+    ragged = (*exchange, "WireConfig.kind = 'ragged'")
     padded, half, least = (plan(loaded("movielens", 8, overrides)) for overrides in ((), exchange, ragged))
     for one, other in ((padded.all_distinct, half.all_distinct), (padded.zipf, half.zipf)):
         assert (other.to_batch, other.to_owners) == (one.to_batch // 2, one.to_owners // 2)
@@ -134,7 +134,7 @@ def test_what_is_on_the_wire_is_counted() -> None:
     # The sizes that tell of it, 4 bytes a device and group, are all that ragged adds.
     assert 0 < least.zipf.to_batch + least.zipf.to_owners - least.zipf.needed <= 2 * 4 * 8
     assert least.zipf.to_batch < half.zipf.to_batch
-    with pytest.raises(ValueError, match=r"ExchangeConfig\.kind is 'ragged'"):
+    with pytest.raises(ValueError, match=r"WireConfig\.kind is 'ragged'"):
         assemble(loaded("movielens", 8, ragged))
 
 

@@ -50,8 +50,9 @@ def planner_of(folder: Path, *sources: Any, **options: Any) -> Planner:
     return Planner(small.model, readers, small.mapper, **options)
 
 
-def times_of(first: int, chunks: int, rows: int = 10) -> list[int]:
-    return [t for n in range(first, first + chunks) for t in make_examples(rows, n)["event_time_ms"].to_pylist()]
+def ages_of(first: int, chunks: int, rows: int = 10) -> list[float]:
+    """Returns the only dense value of all examples, by which they are told apart."""
+    return [float(np.float32(age)) for n in range(first, first + chunks) for age in make_examples(rows, n)["age"].to_pylist()]
 
 
 def test_each_partition_has_its_rows_and_one_that_ends_is_padded(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_each_partition_has_its_rows_and_one_that_ends_is_padded(tmp_path: Path)
     plans = list(planner)
     planner.close()
     assert len(plans) == 10  # 40 examples of the longest, 4 a batch
-    seen: list[list[int]] = [[], [], [], []]
+    seen: list[list[float]] = [[], [], [], []]
     for plan in plans:
         real: np.ndarray = np.any(np.asarray(plan.inputs.masks), axis=1)
         assert plan.num_examples == np.count_nonzero(real)
@@ -69,9 +70,9 @@ def test_each_partition_has_its_rows_and_one_that_ends_is_padded(tmp_path: Path)
             assert (np.asarray(one.positions)[~real] == nothing).all()
         for index in range(4):
             rows = slice(4 * index, 4 * index + 4)
-            seen[index] += plan.observed.event_time_ms[rows][real[rows]].tolist()
+            seen[index] += np.asarray(plan.inputs.dense)[rows, 0][real[rows]].tolist()
             assert (np.diff(real[rows].astype(int)) <= 0).all(), "padding is at the end of its part"
-    assert seen == [times_of(100 * index, many) for index, many in enumerate(chunks)]
+    assert seen == [ages_of(100 * index, many) for index, many in enumerate(chunks)]
     assert [len(plan.position) for plan in plans] == [4] * 10
 
 
@@ -113,6 +114,17 @@ def test_an_error_of_one_loses_nothing_of_the_others(tmp_path: Path) -> None:
     for index in range(2):
         name = f"dead_letters.{index}.jsonl"
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() != b""
+
+
+def test_time_is_that_of_the_partition_that_is_furthest_behind(tmp_path: Path) -> None:
+    planner = planner_of(tmp_path, From(0, SmallSource(4)), From(50, SmallSource(4)), freeze_every=1)
+    plans = list(planner)
+    planner.close()
+    # Chunk n is at n + 1 thousand seconds.
+    times = [(plan.frozen or {})["now_ms"] for plan in plans]
+    assert times[0] < 2_000_000 and times[-1] < 5_000_000 and times == sorted(times)
+    # The metrics go by it too.
+    assert [set(plan.observed.event_time_ms.tolist()) for plan in plans] == [{time} for time in times]
 
 
 def test_time_goes_on_when_a_short_partition_begins_again(tmp_path: Path) -> None:

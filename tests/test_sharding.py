@@ -19,7 +19,7 @@ from monolith_jax.mesh import MeshConfig, make_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.mmoe import MMoEConfig
 from monolith_jax.tables.update import OptimizerConfig
-from monolith_jax.tables.wire import PADDED, ExchangeConfig
+from monolith_jax.tables.wire import PADDED, WireConfig
 from monolith_jax.train.state import ModelConfig
 from monolith_jax.train.step import make_train_step
 from tests.float64_run import MESHES, OPTIMIZERS
@@ -30,7 +30,7 @@ MODELS = {"deepfm": DeepFMConfig(hidden=(16, 8)), "mmoe": MMoEConfig(4, (16, 8),
 
 @functools.cache
 def learn(
-    num_devices: int, config: ModelConfig, run: int, model_parallel: int = 1, wire: ExchangeConfig = PADDED
+    num_devices: int, config: ModelConfig, run: int, model_parallel: int = 1, wire: WireConfig = PADDED
 ) -> tuple[list[float], Any, list[dict[str, np.ndarray]], list[Any]]:
     optimizer = OptimizerConfig(name="adagrad", learning_rate=0.05)
     small = make_small(num_devices, config, dense_optimizer=optimizer, model_parallel=model_parallel, wire=wire)
@@ -70,7 +70,7 @@ def test_two_runs_on_eight_devices_are_equal_to_the_bit() -> None:
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_bfloat16_on_the_wire_learns_what_float32_does(config: ModelConfig) -> None:
     losses, state, maps, _ = learn(8, config, 0)
-    half_losses, half_state, half_maps, _ = learn(8, config, 0, wire=ExchangeConfig(wire_dtype="bfloat16"))
+    half_losses, half_state, half_maps, _ = learn(8, config, 0, wire=WireConfig(dtype="bfloat16"))
     assert half_losses != losses and half_losses[-1] < half_losses[0]
     # Each number is rounded by at most a part in 256 on its way.
     np.testing.assert_allclose(half_losses, losses, rtol=2e-3)
@@ -83,8 +83,8 @@ def test_bfloat16_on_the_wire_learns_what_float32_does(config: ModelConfig) -> N
 
 
 def test_ragged_is_refused_before_the_first_step_on_cpu_devices() -> None:
-    with pytest.raises(ValueError, match=r"ExchangeConfig\.kind is 'ragged', but XLA has no ragged_all_to_all for CPU"):
-        make_small(8, wire=ExchangeConfig("ragged"))
+    with pytest.raises(ValueError, match=r"WireConfig\.kind is 'ragged', but XLA has no ragged_all_to_all for CPU"):
+        make_small(8, wire=WireConfig("ragged"))
 
 
 def test_tables_and_batch_are_split() -> None:

@@ -127,7 +127,8 @@ class GroupMapper:
             seen_s: uint32 [B], event times in seconds.
             now_s: The time, in seconds; never less than in the plan before.
             plan_number: How many plans there were before.
-            insert: Whether new ids get rows; if not, they read zeros and nothing changes but padded sizes, which may grow.
+            insert: Whether new ids get rows; if not, they read zeros and nothing changes but padded sizes, which may grow, and
+                in two tiers which rows are on the device.
 
         Raises:
             ValueError: S does not divide B, or a batch needs more rows at once than the device has slots.
@@ -333,7 +334,7 @@ class GroupMapper:
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of the maps, filters, sweeps and padded sizes."""
-        sizes = np.array([self._touched_size, self._sent_size], np.int32)
+        sizes = np.array([self._touched_size, self._sent_size, self._num_devices], np.int32)
         copies = {name: self._copies.copy(name, array) for name, array in self._state().items()}
         return {**self.maps.get_state(), **copies, "sizes": sizes}
 
@@ -352,11 +353,13 @@ class GroupMapper:
         if (state["filter_heads"] >> 1).any() or (sweeps < 0).any() or (sweeps >= self._layout.num_buckets).any():
             raise ValueError(f"the state of tables {self._layout.names} is damaged: a place in filters or sweeps is too large")
         sizes = [int(size) for size in np.asarray(state.get("sizes", ())).reshape(-1)]
-        if len(sizes) != 2 or any(size != ladder(size) or size >= 2**31 for size in sizes):
+        if len(sizes) != 3 or any(size != ladder(size) or size >= 2**31 for size in sizes[:2]):
             raise ValueError(f"the state of tables {self._layout.names} is damaged: no plan has the padded sizes {sizes}")
         self.maps.set_state(state)
         if self.tier:
             self.tier.reset()
         for name, array in mine.items():
             array[:] = state[name]
-        self._touched_size, self._sent_size = sizes
+        # What a device needs on another mesh says nothing about this one.
+        same = sizes[2] == self._num_devices
+        self._touched_size, self._sent_size = sizes[:2] if same else first_sizes(self._num_devices)

@@ -13,6 +13,7 @@ import numpy as np
 
 from monolith_jax.ids.cuckoo import ladder
 from monolith_jax.ids.group import GroupMapper
+from monolith_jax.ids.messages import everyone
 from monolith_jax.ids.owners import WORDS, Answered, Asked, OwnedGroup, Sizes
 from monolith_jax.types import Exchange, GroupIds, Moves, Plan
 
@@ -67,7 +68,7 @@ class Mapper:
             answered.append(group.answer(of_group, words_of_group, now_s, plan_number, insert))
         needed, stats = _agree(exchange, answered)
         if stats.get("too_few_slots"):
-            self._refuse()
+            self._refuse(exchange)
         # Bits, so a 192nd of the questions, rounded up for the words of each.
         replies = exchange.swap(_replies(answered, received.shape[1] // (32 * WORDS) + 1))
         bits = np.unpackbits(replies.view(np.uint8), axis=1, bitorder="little").view(np.bool_)
@@ -84,12 +85,16 @@ class Mapper:
     def _moves(self) -> tuple[Moves | None, ...]:
         return tuple(group.tier.moves if group.tier else None for group in self.groups)
 
-    def _refuse(self) -> None:
-        """Ends all processes where the rows of a batch do not fit into the slots of one."""
-        for group in self.groups:
-            if group.tier:
-                group.tier.check()
-        raise ValueError("a batch does not fit on the devices of another process, whose message says what to change")
+    def _refuse(self, exchange: Exchange) -> None:
+        """Ends all processes where the rows of a batch do not fit into the slots of one, with its words."""
+        words = ""
+        try:
+            for group in self.groups:
+                if group.tier:
+                    group.tier.check()
+        except ValueError as error:
+            words = str(error)
+        raise ValueError(next(said for said in everyone(exchange, words) if said))
 
     def get_state(self) -> list[dict[str, np.ndarray]]:
         """Returns a copy of everything, one mapping of arrays a group."""

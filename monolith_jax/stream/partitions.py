@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from monolith_jax.ids.strings import string_ids
 from monolith_jax.stream.columns import ColumnsSource
+from monolith_jax.stream.history import ids_of
 from monolith_jax.types import Chunk, Position, Source
 
-_USER = "user_id"
 _M = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -29,6 +28,7 @@ class DealtOut:
     source: Source
     index: int
     number: int
+    user_column: str
 
     @property
     def num_examples(self) -> int | None:
@@ -39,30 +39,29 @@ class DealtOut:
         """Yields its examples from `position` on; raises what the source raises. Rejected rows are partition 0's."""
         turn = position.get("turn", 0)
         for chunk in self.source.read(position.get("position", {})):
-            mine = self._of_users(chunk.examples) if _USER in chunk.examples.schema.names else None
+            mine = self._of_users(chunk.examples) if self.user_column in chunk.examples.schema.names else None
             examples = chunk.examples.slice(0, len(chunk.examples) * (turn == self.index)) if mine is None else mine
             turn = (turn + 1) % self.number
             place = {"position": dict(chunk.position), "turn": turn}
             yield Chunk(examples, () if self.index else chunk.rejected, place, chunk.epoch)
 
     def _of_users(self, examples: pa.RecordBatch) -> pa.RecordBatch:
-        column = examples.column(_USER)
-        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        ids = string_ids(column) if is_text else column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        ids, _ = ids_of(examples, self.user_column, "the column of users, HistoryConfig.user_column,")
         partitions = ((ids.view(np.uint64) * _M) >> np.uint64(32)) % np.uint64(self.number)
         return examples.filter(pa.array(partitions == np.uint64(self.index)))
 
 
-def partition(source: Source, index: int, number: int) -> Source:
+def partition(source: Source, index: int, number: int, user_column: str = "user_id") -> Source:
     """Returns one partition of a source.
 
     Args:
         source: The whole stream.
         index: Which partition, from 0.
         number: How many there are.
+        user_column: What histories go by: rows with the same value are in one partition.
     """
     if number == 1:
         return source
     if isinstance(source, ColumnsSource) and source.config.divide == "files":
         return dataclasses.replace(source, index=index, number=number)
-    return DealtOut(source, index, number)
+    return DealtOut(source, index, number, user_column)

@@ -25,7 +25,7 @@ from monolith_jax.mesh import BATCH_ALL, MODEL, REPLICATED, ROWS, SHARD
 from monolith_jax.tables.half_words import noise_of
 from monolith_jax.tables.table import Group, first_vectors, rounding_seed
 from monolith_jax.tables.update import first_rows, learning_rate, updated_rows, vectors_of
-from monolith_jax.tables.wire import PADDED, ExchangeConfig, check_exchange, swap_blocks
+from monolith_jax.tables.wire import PADDED, WireConfig, check_wire, swap_blocks
 from monolith_jax.types import GroupPlan
 
 
@@ -83,32 +83,32 @@ def gather_rows(mesh: Mesh, array: jax.Array, plan: GroupPlan) -> jax.Array:
     return jax.shard_map(local, mesh=mesh, in_specs=(ROWS, ROWS), out_specs=ROWS, check_vma=False)(array, plan.touched)
 
 
-def send_vectors(mesh: Mesh, group: Group, rows: jax.Array, plan: GroupPlan, exchange: ExchangeConfig = PADDED) -> jax.Array:
+def send_vectors(mesh: Mesh, group: Group, rows: jax.Array, plan: GroupPlan, wire: WireConfig = PADDED) -> jax.Array:
     """Returns the vectors at the id positions of the batch, [B, P, D]; zeros where there is no id or it was refused.
 
     Raises:
         ValueError: The devices cannot do such an exchange.
     """
-    check_exchange(exchange, mesh)
+    check_wire(wire, mesh)
 
     def local(rows: jax.Array, sent: jax.Array, num_sent: jax.Array, positions: jax.Array) -> jax.Array:
         vectors = vectors_of(group.rows, rows[0])
         if mesh.size == 1:
             return vectors.at[_places(positions, sent, rows.shape[1])].get(mode="fill", fill_value=0)
-        received = swap_blocks(vectors.at[sent[0]].get(mode="clip"), num_sent[0], False, exchange)
+        received = swap_blocks(vectors.at[sent[0]].get(mode="clip"), num_sent[0], False, wire)
         return _flat(received).at[positions].get(mode="fill", fill_value=0)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(ROWS, ROWS, ROWS, BATCH_ALL), out_specs=BATCH_ALL, check_vma=False)
     return mapped(rows, plan.sent, plan.num_sent, plan.positions)
 
 
-def return_gradients(mesh: Mesh, gradients: jax.Array, plan: GroupPlan, exchange: ExchangeConfig = PADDED) -> jax.Array:
+def return_gradients(mesh: Mesh, gradients: jax.Array, plan: GroupPlan, wire: WireConfig = PADDED) -> jax.Array:
     """Returns the gradients of the touched rows, [S, V, D], from those at the id positions [B, P, D].
 
     Raises:
         ValueError: The devices cannot do such an exchange.
     """
-    check_exchange(exchange, mesh)
+    check_wire(wire, mesh)
 
     def local(gradients: jax.Array, sent: jax.Array, num_sent: jax.Array, positions: jax.Array) -> jax.Array:
         num_devices, size = sent.shape[1:]
@@ -116,7 +116,7 @@ def return_gradients(mesh: Mesh, gradients: jax.Array, plan: GroupPlan, exchange
         if num_devices == 1:
             return sum_by_index(_flat(gradients), _places(positions, sent, num_rows).reshape(-1), num_rows)[None]
         of_ids = sum_by_index(_flat(gradients), positions.reshape(-1), num_devices * size)
-        received = swap_blocks(of_ids.reshape(num_devices, size, -1), num_sent[0], True, exchange)
+        received = swap_blocks(of_ids.reshape(num_devices, size, -1), num_sent[0], True, wire)
         return sum_by_index(_flat(received), sent[0].reshape(-1), num_rows)[None]
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(BATCH_ALL, ROWS, ROWS, BATCH_ALL), out_specs=ROWS, check_vma=False)

@@ -22,17 +22,17 @@ _AXES = (SHARD, MODEL)
 
 
 @dataclass(frozen=True)
-class ExchangeConfig:
+class WireConfig:
     """How vectors and gradients cross between devices."""
 
     kind: Literal["padded", "ragged"] = "padded"
     """padded: blocks of one size, on every backend; ragged: only what is in them, not on CPU."""
-    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: half the bytes; vectors and gradients are rounded on the way, sums stay as they are. Vectors of a table of
     bfloat16 lose nothing by it."""
 
 
-PADDED = ExchangeConfig()
+PADDED = WireConfig()
 
 
 class RaggedSizes(NamedTuple):
@@ -44,16 +44,16 @@ class RaggedSizes(NamedTuple):
     recv_sizes: Any
 
 
-def check_exchange(exchange: ExchangeConfig, mesh: Mesh) -> None:
+def check_wire(wire: WireConfig, mesh: Mesh) -> None:
     """Refuses what the devices cannot do.
 
     Raises:
         ValueError: `ragged` on CPU devices.
     """
     # An abstract mesh has no devices: lowering for others than those here is allowed.
-    if exchange.kind == "ragged" and isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu":
+    if wire.kind == "ragged" and isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu":
         raise ValueError(
-            "ExchangeConfig.kind is 'ragged', but XLA has no ragged_all_to_all for CPU devices; use 'padded' here, it gives "
+            "WireConfig.kind is 'ragged', but XLA has no ragged_all_to_all for CPU devices; use 'padded' here, it gives "
             "the same results"
         )
 
@@ -74,17 +74,17 @@ def ragged_sizes(device: Any, to_others: Any, from_others: Any, size: int) -> Ra
     return RaggedSizes(starts, to_others, there, from_others)
 
 
-def swap_blocks(blocks: jax.Array, num_sent: jax.Array, to_owners: bool, exchange: ExchangeConfig) -> jax.Array:
+def swap_blocks(blocks: jax.Array, num_sent: jax.Array, to_owners: bool, wire: WireConfig) -> jax.Array:
     """Returns what the other devices had for this one, [S, U, D]; inside `jax.shard_map` over all devices.
 
     Args:
         blocks: [S, U, D], for each device.
         num_sent: int32 [S], how many vectors this device as an owner sends to each slice: its row of `GroupPlan.num_sent`.
         to_owners: Whether slices send to owners (gradients) or owners to slices (vectors).
-        exchange: How.
+        wire: How.
     """
-    words = nearest_words(blocks) if exchange.wire_dtype == "bfloat16" else blocks
-    if exchange.kind == "padded":
+    words = nearest_words(blocks) if wire.dtype == "bfloat16" else blocks
+    if wire.kind == "padded":
         received = jax.lax.all_to_all(words, _AXES, 0, 0)
     else:
         # A device is given what it sends as an owner; what it gets as a slice it hears from the owners.
@@ -94,7 +94,7 @@ def swap_blocks(blocks: jax.Array, num_sent: jax.Array, to_owners: bool, exchang
         flat = words.reshape(-1, words.shape[2])
         arguments = [jnp.asarray(one) for one in sizes]
         received = jax.lax.ragged_all_to_all(flat, jnp.zeros_like(flat), *arguments, axis_name=_AXES).reshape(words.shape)
-    if exchange.wire_dtype == "bfloat16":
+    if wire.dtype == "bfloat16":
         return numbers_of(received, blocks.shape[2]).astype(blocks.dtype)
     return received
 
@@ -109,20 +109,20 @@ class ExchangedBytes(NamedTuple):
     """Sum over devices of the distinct ids in their slice of the batch that have a row, times D and the bytes of a number."""
 
 
-def vector_bytes(dim: int, exchange: ExchangeConfig) -> tuple[int, int]:
+def vector_bytes(dim: int, wire: WireConfig) -> tuple[int, int]:
     """Returns the bytes of a vector [D] on the wire, and what its numbers alone take: two share a word in bfloat16."""
-    return (4 * num_words(dim), 2 * dim) if exchange.wire_dtype == "bfloat16" else (4 * dim, 4 * dim)
+    return (4 * num_words(dim), 2 * dim) if wire.dtype == "bfloat16" else (4 * dim, 4 * dim)
 
 
-def exchanged_bytes(plan: GroupPlan, dim: int, exchange: ExchangeConfig = PADDED) -> ExchangedBytes:
+def exchanged_bytes(plan: GroupPlan, dim: int, wire: WireConfig = PADDED) -> ExchangedBytes:
     """Returns the bytes of one step, both ways, for either kind of exchange.
 
     Args:
         plan: Of a group, for all devices.
         dim: D of the group.
-        exchange: Its `wire_dtype` is looked at, not its kind.
+        wire: Its `dtype` is looked at, not its kind.
     """
-    (of_vector, least), number = vector_bytes(dim, exchange), int(np.asarray(plan.num_sent).sum())
+    (of_vector, least), number = vector_bytes(dim, wire), int(np.asarray(plan.num_sent).sum())
     of_sizes = 4 * plan.num_sent.shape[0] ** 2
     padded = 2 * plan.sent.shape[0] * plan.sent.shape[1] * plan.sent.shape[2] * of_vector
     return ExchangedBytes(padded, 2 * (number * of_vector + of_sizes), 2 * number * least)

@@ -26,7 +26,7 @@ from monolith_jax.models.losses import HeadConfig
 from monolith_jax.models.mmoe import MMoE, MMoEConfig
 from monolith_jax.tables.table import Group, TableConfig, empty_array, make_groups
 from monolith_jax.tables.update import OptimizerConfig, make_optimizer
-from monolith_jax.tables.wire import PADDED, ExchangeConfig, check_exchange
+from monolith_jax.tables.wire import PADDED, WireConfig, check_wire
 from monolith_jax.types import Array, GroupPlan
 
 ModelConfig = DeepFMConfig | MMoEConfig
@@ -72,7 +72,7 @@ class Model:
     mesh: Mesh
     weights: Any
     """Shape, type and sharding of each dense weight."""
-    exchange: ExchangeConfig = PADDED
+    wire: WireConfig = PADDED
     """How vectors and gradients cross between the devices."""
 
     @property
@@ -90,14 +90,14 @@ def make_model(
     seed: int,
     num_shards: int,
     mesh: Mesh,
-    exchange: ExchangeConfig = PADDED,
+    wire: WireConfig = PADDED,
 ) -> tuple[Model, Any]:
     """Returns a model and its first dense weights.
 
     Raises:
         ValueError: The configs do not fit together, or the devices cannot do such an exchange.
     """
-    check_exchange(exchange, mesh)
+    check_wire(wire, mesh)
     if not heads:
         raise ValueError("Experiment.heads is empty: name at least one HeadConfig, the model has to predict something")
     if optimizer.group_lasso:
@@ -117,7 +117,7 @@ def make_model(
     graph, weights = nnx.split(module, nnx.Param)
     pure = nnx.to_pure_dict(weights)
     shapes = jax.tree.map(partial(_shape, mesh), pure, axes_of(weights))
-    return Model(graph, groups, layout, tuple(heads), optimizer, seed, mesh, shapes, exchange), pure
+    return Model(graph, groups, layout, tuple(heads), optimizer, seed, mesh, shapes, wire), pure
 
 
 def _shape(mesh: Mesh, weight: jax.Array, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:

@@ -89,7 +89,7 @@ def make_read(model: Model) -> Callable[..., tuple[Groups, Groups, Groups]]:
     def read(arrays: Groups, plans: Plans) -> tuple[Groups, Groups, Groups]:
         rows = tuple(gather_rows(model.mesh, array, plan) for array, plan in zip(arrays, plans, strict=True))
         parts = zip(model.groups, rows, plans, strict=True)
-        vectors = tuple(send_vectors(model.mesh, group, of_group, plan, model.exchange) for group, of_group, plan in parts)
+        vectors = tuple(send_vectors(model.mesh, group, of_group, plan, model.wire) for group, of_group, plan in parts)
         return rows, vectors, tuple(plan.positions <= plan.sent.shape[0] * plan.sent.shape[2] for plan in plans)
 
     batch = sharding(model.mesh, BATCH)
@@ -133,7 +133,7 @@ def make_write(model: Model) -> Callable[..., Groups]:
     def write(arrays: Groups, rows: Groups, gradients: Groups, number: jax.Array, plans: Plans) -> Groups:
         written = []
         for group, array, of_group, gradient, plan in zip(model.groups, arrays, rows, gradients, plans, strict=True):
-            of_rows = return_gradients(model.mesh, gradient, plan, model.exchange)
+            of_rows = return_gradients(model.mesh, gradient, plan, model.wire)
             written.append(write_rows(model.mesh, group, array, of_group, of_rows, number, plan))
         return tuple(written)
 

@@ -171,6 +171,18 @@ def test_full_tables_refuse_the_same_ids() -> None:
     check_equal(batches, 4, NO_RULES, 4)
 
 
+def test_padded_sizes_are_those_of_the_mesh() -> None:
+    rng = np.random.default_rng(8)
+    batches = [draw(rng, 256, 3000, step) for step in range(3)]
+    _, state = run_alone(batches, 1, NO_RULES)
+    fresh, resumed, same = (Mapper(make_groups(devices, NO_RULES)) for devices in (8, 8, 1))
+    resumed.set_state(state)
+    same.set_state(state)
+    ids, times = draw(rng, 256, 3000, 3)
+    sizes = [[one.sent.shape[2] for one in mapper.plan(ids, times).groups] for mapper in (fresh, resumed, same)]
+    assert sizes[0][0] >= sizes[1][0] and 2 * sizes[1][0] < sizes[2][0]
+
+
 def test_frozen_tables_are_read_only() -> None:
     rng = np.random.default_rng(7)
     first, second = draw(rng, 32, 50, 0), draw(rng, 32, 100, 1)

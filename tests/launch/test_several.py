@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 
 from launch.bench import kill
-from monolith_jax.rounds import Go, everyone, may_go_on
+from launch.run import newest_snapshot
+from monolith_jax.ids.messages import everyone
+from monolith_jax.rounds import Go, may_go_on
 from monolith_jax.snapshot import SnapshotConfig, Snapshots
 from tests import test_flow
 from tests.ids.threads_exchange import together
@@ -163,6 +166,17 @@ def test_what_processes_cannot_share_is_refused(tmp_path: Path, overrides: tuple
 )
 def test_all_come_to_the_same_end(flags: list[tuple[bool, bool, bool]], found: Go) -> None:
     assert together(2, lambda exchange: may_go_on(exchange, *flags[exchange.process_id])) == [found, found]
+
+
+def test_different_views_of_the_folder_are_refused() -> None:
+    def newest(exchange: Any, steps: Sequence[int | None]) -> int | None:
+        parts: Any = SimpleNamespace(exchange=exchange)
+        snapshots: Any = SimpleNamespace(latest=lambda: steps[exchange.process_id])
+        return newest_snapshot(parts, snapshots)
+
+    assert together(2, lambda exchange: newest(exchange, [7, 7])) == [7, 7]
+    with pytest.raises(ValueError, match=r"different newest snapshots, of steps 10, None: is --workdir on a file system"):
+        together(2, lambda exchange: newest(exchange, [10, None]))
 
 
 def test_everyone_hears_everyone() -> None:

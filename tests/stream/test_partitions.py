@@ -50,6 +50,16 @@ def test_a_user_is_in_one_partition_and_all_examples_are(tmp_path: Path, text: b
     assert partition(source, 0, 1) is source
 
 
+def test_partitions_go_by_the_column_of_histories(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    columns = {name: rng.integers(0, 30, 200) for name in ("user_id", "device_id")} | {"video_id": np.arange(200)}
+    pq.write_table(pa.table(columns | {"event_time_ms": T0_MS + np.arange(200)}), tmp_path / "0.parquet")
+    source = ColumnsSource(ColumnsConfig(paths=(str(tmp_path / "0.parquet"),), chunk_rows=30))
+    found = [rows_of(assert_resumes(partition(source, index, 2, "device_id"))) for index in range(2)]
+    devices, users = ([{row[name] for row in rows} for rows in found] for name in ("device_id", "user_id"))
+    assert not devices[0] & devices[1] and users[0] & users[1]
+
+
 def test_without_users_chunks_are_dealt_out_by_turns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": np.arange(16), "event_time_ms": T0_MS + np.arange(16)}), tmp_path / "0.parquet")
     source = ColumnsSource(ColumnsConfig(paths=(str(tmp_path / "0.parquet"),), chunk_rows=3, epochs=2))

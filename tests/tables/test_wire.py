@@ -17,11 +17,11 @@ from monolith_jax.mesh import BATCH, MODEL, ROWS, SHARD, sharding
 from monolith_jax.tables import lookup
 from monolith_jax.tables.lookup import gather_rows, return_gradients, send_vectors
 from monolith_jax.tables.table import TableConfig
-from monolith_jax.tables.wire import ExchangeConfig, RaggedSizes, exchanged_bytes, ragged_sizes
+from monolith_jax.tables.wire import RaggedSizes, WireConfig, exchanged_bytes, ragged_sizes
 from monolith_jax.types import GroupIds, GroupPlan
 from tests.tables.test_lookup import DIM, Setting, draw
 
-HALF = ExchangeConfig(wire_dtype="bfloat16")
+HALF = WireConfig(dtype="bfloat16")
 
 
 def ragged_model(operands: Any, outputs: Any, of_devices: Sequence[RaggedSizes]) -> list[np.ndarray]:
@@ -81,7 +81,7 @@ def test_a_plan_fills_each_block_from_its_start(num_devices: int) -> None:
         assert (places < plan.num_sent[owners, slices]).all()
 
 
-def swapped(setting: Setting, exchange: ExchangeConfig, array: jax.Array, plan: GroupPlan, gradients: Any) -> list[np.ndarray]:
+def swapped(setting: Setting, exchange: WireConfig, array: jax.Array, plan: GroupPlan, gradients: Any) -> list[np.ndarray]:
     def swap(array: jax.Array, plan: GroupPlan, gradients: jax.Array) -> tuple[jax.Array, jax.Array]:
         vectors = send_vectors(setting.mesh, setting.group, gather_rows(setting.mesh, array, plan), plan, exchange)
         return vectors, return_gradients(setting.mesh, gradients, plan, exchange)
@@ -95,7 +95,7 @@ def test_bfloat16_on_the_wire_rounds_once_each_way() -> None:
     setting = Setting(8)
     ids, valid, gradients = draw()
     plan, (array, _) = setting.plan(ids, valid), setting.random_array()
-    vectors, of_rows = swapped(setting, ExchangeConfig(), array, plan, gradients)
+    vectors, of_rows = swapped(setting, WireConfig(), array, plan, gradients)
     half_vectors, half_of_rows = swapped(setting, HALF, array, plan, gradients)
     np.testing.assert_array_equal(half_vectors, vectors.astype(jnp.bfloat16).astype(np.float32))
     # Summed in float32 on both sides: in bfloat16 the sums of many would stand still.
@@ -108,7 +108,7 @@ def test_vectors_of_a_bfloat16_table_lose_nothing_on_a_bfloat16_wire() -> None:
     ids, valid, gradients = draw()
     plan = setting.plan(ids, valid)
     array = setting.freshen(jax.device_put(np.zeros(setting.group.shape, np.float32), sharding(setting.mesh, ROWS)), plan, 0)
-    full, half = (swapped(setting, one, array, plan, gradients)[0] for one in (ExchangeConfig(), HALF))
+    full, half = (swapped(setting, one, array, plan, gradients)[0] for one in (WireConfig(), HALF))
     assert full.any()
     np.testing.assert_array_equal(full, half)
 
@@ -125,16 +125,16 @@ def ragged_by_gathering(operand: Any, output: Any, *sizes: Any, axis_name: Any) 
     return jnp.where((received[me] == numbers[:, me]).all(), output, jnp.nan)
 
 
-@pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
-def test_ragged_equals_padded_both_ways(wire_dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ragged_equals_padded_both_ways(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(8)
     ids, valid, gradients = draw()
     plan, (array, _) = setting.plan(ids, valid), setting.random_array()
     assert len(np.unique(plan.num_sent)) > 2
-    padded = swapped(setting, ExchangeConfig("padded", wire_dtype), array, plan, gradients)
-    monkeypatch.setattr(lookup, "check_exchange", lambda exchange, mesh: None)
+    padded = swapped(setting, WireConfig("padded", dtype), array, plan, gradients)
+    monkeypatch.setattr(lookup, "check_wire", lambda exchange, mesh: None)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gathering)
-    ragged = swapped(setting, ExchangeConfig("ragged", wire_dtype), array, plan, gradients)
+    ragged = swapped(setting, WireConfig("ragged", dtype), array, plan, gradients)
     for one, other in zip(padded, ragged, strict=True):
         assert one.any()
         np.testing.assert_array_equal(other, one)
@@ -144,13 +144,13 @@ def test_what_is_sent_is_half_as_wide() -> None:
     setting = Setting(2)
     ids, valid, gradients = draw()
     plan, (array, _) = setting.plan(ids, valid), setting.random_array()
-    text = {one: _lowered(setting, setting.mesh, one, array, plan, gradients, ()) for one in (ExchangeConfig(), HALF)}
+    text = {one: _lowered(setting, setting.mesh, one, array, plan, gradients, ()) for one in (WireConfig(), HALF)}
     size = plan.sent.shape[2]
-    assert text[ExchangeConfig()].count(f"(tensor<2x{size}x{DIM}xf32>) -> tensor<2x{size}x{DIM}xf32>") == 2
+    assert text[WireConfig()].count(f"(tensor<2x{size}x{DIM}xf32>) -> tensor<2x{size}x{DIM}xf32>") == 2
     assert text[HALF].count(f"(tensor<2x{size}x2xf32>) -> tensor<2x{size}x2xf32>") == 2
 
 
-def _lowered(setting: Setting, mesh: Any, exchange: ExchangeConfig, array: Any, plan: Any, gradients: Any, to: Any) -> str:
+def _lowered(setting: Setting, mesh: Any, exchange: WireConfig, array: Any, plan: Any, gradients: Any, to: Any) -> str:
     def swap(array: jax.Array, plan: GroupPlan, gradients: jax.Array) -> tuple[jax.Array, jax.Array]:
         vectors = send_vectors(mesh, setting.group, gather_rows(mesh, array, plan), plan, exchange)
         return vectors, return_gradients(mesh, gradients, plan, exchange)
@@ -163,12 +163,12 @@ def _lowered(setting: Setting, mesh: Any, exchange: ExchangeConfig, array: Any, 
     return (traced.lower(lowering_platforms=to) if to else traced.lower()).as_text()
 
 
-@pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
-def test_ragged_lowers_for_gpus_and_is_refused_on_cpu(wire_dtype: Any) -> None:
-    setting, exchange = Setting(8), ExchangeConfig("ragged", wire_dtype)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ragged_lowers_for_gpus_and_is_refused_on_cpu(dtype: Any) -> None:
+    setting, exchange = Setting(8), WireConfig("ragged", dtype)
     ids, valid, gradients = draw()
     plan, (array, _) = setting.plan(ids, valid), setting.random_array()
-    with pytest.raises(ValueError, match=r"ExchangeConfig\.kind is 'ragged', but XLA has no ragged_all_to_all for CPU"):
+    with pytest.raises(ValueError, match=r"WireConfig\.kind is 'ragged', but XLA has no ragged_all_to_all for CPU"):
         swapped(setting, exchange, array, plan, gradients)
     mesh = AbstractMesh((8, 1), (SHARD, MODEL), axis_types=(AxisType.Auto,) * 2)
     text = _lowered(setting, mesh, exchange, array, plan, gradients, ("cuda",))
