@@ -22,7 +22,7 @@ from monolith_jax.ids import batch as batch_kernels
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.copies import Copies
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout, ladder
-from monolith_jax.ids.lines import NOT_ADMITTED, Distinct, make_distinct
+from monolith_jax.ids.lines import NOT_ADMITTED, Distinct, make_distinct, places_of
 from monolith_jax.ids.sizes import first_sizes, fresh_size, grown_size, rows_per_device, scratch_size
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.ids.tier import Tier
@@ -247,7 +247,7 @@ class GroupMapper:
 
     def _freed(self, starts: np.ndarray, numbers: np.ndarray) -> FreedRows:
         freed, shards = self.work.freed, np.repeat(np.arange(numbers.size, dtype=np.int32), numbers)
-        places = np.arange(shards.size) + np.repeat(starts - (numbers.cumsum() - numbers), numbers)
+        places = places_of(starts, numbers)
         tables = freed.tables[places]
         ids = self.maps.ids_of(freed.hashes[places], tables).view(np.int64)
         return FreedRows(ids, tables, shards + np.int32(self._first_shard), freed.rows[places])

@@ -113,6 +113,11 @@ def make_distinct(size: int, num_ranges: int) -> Distinct:
     return Distinct(starts, numbers, hashes, tables, counts, seen_s, rows, fresh, absent, num_absent)
 
 
+def places_of(starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Returns the places in ranges, one range after the other: `starts[r]` to `starts[r] + numbers[r]`, int64 [N]."""
+    return np.arange(numbers.sum()) + np.repeat(starts - (numbers.cumsum() - numbers), numbers)
+
+
 _STAMP = tuple((path.stat().st_mtime, path.stat().st_size) for path in sorted(Path(__file__).parent.glob("*.py")))
 
 

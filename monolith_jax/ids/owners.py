@@ -20,7 +20,7 @@ import numpy as np
 
 from monolith_jax.ids import batch as batch_kernels
 from monolith_jax.ids.group import GroupMapper, make_work
-from monolith_jax.ids.lines import jit
+from monolith_jax.ids.lines import jit, places_of
 from monolith_jax.ids.sizes import fresh_size, scratch_size
 from monolith_jax.types import FreedRows, GroupIds, GroupPlan
 
@@ -198,8 +198,7 @@ def _fill_positions(
 def _by_shard(numbers: np.ndarray) -> np.ndarray:
     """Returns where the ids of lists, int64 [P, L] long by shard, stand when the lists follow one another, shard by shard."""
     starts = np.concatenate([[0], numbers.reshape(-1).cumsum()[:-1]]).reshape(numbers.shape)
-    lengths, firsts = numbers.T.reshape(-1), starts.T.reshape(-1)
-    return np.arange(lengths.sum()) + np.repeat(firsts - (lengths.cumsum() - lengths), lengths)
+    return places_of(starts.T.reshape(-1), numbers.T.reshape(-1))
 
 
 class OwnedGroup:
@@ -248,7 +247,7 @@ class OwnedGroup:
         threads.run(dedup, self._shards)
         _mark_slices(distinct, ends, work.positions, work.inverse, number // self._slices, self._bits)
         numbers = distinct.numbers.copy()
-        places = np.arange(numbers.sum()) + np.repeat(distinct.starts - (numbers.cumsum() - numbers), numbers)
+        places = places_of(distinct.starts, numbers)
         words = np.empty((places.size, WORDS), np.uint32)
         words[:, :2] = distinct.hashes[places].view(np.uint32).reshape(-1, 2)
         words[:, 2], words[:, 3] = distinct.tables[places], distinct.counts[places]

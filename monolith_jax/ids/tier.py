@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from monolith_jax.ids.lines import Distinct, jit
+from monolith_jax.ids.lines import Distinct, jit, places_of
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.types import Moves
 
@@ -169,7 +169,7 @@ class Tier:
             return
         of_shard = numbers[:, 0]
         shards = np.repeat(np.arange(num_shards, dtype=np.int32), of_shard)
-        at = np.arange(shards.size) + np.repeat(distinct.starts - (of_shard.cumsum() - of_shard), of_shard)
+        at = places_of(distinct.starts, of_shard)
         self.moves = Moves(shards, slots[at], rows[at], evicted[at], loaded[at])
         self.known = int(numbers[:, 1].sum())
 
