@@ -195,12 +195,12 @@ def test_rows_are_taken_and_kept_as_dicts_say(batches: list[tuple[int, list[Seen
         oracle.plan([Seen(table, (key - 9) * 2**40, now - late) for table, key, late in ids], now)
     oracle.mapper = restored(oracle.mapper, max_rows, ttls)
     oracle.plan([Seen(table, (key - 9) * 2**40, now) for table in range(3) for key in range(20)], now)
+    assert int(oracle.mapper.maps.num_rows.sum()) == len(oracle.known)
 
 
 def test_long_streams_are_as_dicts_say() -> None:
     max_rows, ttls = (30, 200, 60, 60), (12, 15, 5, 0)
-    oracle, rng = Oracle(max_rows, ttls), np.random.default_rng(0)
-    freed = 0
+    oracle, rng, freed = Oracle(max_rows, ttls), np.random.default_rng(0), 0
     for number in range(150):
         size = int(rng.integers(0, 60))
         keys = (rng.random(size) ** 2 * 60).astype(int) + number // 3

@@ -104,8 +104,9 @@ def test_every_shard_is_worked_on_once_by_the_same_thread(num_threads: int, num_
 
 
 def test_threads_work_at_the_same_time() -> None:
-    meeting = threading.Barrier(3, timeout=30)
-    ShardThreads(3, ()).run(lambda first, last: meeting.wait(), 16)
+    meeting, came = threading.Barrier(3, timeout=30), []
+    ShardThreads(3, ()).run(lambda first, last: came.append(meeting.wait()), 16)
+    assert sorted(came) == [0, 1, 2]
 
 
 def test_one_thread_without_nodes_is_the_callers() -> None:
