@@ -31,7 +31,8 @@ IMPRESSION = pa.schema(
         pa.field("duration_ms", pa.int64()),
     ]
 )
-"""A video shown to a user. `event_time_ms`: Unix time. `duration_ms` null: unknown. Logged features are further columns."""
+"""A video shown to a user. `event_time_ms`: Unix time. `duration_ms` null: unknown. Logged features are further columns. In a
+log that is joined (`joiner`) `request_id` is required: request and video are what actions are joined by."""
 
 ACTION = pa.schema(
     [
@@ -41,9 +42,12 @@ ACTION = pa.schema(
         pa.field("video_id", pa.int64(), nullable=False),
         pa.field("action", pa.string(), nullable=False),
         pa.field("value", pa.int64()),
+        pa.field("event_id", pa.int64()),
     ]
 )
-"""One of `ACTIONS`, or `play` (value = play time in ms) or `dwell` (value = ms on the screen before the swipe)."""
+"""One of `ACTIONS`, or `play` (value = play time in ms) or `dwell` (value = ms on the screen before the swipe).
+A player may tell the play time several times: the largest counts. `event_id`: what a repeated event is known by; null: nothing.
+"""
 
 OUTCOME = pa.schema(
     [

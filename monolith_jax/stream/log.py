@@ -1,0 +1,135 @@
+"""The surface of a log of events: topics divided into partitions, each a row of messages with growing offsets.
+
+In: the address of a log. Out: a `Log` to read from, or a `Producer` to append with. Two kinds of log stand behind it: segment
+files in a folder (`file:///folder`, `file_log`), and Kafka (`kafka://host:port,host:port`, `kafka_log`, extra `kafka`). What a
+payload means is not the log's affair (`formats`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+class LogPartition(NamedTuple):
+    """One partition of a topic. Not to be confused with the partitions of a run, each of which reads some of these."""
+
+    topic: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message, as it was appended."""
+
+    offset: int
+    payload: bytes
+    timestamp_ms: int
+    """Unix time at which it was appended."""
+    schema: int = 0
+    """Number of the schema that its payload has, uint64; 0: none was given."""
+    fault: str = ""
+    """Why the payload cannot be trusted; it holds what was read."""
+
+
+class Log(Protocol):
+    """Reads a log. A partition is read from where `seek` put it; one that was never sought is not read."""
+
+    def num_partitions(self, topic: str) -> int:
+        """Returns how many partitions a topic has.
+
+        Raises:
+            ValueError: There is no such topic, or no such log.
+        """
+        ...
+
+    def bounds(self, partition: LogPartition) -> tuple[int, int]:
+        """Returns the first offset that is still there, and the one behind the last message. Asks the log afresh."""
+        ...
+
+    def offset_at(self, partition: LogPartition, timestamp_ms: int) -> int:
+        """Returns the first offset appended at or after a time; the end if there is none."""
+        ...
+
+    def seek(self, partition: LogPartition, offset: int) -> None:
+        """Reads this partition from an offset on."""
+        ...
+
+    def poll(self, max_messages: int, max_bytes: int, timeout_s: float) -> dict[LogPartition, list[Message]]:
+        """Returns the next messages of the partitions that are not paused, in order within each.
+
+        At most so many messages and (but for the first message) payload bytes in all; partitions take turns. Waits up to
+        `timeout_s` when nothing is there; then returns none.
+
+        Raises:
+            ValueError: What comes next is not there any more (retention), or the log refuses.
+        """
+        ...
+
+    def read_to(self, partition: LogPartition, end: int) -> list[Message]:
+        """Returns the messages from where the partition is read up to offset `end`, exclusive; waits until they are there.
+
+        Raises:
+            ValueError: They are not there any more.
+        """
+        ...
+
+    def pause(self, partitions: Set[LogPartition]) -> None:
+        """Makes `poll` leave these out, and no others."""
+        ...
+
+    def unread(self) -> dict[LogPartition, int]:
+        """Returns how many messages each sought partition has ahead of where it is read, as far as is known without asking."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of files, threads and connections."""
+        ...
+
+
+class Producer(Protocol):
+    """Appends to a log."""
+
+    def create(self, topic: str, partitions: int) -> None:
+        """Makes a topic unless it is there.
+
+        Raises:
+            ValueError: It is there with another number of partitions.
+        """
+        ...
+
+    def append(self, partition: LogPartition, payload: bytes, schema: int = 0, timestamp_ms: int | None = None) -> None:
+        """Appends a message; the time is now unless given. It may wait in memory until `flush`."""
+        ...
+
+    def flush(self) -> None:
+        """Returns when all that was appended is in the log.
+
+        Raises:
+            OSError: Some of it is not.
+        """
+        ...
+
+    def close(self) -> None:
+        """Flushes, and lets go."""
+        ...
+
+
+def open_log(url: str, options: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> Log:
+    """Opens a log for reading.
+
+    Args:
+        url: `file:///folder` or `kafka://host:port,host:port`.
+        options: Options of the Kafka client, by the names that librdkafka gives them.
+
+    Raises:
+        ValueError: The address or an option is not understood.
+        ImportError: `kafka://` without the extra `kafka`.
+    """
+    raise NotImplementedError
+
+
+def open_producer(url: str, options: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> Producer:
+    """Opens a log for appending; takes and raises what `open_log` does."""
+    raise NotImplementedError
