@@ -30,6 +30,27 @@ class HeadConfig:
     """Mean label that predictions start from: a rare action need not first learn that it is rare."""
     loss_weight: float = 1.0
     """Weight in the sum over the heads."""
+    negative_rate: float = 1.0
+    """Share r of the negatives of this label that the stream keeps, each with weight 1 / r. This head's loss takes logit - ln r
+    in place of that weight, so that predictions are of the whole stream (Wang et al., Nonuniform Negative Sampling and Log Odds
+    Correction, NeurIPS 2021). Binary heads; a run with a joiner sets it where `JoinerConfig.positive` names the label."""
+    early_negatives: bool = False
+    """Whether each positive was first seen as a negative (`JoinerConfig.emit` 'at_once', which sets it for actions). The stream
+    then shows p / (1 + p); the loss takes log sigmoid(logit), its log-odds, so that predictions are p (the fake negative
+    calibration of Ktena et al., Addressing Delayed Feedback, RecSys 2019). Binary heads."""
+
+
+def check_heads(heads: Sequence[HeadConfig]) -> None:
+    """Raises ValueError where a correction is not one that the head can take."""
+    for head in heads:
+        if not 0 < head.negative_rate <= 1:
+            raise ValueError(
+                f"HeadConfig.negative_rate of {head.label!r} must be above 0 and at most 1, got {head.negative_rate}"
+            )
+        if head.kind != "binary" and (head.negative_rate < 1 or head.early_negatives):
+            raise ValueError(
+                f"HeadConfig {head.label!r} is no binary head: negative_rate and early_negatives do not apply to it"
+            )
 
 
 def offsets(heads: Sequence[HeadConfig]) -> jax.Array:
@@ -67,9 +88,15 @@ def multi_task_loss(logits: jax.Array, labels: jax.Array, masks: jax.Array, head
     labels, masks = labels.astype(logits.dtype), masks.astype(logits.dtype)
     losses = []
     for task, head in enumerate(heads):
+        logit, label, mask = logits[:, task], labels[:, task], masks[:, task]
         if head.kind == "binary":
-            of_head = optax.sigmoid_binary_cross_entropy(logits[:, task], labels[:, task])
+            if head.early_negatives:
+                logit = jax.nn.log_sigmoid(logit)
+            if head.negative_rate < 1:
+                logit = logit - math.log(head.negative_rate)
+                mask = jnp.where(label > 0, mask, mask * head.negative_rate)
+            of_head = optax.sigmoid_binary_cross_entropy(logit, label)
         else:
-            of_head = jnp.square(jax.nn.softplus(logits[:, task]) - labels[:, task])
-        losses.append(head.loss_weight * jnp.mean(of_head * masks[:, task]))
+            of_head = jnp.square(jax.nn.softplus(logit) - label)
+        losses.append(head.loss_weight * jnp.mean(of_head * mask))
     return jnp.stack(losses).sum()

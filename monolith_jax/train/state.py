@@ -22,7 +22,7 @@ from monolith_jax.features import FeatureConfig, FeatureLayout, feature_layout
 from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, is_shared, sharding, weight_spec
 from monolith_jax.models.deepfm import DeepFM, DeepFMConfig
 from monolith_jax.models.layers import InputShapes, axes_of, num_fields
-from monolith_jax.models.losses import HeadConfig
+from monolith_jax.models.losses import HeadConfig, check_heads
 from monolith_jax.models.mmoe import MMoE, MMoEConfig
 from monolith_jax.tables.table import Group, TableConfig, empty_array, make_groups
 from monolith_jax.tables.update import OptimizerConfig, make_optimizer
@@ -100,6 +100,7 @@ def make_model(
     check_wire(wire, mesh)
     if not heads:
         raise ValueError("Experiment.heads is empty: name at least one HeadConfig, the model has to predict something")
+    check_heads(heads)
     if optimizer.group_lasso:
         raise ValueError(
             "OptimizerConfig.group_lasso shortens rows of tables; Experiment.dense_optimizer has none: set it to 0"

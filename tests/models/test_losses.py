@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monolith_jax.models.losses import HeadConfig, multi_task_loss, offsets, scores
+from monolith_jax.models.losses import HeadConfig, check_heads, multi_task_loss, offsets, scores
 
 HEADS = (
     HeadConfig("complete", base_rate=0.2),
@@ -72,3 +72,44 @@ def test_base_rates_that_cannot_be_predicted_are_refused(rate: float) -> None:
 def test_base_rate_of_a_regression_may_exceed_one() -> None:
     head = HeadConfig("play_ratio", "regression", base_rate=2.5)
     np.testing.assert_allclose(scores(jnp.zeros((1, 1)) + offsets([head]), [head]), [[2.5]], rtol=1e-6)
+
+
+def least(labels: list[float], masks: list[float], head: HeadConfig) -> float:
+    """Returns the probability that has the least loss, found by Newton's method."""
+    y, mask = jnp.asarray(labels)[:, None], jnp.asarray(masks)[:, None]
+
+    def loss(logit: jax.Array) -> jax.Array:
+        return multi_task_loss(jnp.full(y.shape, logit), y, mask, [head])
+
+    slope, curve = jax.jit(jax.grad(loss)), jax.jit(jax.grad(jax.grad(loss)))
+    logit = jnp.asarray(-1.0)
+    for _ in range(30):
+        logit -= slope(logit) / curve(logit)
+    return float(scores(logit[None, None], [head])[0, 0])
+
+
+def test_sampled_negatives_do_not_move_predictions() -> None:
+    # Of 80 positives and 920 negatives, a tenth of the negatives is kept, each with weight 10.
+    labels, masks = [1.0] * 80 + [0.0] * 92, [1.0] * 80 + [10.0] * 92
+    assert least(labels, masks, HeadConfig("click", negative_rate=0.1)) == pytest.approx(0.08, rel=1e-4)
+    assert least(labels, masks, HeadConfig("like")) == pytest.approx(0.08, rel=1e-4)
+    assert least(labels, [1.0] * 172, HeadConfig("click")) > 0.4
+
+
+def test_early_negatives_do_not_move_predictions() -> None:
+    # Each of 1,000 impressions is a negative first; 80 of them become positives later.
+    labels = [0.0] * 1000 + [1.0] * 80
+    assert least(labels, [1.0] * 1080, HeadConfig("like", early_negatives=True)) == pytest.approx(0.08, rel=1e-4)
+    assert least(labels, [1.0] * 1080, HeadConfig("like")) == pytest.approx(80 / 1080, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "head, match",
+    [
+        (HeadConfig("like", negative_rate=0.0), "negative_rate of 'like' must be above 0"),
+        (HeadConfig("play_ratio", "regression", early_negatives=True), "'play_ratio' is no binary head"),
+    ],
+)
+def test_corrections_that_do_not_apply_are_refused(head: HeadConfig, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        check_heads([head])
