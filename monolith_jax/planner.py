@@ -16,7 +16,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ import numpy as np
 from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.messages import everyone
 from monolith_jax.packing import pack, stacked, unpack
-from monolith_jax.reader import Observed, Reader, joined
+from monolith_jax.reader import Fetched, Observed, Part, Reader, joined
 from monolith_jax.rounds import agree, may_go_on
 from monolith_jax.train.state import Inputs, Model, place_inputs
 from monolith_jax.types import Exchange, FreedRows, Moves
@@ -51,6 +51,10 @@ class Planned:
     """Host state right after this plan, if it was asked for."""
     moves: tuple[Moves | None, ...] = ()
     """What the host must bring to the device before the step, and take from it, for each group."""
+    told: dict[str, float] = field(default_factory=dict)
+    """What the live streams of this process tell of themselves; empty where the input is no live stream."""
+    times_ms: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [n] event times of this process's examples."""
 
 
 class _End(NamedTuple):
@@ -154,22 +158,26 @@ class Planner:
         """Plans to the end. Returns the error at which the input cannot be read on: all before it is whole and can be kept."""
         while not (self._max_steps and self._step >= self._max_steps):
             fetched, error = self._fetch()
-            go = may_go_on(self._exchange, fetched, self._stop.is_set(), error is not None)
+            ready, ended = Fetched.READY in fetched, all(one is Fetched.ENDED for one in fetched)
+            go = may_go_on(self._exchange, ready, ended, self._stop.is_set(), error is not None)
             self.stopped = go.stop
             if go.failed is not None:
                 said = everyone(self._exchange, str(error or ""))
                 return error or ValueError(f"process {go.failed} cannot read its input on: {said[go.failed]}")
-            if go.stop or not go.fetched:
+            if go.stop or go.ended:
                 return None
-            self._put(self._plan())
+            if go.ready:
+                self._put(self._plan())
+            else:
+                self._take()  # A turn in which nothing came, anywhere: no plan.
         return None
 
-    def _fetch(self) -> tuple[bool, Exception | None]:
-        """Returns whether a partition has a batch to take, and the first error: that input cannot be read on."""
-        fetched, first_error = False, None
+    def _fetch(self) -> tuple[list[Fetched], Exception | None]:
+        """Returns what the partitions have, and the first error: that input cannot be read on."""
+        fetched, first_error = [], None
         for reader in self._readers:
             try:
-                fetched |= reader.fetch()
+                fetched.append(reader.fetch())
             except (ValueError, OSError) as error:
                 first_error = first_error or error
         return fetched, first_error
@@ -181,10 +189,13 @@ class Planner:
             except Full:
                 continue
 
+    def _take(self) -> list[Part]:
+        arguments = (self._model.layout, self._labels, self._group_column, self._now_ms)
+        return [reader.take(*arguments) for reader in self._readers]
+
     def _plan(self) -> Planned:
         position = [reader.position for reader in self._readers]
-        arguments = (self._model.layout, self._labels, self._group_column, self._now_ms)
-        parts = [reader.take(*arguments) for reader in self._readers]
+        parts = self._take()
         features, observed = joined(parts)
         now = agree(self._exchange, parts, observed)
         # Never going back. What comes from the future is seen now.
@@ -197,7 +208,8 @@ class Planner:
         self._step += 1
         freeze = self._freeze_every and self._step % self._freeze_every == 0
         frozen = self.get_state() if freeze else None
-        told = (plan.stats, plan.freed, position, frozen, plan.moves)
+        times_ms = np.concatenate([part.observed.event_time_ms[: part.num_examples] for part in parts])
+        told = (plan.stats, plan.freed, position, frozen, plan.moves, _told(parts), times_ms)
         observed = now.observed
         if self._num_partitions > 1:
             # Partitions are not at the same time: their rows count in the period that the watermark is in.
@@ -228,3 +240,10 @@ class Planner:
         for reader, rows in zip(self._readers, state["parts"], strict=True):
             reader.set_state(unpack(rows))
         self._step, self._now_ms = state["step"], state["now_ms"]
+
+
+def _told(parts: Sequence[Part]) -> dict[str, float]:
+    """Returns what live streams tell: of ages, in seconds, the highest, of all else the sum."""
+    names = dict.fromkeys(name for part in parts for name in part.told)
+    values = {name: [part.told[name] for part in parts if name in part.told] for name in names}
+    return {name: max(of_name) if name.endswith("_s") else sum(of_name) for name, of_name in values.items()}

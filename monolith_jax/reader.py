@@ -6,6 +6,7 @@ partition has its own memories, dead letters and position, so its examples are t
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -51,6 +52,17 @@ class Observed(NamedTuple):
     """float32 [B, T], the best possible scores where the source knows them (NaN where not)."""
 
 
+class Fetched(enum.Enum):
+    """What a partition has for the next batch."""
+
+    READY = enum.auto()
+    """Examples."""
+    IDLE = enum.auto()
+    """Nothing for now: a live stream from which nothing came for a while."""
+    ENDED = enum.auto()
+    """Nothing any more."""
+
+
 class Part(NamedTuple):
     """A partition's rows of a batch."""
 
@@ -61,6 +73,8 @@ class Part(NamedTuple):
     epoch: int
     shift_ms: int
     """What is added to event times: a further pass over the data goes on in time where the last one was."""
+    told: Mapping[str, float] = {}
+    """What a live stream tells of itself."""
 
 
 class Reader:
@@ -83,8 +97,8 @@ class Reader:
         self._position: dict[str, Any] = {}
         self._epoch = self._shift_ms = 0
 
-    def fetch(self) -> bool:
-        """Reads the next batch that has examples, if none waits to be taken; returns whether there is one.
+    def fetch(self) -> Fetched:
+        """Reads the next batch, if none waits to be taken, past those of which all was set aside.
 
         What was fetched does not show in the state before it is taken: an error elsewhere loses none of it.
 
@@ -95,15 +109,17 @@ class Reader:
             position = self._batches.get_state()
             batch = next(self._batches, None)
             if batch is None:
-                return False
-            if batch.examples.num_rows:
+                return Fetched.ENDED
+            if batch.examples.num_rows or batch.is_idle:
                 self._fetched, self._position = batch, position
             else:
                 self.dead_letters.add(batch.rejected)
-        return True
+        return Fetched.IDLE if self._fetched.is_idle else Fetched.READY
 
     def take(self, layout: FeatureLayout, label_names: Sequence[str], group_column: str, now_ms: int = 0) -> Part:
-        """Returns the part that the fetched batch makes, an empty one at the stream's end; the memories have seen it then.
+        """Returns the part that the fetched batch makes; the memories have seen it then.
+
+        It is empty at the stream's end, and where nothing came for a while.
 
         Args:
             layout: The features.
@@ -114,10 +130,11 @@ class Reader:
         Raises:
             ValueError: The examples do not fit the features or labels. The memories may be half way through.
         """
-        if (batch := self._fetched) is None:
-            return _empty_part(layout, len(label_names), self.num_rows)
-        self._fetched = None
-        self.dead_letters.add(batch.rejected)
+        batch, self._fetched = self._fetched, None
+        if batch is not None:
+            self.dead_letters.add(batch.rejected)
+        if batch is None or batch.is_idle:
+            return _empty_part(layout, len(label_names), self.num_rows)._replace(told=batch.told if batch else {})
         if is_further_pass := batch.epoch != self._epoch:
             self._epoch = batch.epoch
             for memory in self.memories:
@@ -129,7 +146,8 @@ class Reader:
         observed = observe(examples, label_names, group_column)
         if is_further_pass:
             self._shift_ms = now_ms - int(np.median(observed.event_time_ms))
-        return Part(*_padded(features, observed, self.num_rows), examples.num_rows, batch.epoch, self._shift_ms)
+        features, observed = _padded(features, observed, self.num_rows)
+        return Part(features, observed, examples.num_rows, batch.epoch, self._shift_ms, batch.told)
 
     @property
     def position(self) -> dict[str, Any]:

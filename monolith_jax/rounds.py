@@ -18,8 +18,10 @@ from monolith_jax.types import Exchange
 class Go(NamedTuple):
     """Whether all go on."""
 
-    fetched: bool
-    """Whether a process has a batch; if not, all streams have ended."""
+    ready: bool
+    """Whether a process has examples."""
+    ended: bool
+    """Whether all streams have ended."""
     stop: bool
     """Whether a process was told to stop."""
     failed: int | None
@@ -40,13 +42,14 @@ class Round(NamedTuple):
     """The latest of those that the rows are of."""
 
 
-def may_go_on(exchange: Exchange | None, fetched: bool, stop: bool, failed: bool) -> Go:
+def may_go_on(exchange: Exchange | None, ready: bool, ended: bool, stop: bool, failed: bool) -> Go:
     """Returns whether all go on, before anything of a batch is taken. All processes call it, the same number of times."""
-    flags = np.array([[fetched, stop, failed]], np.uint32)
+    flags = np.array([[ready, ended, stop, failed]], np.uint32)
     if exchange is not None:
         flags = exchange.gather(flags[0])
-    failed_ones = np.flatnonzero(flags[:, 2])
-    return Go(bool(flags[:, 0].any()), bool(flags[:, 1].any()), int(failed_ones[0]) if failed_ones.size else None)
+    failed_ones = np.flatnonzero(flags[:, 3])
+    first_failed = int(failed_ones[0]) if failed_ones.size else None
+    return Go(bool(flags[:, 0].any()), bool(flags[:, 1].all()), bool(flags[:, 2].any()), first_failed)
 
 
 def agree(exchange: Exchange | None, parts: Sequence[Part], observed: Observed) -> Round:

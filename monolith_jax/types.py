@@ -11,7 +11,7 @@ S devices, V touched rows of a device, T tasks, E experts, K candidates. `x_BD` 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -46,6 +46,10 @@ class Chunk:
     """Where reading goes on after this chunk. `read(position)` yields the same chunks that would have followed."""
     epoch: int = 0
     """Which pass over the data this is. Time starts again with each."""
+    ends_batch: bool = False
+    """Whether a batch ends behind this chunk, however short it is: a live stream does not keep examples waiting."""
+    told: Mapping[str, float] = field(default_factory=dict)
+    """What a live stream tells of itself: lag, ages. Read from the clock, so no part of the examples."""
 
 
 class Source(Protocol):

@@ -14,6 +14,7 @@ from monolith_jax.stream.batcher import batches
 from monolith_jax.stream.counters import Counters, CountersConfig
 from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.stream.history import History, HistoryConfig
+from monolith_jax.types import Chunk
 from tests.small_model import SmallSource, make_examples, make_small
 from tests.test_planner import assert_same, assert_same_plans
 
@@ -32,6 +33,19 @@ class From:
             number = self.first + chunk.position["chunk"] - 1
             examples = make_examples(chunk.examples.num_rows, number % 1000)
             yield type(chunk)(examples, chunk.rejected, chunk.position, chunk.epoch)
+
+
+@dataclass(frozen=True)
+class Live:
+    """A `SmallSource` whose batches end behind each chunk; where one stands for None, nothing came in time."""
+
+    turns: tuple[int | None, ...]
+
+    def read(self, position: Any) -> Any:
+        for turn in range(position.get("turn", 0), len(self.turns)):
+            number, place = self.turns[turn], {"turn": turn + 1}
+            examples = make_examples(0 if number is None else 6, number or 0)
+            yield Chunk(examples, (), place, ends_batch=True, told={"lag_s": turn, "unread": 1})
 
 
 def memories() -> list[Any]:
@@ -95,6 +109,32 @@ def test_one_goes_on_in_the_middle_as_if_it_had_not_stopped(tmp_path: Path) -> N
         for index in range(2):
             name = f"dead_letters.{index}.jsonl"
             assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() != b""
+
+
+def test_others_go_on_without_a_partition_to_which_nothing_came(tmp_path: Path) -> None:
+    sources = [Live((0, None, 1, None, None, 2)), Live((10, 11, None, None, 12))]
+    whole = planner_of(tmp_path / "whole", *sources)
+    plans = list(whole)
+    whole.close()
+    assert [plan.num_examples for plan in plans] == [12, 6, 6, 6, 6], "no plan where nothing came to any"
+    assert [plan.told["lag_s"] for plan in plans] == [0, 1, 2, 4, 5]
+    assert [plan.told["unread"] for plan in plans] == [2, 2, 2, 2, 1]
+    for step in range(1, 5):
+        stopped = planner_of(tmp_path, *sources, max_steps=step)
+        list(stopped)
+        stopped.close()
+        resumed = planner_of(tmp_path, *sources)
+        resumed.set_state(stopped.frozen_at_end or {})
+        assert_same_plans(list(resumed), plans[step:])
+        resumed.close()
+
+
+def test_a_planner_to_which_nothing_comes_can_be_stopped(tmp_path: Path) -> None:
+    planner = planner_of(tmp_path, Live((0, *(None,) * 10**6)))
+    for _ in planner:
+        planner.stop()
+    planner.close()
+    assert planner.stopped
 
 
 def test_an_error_of_one_loses_nothing_of_the_others(tmp_path: Path) -> None:

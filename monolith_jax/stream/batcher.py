@@ -1,13 +1,14 @@
 """Chunks of a stream to batches of fixed size, read ahead in a thread (the only file of `stream` that imports grain).
 
 In: a `Source`. Out: a grain iterator of `Batch`es; `get_state` says where the next batch starts, `set_state` goes there. A
-batch never spans two passes over the data (epochs), so the last one of a pass may be short.
+batch never spans two passes over the data (epochs), so the last one of a pass may be short; and a live stream ends batches
+that have waited long enough, be they empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import grain
@@ -21,11 +22,15 @@ class Batch:
     """Neighbouring examples of a stream."""
 
     examples: pa.RecordBatch
-    """At most B of them; none, and no columns, where all that was read was set aside."""
+    """At most B of them; none, and no columns, where all that was read was set aside, or nothing came for a while."""
     rejected: tuple[Rejected, ...]
     """Rows set aside in the chunks that this batch was the first to read."""
     epoch: int
     """Pass over the data."""
+    is_idle: bool = False
+    """Whether it is empty because nothing came for a while: a turn in which others go on without this partition."""
+    told: Mapping[str, float] = field(default_factory=dict)
+    """What a live stream told last of itself."""
 
 
 MAX_REJECTED = 10_000
@@ -58,25 +63,26 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
     def _cut(self) -> Batch | None:
         pieces: list[pa.RecordBatch] = []
         rejected: list[Rejected] = []
-        missing, epoch = self._batch_size, 0
-        while missing and len(rejected) < MAX_REJECTED:
+        missing, epoch, ended = self._batch_size, 0, False
+        told: Mapping[str, float] = {}
+        while missing and not ended and len(rejected) < MAX_REJECTED:
             chunk = self._current_chunk()
             if chunk is None or (pieces and chunk.epoch != epoch):
                 break
             if self._row == 0:
                 rejected += chunk.rejected
             piece = chunk.examples.slice(self._row, missing)
-            epoch = chunk.epoch
+            epoch, told = chunk.epoch, chunk.told
             if piece.num_rows:
                 pieces.append(piece)
                 missing -= piece.num_rows
             self._row += piece.num_rows
             if self._row == chunk.examples.num_rows:
+                ended = chunk.ends_batch
                 self._position, self._row, self._chunk = chunk.position, 0, None
-        if not pieces and not rejected:
+        if not pieces and not rejected and not ended:
             return None
-        examples = pa.concat_batches(pieces) if pieces else pa.RecordBatch.from_pylist([])
-        return Batch(examples, tuple(rejected), epoch)
+        return Batch(_joined(pieces), tuple(rejected), epoch, ended and not pieces, told)
 
     def _current_chunk(self) -> Chunk | None:
         if self._chunks is None:
@@ -91,6 +97,16 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         self._position, self._row = state["position"], state["row"]
         self._chunks = self._chunk = None
+
+
+def _joined(pieces: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """Returns the rows of all pieces; a live stream may have gained a column between two of them, which is null before."""
+    if not pieces:
+        return pa.RecordBatch.from_pylist([])
+    if all(piece.schema == pieces[0].schema for piece in pieces):
+        return pa.concat_batches(pieces)
+    table = pa.concat_tables([pa.Table.from_batches([piece]) for piece in pieces], promote_options="default")
+    return table.combine_chunks().to_batches()[0]
 
 
 class _Batches(grain.IterDataset[Batch]):

@@ -83,6 +83,7 @@ class RunLog:
         self._examples = 0
         self._started = self._last_line = self._last_totals = time.monotonic()
         self._examples_at_start = 0
+        self._ages_s: list[np.ndarray] = []
         self._last_row: tuple[float, int] | None = None
         self._aucs = ""
         self.last_snapshot = "none yet"
@@ -130,6 +131,8 @@ class RunLog:
                 f"Last good snapshot: {self.last_snapshot}. Look at the batch, or lower OptimizerConfig.learning_rate"
             )
         self._examples += planned.num_examples
+        if planned.told:
+            self._ages_s.append(time.time() - planned.times_ms / 1000)
         observed = planned.observed
         if planned.epoch == 0:
             # Later passes score examples that were trained on already: no test any more.
@@ -155,8 +158,18 @@ class RunLog:
             "loss": round(loss, 6),
             "examples_per_s": round(rate, 1),
             **{name: round(value, 4) for name, value in planned.stats.items()},
+            **self._of_live_stream(planned),
         }
         self.write([row])
+
+    def _of_live_stream(self, planned: Planned) -> dict[str, float]:
+        """Returns lag and ages of a live stream; how old the events are in which the model is now trained, among them."""
+        if not planned.told:
+            return {}
+        half, most = np.quantile(np.concatenate(self._ages_s), [0.5, 0.99])
+        self._ages_s.clear()
+        ages = {"event_age_p50_s": float(half), "event_age_p99_s": float(most)}
+        return {name: round(value, 4) for name, value in {**planned.told, **ages}.items()}
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Appends rows to metrics.jsonl, and their numbers to TensorBoard."""

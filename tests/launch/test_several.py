@@ -158,13 +158,14 @@ def test_what_processes_cannot_share_is_refused(tmp_path: Path, overrides: tuple
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
-        ([(True, False, False), (False, False, False)], Go(True, False, None)),
-        ([(True, False, False), (True, True, False)], Go(True, True, None)),
-        ([(True, False, False), (True, False, True)], Go(True, False, 1)),
-        ([(False, False, False), (False, False, False)], Go(False, False, None)),
+        ([(True, False, False, False), (False, True, False, False)], Go(True, False, False, None)),
+        ([(True, False, False, False), (True, False, True, False)], Go(True, False, True, None)),
+        ([(True, False, False, False), (True, False, False, True)], Go(True, False, False, 1)),
+        ([(False, False, False, False), (False, True, False, False)], Go(False, False, False, None)),
+        ([(False, True, False, False), (False, True, False, False)], Go(False, True, False, None)),
     ],
 )
-def test_all_come_to_the_same_end(flags: list[tuple[bool, bool, bool]], found: Go) -> None:
+def test_all_come_to_the_same_end(flags: list[tuple[bool, bool, bool, bool]], found: Go) -> None:
     assert together(2, lambda exchange: may_go_on(exchange, *flags[exchange.process_id])) == [found, found]
 
 

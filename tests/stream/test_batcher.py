@@ -197,3 +197,36 @@ def kuairand_source(folder: Path) -> Source:
 def test_files(make: object, batch_size: int, read_ahead: int, tmp_path: Path) -> None:
     whole = assert_resumes(make(tmp_path), batch_size, read_ahead)  # pyright: ignore[reportCallIssue]
     assert {batch.epoch for batch in whole} == {0, 1} and any(batch.rejected for batch in whole)
+
+
+@dataclass(frozen=True)
+class LiveSource:
+    """Chunks of (rows, whether a batch ends behind them); the last one has a column more."""
+
+    chunks: tuple[tuple[int, bool], ...]
+
+    @property
+    def num_examples(self) -> None:
+        return None
+
+    def read(self, position: Position) -> Iterator[Chunk]:
+        for index in range(position.get("chunk", 0), len(self.chunks)):
+            rows, ends = self.chunks[index]
+            columns = {"row": [100 * index + row for row in range(rows)]}
+            if index == len(self.chunks) - 1:
+                columns["more"] = list(range(rows))
+            examples = pa.RecordBatch.from_pydict(columns, pa.schema([(name, pa.int64()) for name in columns]))
+            yield Chunk(examples, (), {"chunk": index + 1}, ends_batch=ends, told={"lag_s": float(index)})
+
+
+def test_a_live_stream_ends_batches_that_have_waited() -> None:
+    source = LiveSource(((5, False), (0, True), (9, True), (0, True), (8, True), (0, True), (2, False), (1, True)))
+    whole, states = read_from(source, 8, read_ahead=2)
+    sizes = [(batch.examples.num_rows, batch.is_idle) for batch in whole]
+    # What ends a batch that is full already ends no further one.
+    assert sizes == [(5, False), (8, False), (1, False), (0, True), (8, False), (0, True), (3, False)]
+    assert [batch.told["lag_s"] for batch in whole] == [1, 2, 2, 3, 4, 5, 7]
+    assert whole[-1].examples.to_pydict() == {"row": [600, 601, 700], "more": [None, None, 0]}
+    for index, state in enumerate(states):
+        rest, _ = read_from(source, 8, 0, state)
+        assert [batch.examples.to_pylist() for batch in rest] == [batch.examples.to_pylist() for batch in whole[index:]]
