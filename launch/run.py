@@ -20,9 +20,10 @@ import jax
 from rich.console import Console
 
 from launch.process import prepare
+from launch.readers import corrected_heads, make_memories, make_readers, num_examples
 from monolith_jax.evaluate.prequential import Prequential
 from monolith_jax.evaluate.report import closing_table
-from monolith_jax.experiment import Experiment, SourceConfig, to_gin
+from monolith_jax.experiment import Experiment, to_gin
 from monolith_jax.host_copy import on_cpu
 from monolith_jax.ids.exchange import Exchange
 from monolith_jax.ids.group import GroupMapper, Rule
@@ -33,15 +34,8 @@ from monolith_jax.mesh import make_mesh, num_devices
 from monolith_jax.planner import Planner
 from monolith_jax.reader import Memory, Reader
 from monolith_jax.snapshot import Committed, SnapshotConfig, Snapshots, find
-from monolith_jax.stream.batcher import batches
-from monolith_jax.stream.columns import ColumnsConfig, ColumnsSource
-from monolith_jax.stream.counters import Counters
-from monolith_jax.stream.dead_letter import DeadLetters, set_aside
-from monolith_jax.stream.history import History
-from monolith_jax.stream.kuairand import KuaiRandConfig, KuaiRandSource
-from monolith_jax.stream.movielens import MovieLensConfig, MovieLensSource
-from monolith_jax.stream.partitions import partition
-from monolith_jax.stream.synthetic import SyntheticConfig, SyntheticSource
+from monolith_jax.stream.dead_letter import set_aside
+from monolith_jax.stream.log_source import LogConfig
 from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.train.grow import can_grow, restore_grown
 from monolith_jax.train.log import RunLog
@@ -50,20 +44,6 @@ from monolith_jax.train.state import Model, TrainState, first_state, make_model
 from monolith_jax.train.step import make_predict_step, make_train_step
 from monolith_jax.train.tiers import Tiers
 from monolith_jax.train.warm_start import take_over
-from monolith_jax.types import Source
-
-
-def open_source(config: SourceConfig) -> Source:
-    """Returns the source of a config."""
-    match config:
-        case SyntheticConfig():
-            return SyntheticSource(config)
-        case KuaiRandConfig():
-            return KuaiRandSource(config)
-        case MovieLensConfig():
-            return MovieLensSource(config)
-        case ColumnsConfig():
-            return ColumnsSource(config)
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
@@ -76,6 +56,11 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     for table in plain["tables"]:
         # Where rows are kept changes nothing that is learned or saved.
         del table["memory"], table["device_rows"]
+    if isinstance(experiment.source, LogConfig):
+        # Nor does where a log is reached, or how fast it is read.
+        source = plain["source"]
+        del source["joiner"]["memory_mb"]
+        plain["source"] = {name: source[name] for name in ("is", "impressions", "actions", "joiner")}
     train = experiment.train
     numbers = {"batch_size": train.batch_size, "partitions": train.partitions, "seed": train.seed}
     return plain | {"num_shards": experiment.mesh.num_shards, **numbers}
@@ -113,7 +98,7 @@ def assemble(experiment: Experiment) -> Parts:
     process_id, num_processes = (exchange.process_id, exchange.num_processes) if exchange else (0, 1)
     _check_batch(config, num_devices(mesh), num_processes)
     model, weights = make_model(
-        experiment.model, experiment.tables, experiment.features, experiment.heads,
+        experiment.model, experiment.tables, experiment.features, corrected_heads(experiment),
         experiment.dense_optimizer, config.seed, experiment.mesh.num_shards, mesh, experiment.wire,
     )  # fmt: skip
     threads = make_threads(experiment.mapper)
@@ -133,7 +118,7 @@ def assemble(experiment: Experiment) -> Parts:
     share = config.partitions // num_processes
     mine = range(process_id * share, (process_id + 1) * share)
     mapper = Mapper(mappers, num_devices(mesh), exchange)
-    memories = tuple(_memories(experiment) for _ in mine)
+    memories = tuple(make_memories(experiment) for _ in mine)
     return Parts(model, first_state(model, weights), mapper, mine, memories, exchange, Tiers(model, exchange))
 
 
@@ -152,27 +137,6 @@ def _check_batch(config: TrainConfig, devices: int, num_processes: int) -> None:
         )
 
 
-def _memories(experiment: Experiment) -> list[Memory]:
-    memories: list[Memory] = []
-    if experiment.history:
-        memories.append(History(experiment.history))
-    if experiment.counters:
-        memories.append(Counters(experiment.counters))
-    return memories
-
-
-def _readers(experiment: Experiment, parts: Parts, source: Source, workdir: Path, letters: str) -> list[Reader]:
-    """Returns the readers of this process's partitions; partition 0's rejected rows go to `<letters>.jsonl`."""
-    number = experiment.train.partitions
-    rows = experiment.train.batch_size // number
-    column = experiment.history.user_column if experiment.history else "user_id"
-    readers = []
-    for index, memories in zip(parts.partitions, parts.memories, strict=True):
-        dead_letters = DeadLetters(workdir / (f"{letters}.{index}.jsonl" if index else f"{letters}.jsonl"))
-        readers.append(Reader(batches(partition(source, index, number, column), rows), memories, dead_letters, rows))
-    return readers
-
-
 def train(experiment: Experiment, workdir: Path, console: Console | None = None) -> dict[str, dict[str, Any]]:
     """Trains, or goes on training, and tests; returns the totals of each head.
 
@@ -185,16 +149,15 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
     first = not parts.exchange or parts.exchange.process_id == 0
     console = console or Console(quiet=not first)
     workdir.mkdir(parents=True, exist_ok=True)
-    source = open_source(experiment.source)
     tell = partial(_tell_committed, console) if first else None
     snapshots = Snapshots(experiment.snapshots, workdir / "snapshots", tell=tell, exchange=parts.exchange)
     config = experiment.train
-    readers = _readers(experiment, parts, source, workdir, "dead_letters")
+    readers = make_readers(experiment, experiment.source, parts.partitions, parts.memories, workdir)
     planner = Planner(
         parts.model, readers, parts.mapper, parts.exchange, freeze_every=experiment.snapshots.period_steps,
         max_steps=config.steps,
     )  # fmt: skip
-    total = source.num_examples
+    total = num_examples(experiment.source)
     if config.steps:
         total = min(total or config.steps * config.batch_size, config.steps * config.batch_size)
     measures = Prequential(experiment.prequential, [(head.label, head.kind) for head in experiment.heads])
@@ -317,10 +280,15 @@ def _finish(
         "rejected": dict(rejected.most_common()),
         "without_history_or_counters": sum(of_process[1] for of_process in of_all),
     }
+    if log.told:
+        summary["stream"] = {name: value for name, value in log.told.items() if not name.endswith("_s")}
     log.write([*totals.values(), *tests, summary])
     console.print(closing_table(totals, tests))
     letters = set_aside(rejected, workdir / "dead_letters*.jsonl")
     console.print(f"{log.steps:,} steps, {log.examples:,} examples, {summary['rows']:,} ids in tables, {letters}")
+    if log.told:
+        joined = ", ".join(f"{value:,.0f} {name.replace('_', ' ')}" for name, value in summary["stream"].items() if value)
+        console.print(f"the stream: {joined or 'nothing late, nothing repeated'}", highlight=False)
     console.print(f"more: python -m launch.evaluate --workdir={workdir}", highlight=False, soft_wrap=True)
     return totals
 
@@ -332,8 +300,7 @@ def test(experiment: Experiment, parts: Parts, state: TrainState, workdir: Path)
     """
     assert experiment.test_source is not None
     measures = Prequential(experiment.prequential, [(head.label, head.kind) for head in experiment.heads])
-    source = open_source(experiment.test_source)
-    readers = _readers(experiment, parts, source, workdir, "dead_letters_test")
+    readers = make_readers(experiment, experiment.test_source, parts.partitions, parts.memories, workdir, "_test")
     planner = Planner(parts.model, readers, parts.mapper, parts.exchange, insert=False)
     try:
         predict(

@@ -38,7 +38,9 @@ from monolith_jax.snapshot import SnapshotConfig
 from monolith_jax.stream.columns import ColumnsConfig
 from monolith_jax.stream.counters import CountersConfig
 from monolith_jax.stream.history import HistoryConfig
+from monolith_jax.stream.joiner import JoinerConfig
 from monolith_jax.stream.kuairand import KuaiRandConfig
+from monolith_jax.stream.log_source import LogConfig
 from monolith_jax.stream.movielens import MovieLensConfig
 from monolith_jax.stream.synthetic import SyntheticConfig
 from monolith_jax.tables.table import TableConfig
@@ -46,10 +48,10 @@ from monolith_jax.tables.update import OptimizerConfig
 from monolith_jax.tables.wire import WireConfig
 from monolith_jax.train.loop import TrainConfig
 
-SourceConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfig
+SourceConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfig | LogConfig
 
 CONFIGS: tuple[type, ...] = (
-    *(SyntheticConfig, KuaiRandConfig, MovieLensConfig, ColumnsConfig),
+    *(SyntheticConfig, KuaiRandConfig, MovieLensConfig, ColumnsConfig, LogConfig, JoinerConfig),
     *(HistoryConfig, CountersConfig),
     *(IdFeatureConfig, CrossFeatureConfig, BucketFeatureConfig, TimeFeatureConfig, DenseFeatureConfig),
     *(TableConfig, AdmissionConfig, MapperConfig, OptimizerConfig),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from monolith_jax.train.state import Inputs, Model, place_inputs
 from monolith_jax.types import Exchange, FreedRows, Moves
 
 AHEAD = 2
+IDLE_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,18 @@ class Planner:
 
     def __iter__(self) -> Iterator[Planned]:
         """Yields steps; raises what reading raised, after the steps before it."""
+        return self.steps(lambda: None)
+
+    def steps(self, idle: Callable[[], None]) -> Iterator[Planned]:
+        """Like `__iter__`, and calls `idle` when there is none for `IDLE_S`."""
         self._thread = threading.Thread(target=self._run, name="planner", daemon=True)
         self._thread.start()
         while True:
-            item = self._queue.get()
+            try:
+                item = self._queue.get(timeout=IDLE_S)
+            except Empty:
+                idle()
+                item = self._queue.get()
             if isinstance(item, _End):
                 self._thread.join()
                 self.frozen_at_end = item.frozen

@@ -84,6 +84,8 @@ class RunLog:
         self._started = self._last_line = self._last_totals = time.monotonic()
         self._examples_at_start = 0
         self._ages_s: list[np.ndarray] = []
+        self.told: dict[str, float] = {}
+        """What the live stream told of itself last; empty where there is none."""
         self._last_row: tuple[float, int] | None = None
         self._aucs = ""
         self.last_snapshot = "none yet"
@@ -133,6 +135,8 @@ class RunLog:
         self._examples += planned.num_examples
         if planned.told:
             self._ages_s.append(time.time() - planned.times_ms / 1000)
+            self._tell_skipped(planned.told.get("skipped_messages", 0.0))
+            self.told = planned.told
         observed = planned.observed
         if planned.epoch == 0:
             # Later passes score examples that were trained on already: no test any more.
@@ -170,6 +174,15 @@ class RunLog:
         self._ages_s.clear()
         ages = {"event_age_p50_s": float(half), "event_age_p99_s": float(most)}
         return {name: round(value, 4) for name, value in {**planned.told, **ages}.items()}
+
+    def _tell_skipped(self, skipped: float) -> None:
+        before = self.told.get("skipped_messages", 0.0)
+        if skipped > before:
+            self._console.print(
+                f"step {self._step:,}: SKIPPED {skipped - before:,.0f} messages that were older than TrainConfig.max_lag_s; "
+                f"{skipped:,.0f} in all. What was open then was dropped, and is counted in dropped_impressions",
+                style="bold red",
+            )
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Appends rows to metrics.jsonl, and their numbers to TensorBoard."""

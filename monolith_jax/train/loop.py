@@ -38,6 +38,9 @@ class TrainConfig:
     """Seed of the first weights and of the first values of rows."""
     warm_start: str = ""
     """Run folder (or snapshots folder) whose tables and matching weights a new run starts from."""
+    max_lag_s: float = float("inf")
+    """Of a live stream (`LogConfig`): how old the next event may be. Up to then a run that is behind catches up at full speed; past it,
+    it skips ahead, and says what it left out."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
@@ -73,7 +76,8 @@ def run(
     unreadable: Exception | None = None
     with jax.transfer_guard("disallow"):
         try:
-            for planned in planner:
+            # While a live stream brings nothing, what was learned is recorded at once.
+            for planned in planner.steps(idle=lambda: _drain(in_flight, 0, log)):
                 _drain(in_flight, IN_FLIGHT - 1, log)
                 if tiers is not None:
                     state = tiers.move(state, planned.moves)

@@ -1,0 +1,117 @@
+"""An experiment's source to the readers of this process's partitions.
+
+In: an `Experiment`, a run folder. Out: a `Reader` for each partition; and what a live stream asks of the rest of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from monolith_jax.experiment import Experiment, SourceConfig
+from monolith_jax.models.losses import HeadConfig
+from monolith_jax.reader import Memory, Reader
+from monolith_jax.stream.batcher import batches
+from monolith_jax.stream.columns import ColumnsConfig, ColumnsSource
+from monolith_jax.stream.counters import Counters
+from monolith_jax.stream.dead_letter import DeadLetters
+from monolith_jax.stream.events import ACTIONS
+from monolith_jax.stream.history import History
+from monolith_jax.stream.kuairand import KuaiRandConfig, KuaiRandSource
+from monolith_jax.stream.log_source import LogConfig, LogSource
+from monolith_jax.stream.movielens import MovieLensConfig, MovieLensSource
+from monolith_jax.stream.partitions import partition
+from monolith_jax.stream.synthetic import SyntheticConfig, SyntheticSource
+from monolith_jax.types import Source
+
+FileConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfig
+
+
+def open_source(config: FileConfig) -> Source:
+    """Returns the whole stream of a config."""
+    match config:
+        case SyntheticConfig():
+            return SyntheticSource(config)
+        case KuaiRandConfig():
+            return KuaiRandSource(config)
+        case MovieLensConfig():
+            return MovieLensSource(config)
+        case ColumnsConfig():
+            return ColumnsSource(config)
+
+
+def num_examples(config: SourceConfig) -> int | None:
+    """Returns the examples of a stream where that is cheap to know."""
+    return None if isinstance(config, LogConfig) else open_source(config).num_examples
+
+
+def make_memories(experiment: Experiment) -> list[Memory]:
+    """Returns what a partition remembers.
+
+    Raises:
+        ValueError: A live stream shows impressions more than once.
+    """
+    memories: list[Memory] = []
+    if experiment.history:
+        memories.append(History(experiment.history))
+    if experiment.counters:
+        memories.append(Counters(experiment.counters))
+    source = experiment.source
+    if memories and isinstance(source, LogConfig) and (source.joiner.emit == "at_once" or source.joiner.late_s):
+        raise ValueError(
+            "Experiment.history and counters go by examples, and with JoinerConfig.emit 'at_once' or late_s an impression is an "
+            "example again with each action: they would count it twice, and show the model what it is to predict. Log histories "
+            "and counts as features of the impression, or use emit 'close' and late_s 0"
+        )
+    return memories
+
+
+def make_readers(
+    experiment: Experiment,
+    config: SourceConfig,
+    partitions: Sequence[int],
+    memories: Sequence[Sequence[Memory]],
+    workdir: Path,
+    suffix: str = "",
+) -> list[Reader]:
+    """Returns the readers of partitions; rejected rows of partition 0 go to `dead_letters<suffix>.jsonl`.
+
+    Args:
+        experiment: The run.
+        config: What is read: its source, or its test source.
+        partitions: Those that this process reads.
+        memories: Of each of these.
+        workdir: The run folder.
+        suffix: Sets the files of one source apart from those of another.
+    """
+    train = experiment.train
+    rows = train.batch_size // train.partitions
+    column = experiment.history.user_column if experiment.history else "user_id"
+    whole = None if isinstance(config, LogConfig) else open_source(config)
+    readers = []
+    for index, of_partition in zip(partitions, memories, strict=True):
+        if isinstance(config, LogConfig):
+            folder = workdir / f"cuts{suffix}" / str(index)
+            source: Source = LogSource(config, folder, rows, index, train.partitions, train.max_lag_s)
+        else:
+            assert whole is not None
+            source = partition(whole, index, train.partitions, column)
+        name = f"dead_letters{suffix}.{index}.jsonl" if index else f"dead_letters{suffix}.jsonl"
+        readers.append(Reader(batches(source, rows), of_partition, DeadLetters(workdir / name), rows))
+    return readers
+
+
+def corrected_heads(experiment: Experiment) -> tuple[HeadConfig, ...]:
+    """Returns the heads with the corrections that the joiner makes necessary."""
+    source = experiment.source
+    if not isinstance(source, LogConfig):
+        return experiment.heads
+    joiner, heads = source.joiner, []
+    for head in experiment.heads:
+        if head.kind == "binary" and joiner.emit == "at_once" and head.label in ACTIONS:
+            head = dataclasses.replace(head, early_negatives=True)
+        if head.kind == "binary" and joiner.negative_rate < 1 and head.label == joiner.positive:
+            head = dataclasses.replace(head, negative_rate=joiner.negative_rate)
+        heads.append(head)
+    return tuple(heads)

@@ -1,0 +1,353 @@
+"""The reading of a live stream: from the log and its cuts to chunks of examples.
+
+    log --messages--> decoder --events--> joiner --examples whose window has closed--> chunks
+     |                                      ^
+     +-- offsets, waits: a cut --> cut log --+-- watermark
+
+What the stream becomes is a function of the log and of the cuts (`cuts`). A position names the next cut, and the first one from
+which the joiner still holds something: what the joiner held is rebuilt by reading from there again, and is never saved. So a run
+that goes on sees the same examples as one that was never interrupted: first by the cuts that are written, then live.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from monolith_jax.stream.cuts import Cut, CutLog, Read
+from monolith_jax.stream.decoder import Decoder, Schemas
+from monolith_jax.stream.joiner import Joiner
+from monolith_jax.stream.log import LogPartition, Message, open_log
+from monolith_jax.stream.watermarks import Watermarks
+from monolith_jax.types import Chunk, Position, Rejected
+
+if TYPE_CHECKING:
+    from monolith_jax.stream.log_source import LogConfig  # Which imports this module.
+
+MIN_CUT_S = 0.01
+"""A stream that has caught up is cut this often at most: the price of a cut hardly depends on its size."""
+IN_STEPS = 1 << 16
+"""Where more impressions are open than this, a jump of the watermark closes their windows in steps, `STEPS` to a window."""
+STEPS = 64
+
+
+class Events(NamedTuple):
+    """Messages of one partition, decoded."""
+
+    read: Read
+    batch: pa.RecordBatch
+    rejected: tuple[Rejected, ...]
+
+
+def _key(partition: LogPartition) -> str:
+    return f"{partition.topic}/{partition.number}"
+
+
+def _by_partition(values: dict[str, int]) -> dict[LogPartition, int]:
+    parted = {key: key.rpartition("/") for key in values}
+    return {LogPartition(topic, int(number)): values[key] for key, (topic, _, number) in parted.items()}
+
+
+class LiveReading:
+    """One reading of a live stream: everything that moves."""
+
+    def __init__(
+        self, config: LogConfig, folder: Path, batch_rows: int, index: int, number: int, max_lag_s: float, position: Position
+    ) -> None:
+        """Opens the log and the cut log; nothing is read yet. Arguments as those of `LogSource`."""
+        self.config, self.folder, self.batch_rows, self.max_lag_s = config, folder, batch_rows, max_lag_s
+        self.index, self.number = index, number
+        self.log = open_log(config.url, config.options)
+        self.cuts = CutLog(folder)
+        self.decoders = {
+            topic: Decoder(kind, topic, config.format, Schemas(self.log, topic), future_s=config.future_s)
+            for kind, topic in (("impression", config.impressions), ("action", config.actions))
+        }
+        self.joiner = self._empty_joiner()
+        self.cut: int = position.get("cut", 0)
+        self.rewind: int = position.get("rewind", 0)
+        self.done: bool = position.get("done", False)
+        self.pending: int = position.get("pending", 0)
+        self.skipped: int = position.get("skipped", 0)
+        self.watermark_ms: int = position.get("watermark_ms", Cut().watermark_ms)
+        self.next, self.ends, self.newest_ms = (_by_partition(position.get(name, {})) for name in ("next", "ends", "newest_ms"))
+        self.counts: dict[str, int] = dict(position.get("counts", {}))
+        for topic, state in position.get("schemas", {}).items():
+            self.decoders[topic].set_state(state)
+        self.at: dict[LogPartition, int] = {}
+        self.appended_ms: dict[LogPartition, int] = {}
+        self.caught_up = False
+        self.waiting_s = self.last_cut_s = time.monotonic()
+
+    def close(self) -> None:
+        """Lets go of the logs and of what the joiner holds."""
+        self.joiner.close()
+        self.cuts.close()
+        self.log.close()
+
+    @property
+    def position(self) -> Position:
+        """Where reading goes on."""
+        by_partition = {"next": self.next, "ends": self.ends, "newest_ms": self.newest_ms}
+        return {
+            "cut": self.cut,
+            "rewind": min(self.joiner.oldest_cut, self.cut),
+            "done": self.done,
+            "pending": self.pending,
+            "skipped": self.skipped,
+            "watermark_ms": self.watermark_ms,
+            **{name: {_key(one): value for one, value in values.items()} for name, values in by_partition.items()},
+            "counts": dict(self.joiner.counts),
+            "schemas": {topic: decoder.get_state() for topic, decoder in self.decoders.items()},
+        }
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yields the chunks of the cuts that are written, then live ones."""
+        self._rebuild()
+        _, written = self.cuts.bounds
+        for cut in self.cuts.read(self.cut, written):
+            yield self._take(cut, self._events(self._messages(cut)))
+        if self.done:
+            return
+        partitions, starts = self._assigned()
+        for read in starts:
+            self._start(read)
+        for partition in partitions:
+            self._seek(partition, self.next[partition])
+        watermarks = Watermarks(partitions, self.newest_ms, time.monotonic())
+        while not self.done:
+            cut, events = self._next_cut(watermarks, starts)
+            starts = ()
+            self.cuts.append(cut)
+            chunk = self._take(cut, events)
+            yielded_s = time.monotonic()
+            yield chunk
+            # Who takes the chunks may be slow; a batch is not cut short for that.
+            self.waiting_s += time.monotonic() - yielded_s
+
+    def _empty_joiner(self) -> Joiner:
+        return Joiner(self.config.joiner, self.folder / "spill")
+
+    def _rebuild(self) -> None:
+        """Brings the joiner to where it was at the position: reads again all of which it still held something."""
+        for number, cut in enumerate(self.cuts.read(self.rewind, self.cut), self.rewind):
+            if cut.skipped:
+                self.joiner.close()
+                self.joiner = self._empty_joiner()
+            self._join(number, self._events(self._messages(cut)), cut.watermark_ms)
+        self.joiner.set_counts(self.counts)
+
+    def _messages(self, cut: Cut) -> list[tuple[Read, list[Message]]]:
+        """Returns what a cut that was written had read."""
+        messages = []
+        for read in cut.reads:
+            self._seek(read.partition, read.begin)
+            messages.append((read, self.log.read_to(read.partition, read.end)))
+            self.at[read.partition] = read.end
+        return messages
+
+    def _seek(self, partition: LogPartition, offset: int) -> None:
+        if self.at.get(partition) != offset:
+            self.log.seek(partition, offset)
+            self.at[partition] = offset
+
+    def _events(self, messages: Sequence[tuple[Read, list[Message]]]) -> list[Events]:
+        """Decodes messages, and notes how new they are."""
+        events = []
+        for read, of_partition in messages:
+            batch, rejected = self.decoders[read.partition.topic].decode(read.partition, of_partition)
+            events.append(Events(read, batch, rejected))
+            self.appended_ms[read.partition] = of_partition[-1].timestamp_ms
+            if batch.num_rows:
+                newest_ms: int = pc.max(batch.column("event_time_ms")).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+                self.newest_ms[read.partition] = max(self.newest_ms.get(read.partition, newest_ms), newest_ms)
+        return events
+
+    def _join(self, number: int, events: Sequence[Events], watermark_ms: int) -> pa.RecordBatch | None:
+        """Gives a cut's events to the joiner; returns the examples that are due."""
+        topics = (self.config.impressions, self.config.actions)
+        batches = [[one.batch for one in events if one.read.partition.topic == topic and one.batch.num_rows] for topic in topics]
+        impressions, actions = (_concat(of_topic) for of_topic in batches)
+        return self.joiner.join(number, impressions, actions, watermark_ms)
+
+    def _start(self, read: Read) -> None:
+        self.next[read.partition] = read.begin
+        if read.end >= 0:
+            self.ends[read.partition] = read.end
+
+    def _take(self, cut: Cut, events: Sequence[Events]) -> Chunk:
+        """Returns what a cut makes of its events, and goes on behind it."""
+        for read in cut.starts:
+            self._start(read)
+        if cut.skipped:
+            counts = dict(self.joiner.counts)
+            counts["dropped_impressions"] = counts.get("dropped_impressions", 0) + self.joiner.num_open
+            self.joiner.close()
+            self.joiner = self._empty_joiner()
+            self.joiner.set_counts(counts)
+            self.skipped += cut.skipped
+        for read in cut.reads:
+            self.next[read.partition] = read.end
+        examples = self._join(self.cut, events, cut.watermark_ms)
+        examples = pa.RecordBatch.from_pylist([]) if examples is None else examples
+        self.cut += 1
+        self.watermark_ms, self.done = cut.watermark_ms, cut.is_last
+        self._count_waiting(cut, examples.num_rows)
+        rejected = tuple(row for one in events for row in one.rejected)
+        return Chunk(examples, rejected, self.position, ends_batch=cut.ends_batch, told=self._told())
+
+    def _count_waiting(self, cut: Cut, num_rows: int) -> None:
+        """Counts the examples that wait for their batch to fill, and since when."""
+        if cut.ends_batch or self.pending + num_rows >= self.batch_rows or (num_rows and not self.pending):
+            self.waiting_s = time.monotonic()
+        self.pending = 0 if cut.ends_batch else (self.pending + num_rows) % self.batch_rows
+
+    def _told(self) -> dict[str, float]:
+        unread = self.log.unread()
+        now_s, known = time.time(), self.watermark_ms > Cut().watermark_ms
+        return {
+            "lag_s": self._lag_s(),
+            "lag_messages": sum(unread.values()),
+            "watermark_age_s": now_s - self.watermark_ms / 1000 if known else 0.0,
+            "open_impressions": self.joiner.num_open,
+            "skipped_messages": self.skipped,
+            **{name: count for name, count in self.joiner.counts.items() if name not in ("impressions", "actions", "examples")},
+        }
+
+    def _lag_s(self) -> float:
+        """Returns how old the next message is, about: as old as the last one of a partition that has some unread."""
+        late = [self.appended_ms[one] for one, many in self.log.unread().items() if many and one in self.appended_ms]
+        return max(time.time() - min(late) / 1000, 0.0) if late else 0.0
+
+    def _assigned(self) -> tuple[list[LogPartition], tuple[Read, ...]]:
+        """Returns the log's partitions that belong to this partition of the run, and where those begin that are new to it.
+
+        Raises:
+            ValueError: The topics are not divided alike, or not into a multiple of the run's partitions; or what was read of a
+                partition is not what is there.
+        """
+        config = self.config
+        numbers = {topic: self.log.num_partitions(topic) for topic in (config.impressions, config.actions)}
+        if len(set(numbers.values())) > 1:
+            raise ValueError(
+                f"{config.url}: topics that are joined have equally many partitions and one key, got "
+                + ", ".join(f"{number} of {topic!r}" for topic, number in numbers.items())
+            )
+        number = numbers[config.impressions]
+        if number % self.number:
+            raise ValueError(
+                f"TrainConfig.partitions is {self.number}, which does not divide the {number} partitions of {config.impressions!r}; "
+                "use a divisor of them (for a new run: it stays for the run's life), or give the topics a multiple"
+            )
+        partitions = [LogPartition(topic, one) for topic in numbers for one in range(self.index, number, self.number)]
+        if gone := [one for one in self.next if one not in partitions]:
+            raise ValueError(
+                f"{config.url}: the run has read {', '.join(map(_key, gone))}, which is not there any more; is it another log?"
+            )
+        starts = []
+        for partition in partitions:
+            first, end = self.log.bounds(partition)
+            if partition not in self.next:
+                begin = end if config.begin == "latest" and not self.cut else first
+                starts.append(Read(partition, begin, end if config.ends else -1))
+            elif not first <= self.next[partition] <= end:
+                raise ValueError(
+                    f"{config.url}: the run goes on from message {self.next[partition]} of {_key(partition)}, but it holds "
+                    f"{first} to {end}: was the topic made anew, or has retention taken what was not read? Start a new run folder"
+                )
+        return partitions, tuple(starts)
+
+    def _next_cut(self, watermarks: Watermarks, starts: tuple[Read, ...]) -> tuple[Cut, list[Events]]:
+        """Waits for the next cut that changes anything; returns it with what it reads."""
+        config = self.config
+        while True:
+            self._leave_time()
+            watermarks.look_for_idle(config.idle_s, time.monotonic(), self._has_unread)
+            self.log.pause(watermarks.ahead(int(1000 * config.ahead_s)))
+            messages = self._poll()
+            if self._lag_s() > self.max_lag_s and (skip := self._skip(starts)):
+                return skip, []
+            events = self._events(messages)
+            for one in events:
+                watermarks.saw(one.read.partition, time.monotonic())
+            reached = {one.read.partition: one.read.end for one in events}
+            for partition, end in self.ends.items():
+                if reached.get(partition, self.next[partition]) >= end:
+                    watermarks.end(partition)
+            watermark_ms, is_last = self._watermark(watermarks)
+            # While there is more to read, a batch fills by itself.
+            ends_batch = self.caught_up and time.monotonic() - self.waiting_s >= config.max_wait_s
+            if events or starts or ends_batch or is_last or watermark_ms > self.watermark_ms:
+                reads = tuple(one.read for one in events)
+                return Cut(reads, watermark_ms, ends_batch and not is_last, starts, 0, is_last), events
+
+    def _leave_time(self) -> None:
+        """Waits until there may be enough for a cut, where the stream has caught up."""
+        now_s = time.monotonic()
+        if self.caught_up and now_s < self.last_cut_s + MIN_CUT_S:
+            time.sleep(self.last_cut_s + MIN_CUT_S - now_s)
+        self.last_cut_s = time.monotonic()
+
+    def _has_unread(self, partition: LogPartition) -> bool:
+        try:
+            return self.log.bounds(partition)[1] > self.next[partition]
+        except OSError:
+            return True  # Nobody knows: the log cannot be reached.
+
+    def _poll(self) -> list[tuple[Read, list[Message]]]:
+        """Returns what is there, waiting no longer than the examples that wait for their batch."""
+        config = self.config
+        wait_s = min(max(self.waiting_s + config.max_wait_s - time.monotonic(), 0.0), config.max_wait_s)
+        found = self.log.poll(config.poll_messages, config.poll_bytes, wait_s)
+        num_bytes = sum(len(message.payload) for messages in found.values() for message in messages)
+        count = sum(map(len, found.values()))
+        self.caught_up = count < config.poll_messages and 2 * num_bytes < config.poll_bytes
+        read = []
+        for partition, messages in found.items():
+            end = self.ends.get(partition)
+            if end is not None and messages[-1].offset >= end:
+                messages = [message for message in messages if message.offset < end]
+            if messages:
+                self.at[partition] = messages[-1].offset + 1
+                read.append((Read(partition, self.next[partition], self.at[partition]), messages))
+        return read
+
+    def _watermark(self, watermarks: Watermarks) -> tuple[int, bool]:
+        """Returns how far time has gone, and whether this is the end of the stream."""
+        joiner = self.config.joiner
+        target = watermarks.watermark_ms()
+        if watermarks.all_ended:
+            window_ms = int(1000 * (joiner.window_s + joiner.late_s)) + 1
+            target = max(self.newest_ms.values(), default=self.watermark_ms - window_ms) + window_ms
+        now_ms = target = self.watermark_ms if target is None else max(target, self.watermark_ms)
+        if self.joiner.num_open > IN_STEPS and self.watermark_ms > Cut().watermark_ms:
+            now_ms = min(target, self.watermark_ms + max(int(1000 * joiner.window_s) // STEPS, 1))
+        return now_ms, watermarks.all_ended and now_ms == target
+
+    def _skip(self, starts: tuple[Read, ...]) -> Cut | None:
+        """Returns the cut that goes on nearer to the present, and leaves out what lies between; None if nothing does."""
+        at_ms = int(1000 * (time.time() - self.max_lag_s / 2))
+        goes_on, skipped = [], 0
+        for partition, offset in self.next.items():
+            begin = max(min(self.log.offset_at(partition, at_ms), self.ends.get(partition, 1 << 62)), offset)
+            goes_on.append(Read(partition, begin, self.ends.get(partition, -1)))
+            skipped += begin - offset
+            self.log.seek(partition, begin)
+            self.at[partition] = begin
+        del starts  # Where they begin is in `next` already.
+        return Cut((), self.watermark_ms, False, tuple(goes_on), skipped) if skipped else None
+
+
+def _concat(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch | None:
+    """Returns the rows of all batches, None if there are none; they may have gained a column from one to the next."""
+    if len(batches) < 2:
+        return batches[0] if batches else None
+    if all(batch.schema == batches[0].schema for batch in batches):
+        return pa.concat_batches(batches)
+    table = pa.concat_tables([pa.Table.from_batches([batch]) for batch in batches], promote_options="default")
+    return table.combine_chunks().to_batches()[0]
