@@ -1,7 +1,7 @@
 """A log in a folder: segment files that one process a partition appends to and any number of processes read.
 
-In: `file:///folder`. Out: `FileLog`, a `Log`. The files are `<folder>/<topic>/<partition>/<first offset, 20 digits>.log`;
-`log_segments` describes their frames, `file_producer` writes them. Readers and the producer share only the files: a reader sees a
+In: `file:///folder`. Out: `FileLog`. The files are `<folder>/<topic>/<partition>/<first offset, 20 digits>.log`;
+`log_segments` describes their frames, `file_producer` writes them. Readers and producer share only the files: a reader sees a
 message once all of it has reached the operating system, and looks for more every few milliseconds.
 """
 

@@ -32,8 +32,8 @@ class FileProducer:
             folder: The folder of topics; made when it is not there.
             options: By name. `fsync_s`: a flush syncs when so many seconds have passed since the last sync; 0: each does, inf:
                 none does. `segment_bytes`: a segment that has so many is full. `retention_bytes`, `retention_s`: the oldest
-                segment is removed while the partition has more bytes, or when its last append is so many seconds ago; the newest
-                always stays.
+                segment is removed while the partition has more bytes, or when its last append is so many seconds ago; the
+                newest stays.
 
         Raises:
             ValueError: An option is not understood.
