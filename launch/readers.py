@@ -92,7 +92,7 @@ def make_readers(
     readers = []
     for index, of_partition in zip(partitions, memories, strict=True):
         if isinstance(config, LogConfig):
-            folder = workdir / f"cuts{suffix}" / str(index)
+            folder = workdir / f"stream{suffix}" / str(index)
             source: Source = LogSource(config, folder, rows, index, train.partitions, train.max_lag_s)
         else:
             assert whole is not None

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from monolith_jax.stream.file_log import FileLog, FileProducer
+from monolith_jax.stream.file_log import FileLog
+from monolith_jax.stream.file_producer import FileProducer
 from monolith_jax.stream.log import LogPartition
 
 KEEP_S = 14 * 24 * 3600
@@ -56,10 +57,10 @@ class CutLog:
         Raises:
             ValueError: Another process has it open.
         """
-        url = f"file://{folder.absolute()}"
-        self._producer = FileProducer(url, [("retention_s", str(KEEP_S)), ("fsync_s", "inf")])
+        self._producer = FileProducer(folder, {"retention_s": str(KEEP_S), "fsync_s": "inf"})
         self._producer.create(_CUTS.topic, 1)
-        self._log = FileLog(url)
+        self._producer.claim(_CUTS)
+        self._log = FileLog(folder)
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -81,7 +82,7 @@ class CutLog:
         if not first <= begin <= end <= next_one:
             raise ValueError(
                 f"the run goes on from cuts {begin} to {end} of its stream, but {first} to {next_one} are there: were files under "
-                "the run folder's cuts/ removed, or is the snapshot older than two weeks? Take a newer snapshot, or a new run folder"
+                "the run folder's stream/ removed, or is the snapshot older than two weeks? Take a newer snapshot, or a new run folder"
             )
         at = begin
         if at < end:

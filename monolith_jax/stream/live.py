@@ -171,7 +171,9 @@ class LiveReading:
     def _join(self, number: int, events: Sequence[Events], watermark_ms: int) -> pa.RecordBatch | None:
         """Gives a cut's events to the joiner; returns the examples that are due."""
         topics = (self.config.impressions, self.config.actions)
-        batches = [[one.batch for one in events if one.read.partition.topic == topic and one.batch.num_rows] for topic in topics]
+        batches = [
+            [one.batch for one in events if one.read.partition.topic == topic and one.batch.num_rows] for topic in topics
+        ]
         impressions, actions = (_concat(of_topic) for of_topic in batches)
         return self.joiner.join(number, impressions, actions, watermark_ms)
 
