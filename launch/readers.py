@@ -60,9 +60,9 @@ def make_memories(experiment: Experiment) -> list[Memory]:
     source = experiment.source
     if memories and isinstance(source, LogConfig) and (source.joiner.emit == "at_once" or source.joiner.late_s):
         raise ValueError(
-            "Experiment.history and counters go by examples, and with JoinerConfig.emit 'at_once' or late_s an impression is an "
-            "example again with each action: they would count it twice, and show the model what it is to predict. Log histories "
-            "and counts as features of the impression, or use emit 'close' and late_s 0"
+            "Experiment.history and counters go by examples, and with JoinerConfig.emit 'at_once' or late_s an impression is "
+            "an example again with each action: they would count it twice, and show the model what it is to predict. Log "
+            "histories and counts as features of the impression, or use emit 'close' and late_s 0"
         )
     return memories
 

@@ -81,8 +81,9 @@ class CutLog:
         first, next_one = self.bounds
         if not first <= begin <= end <= next_one:
             raise ValueError(
-                f"the run goes on from cuts {begin} to {end} of its stream, but {first} to {next_one} are there: were files under "
-                "the run folder's stream/ removed, or is the snapshot older than two weeks? Take a newer snapshot, or a new run folder"
+                f"the run goes on from cuts {begin} to {end} of its stream, but {first} to {next_one} are there: were files "
+                "under the run folder's stream/ removed, or is the snapshot older than two weeks? Take a newer snapshot, or a "
+                "new run folder"
             )
         at = begin
         if at < end:
