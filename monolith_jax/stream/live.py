@@ -5,8 +5,8 @@
      +-- offsets, waits: a cut --> cut log --+-- watermark
 
 What the stream becomes is a function of the log and of the cuts (`cuts`). A position names the next cut, and the first one from
-which the joiner still holds something: what the joiner held is rebuilt by reading from there again, and is never saved. So a run
-that goes on sees the same examples as one that was never interrupted: first by the cuts that are written, then live.
+which the joiner still holds something: what the joiner held is rebuilt by reading from there again, and is never saved. So a
+run that goes on sees the same examples as one that was never interrupted: first by the cuts that are written, then live.
 """
 
 from __future__ import annotations
@@ -243,8 +243,9 @@ class LiveReading:
         number = numbers[config.impressions]
         if number % self.number:
             raise ValueError(
-                f"TrainConfig.partitions is {self.number}, which does not divide the {number} partitions of {config.impressions!r}; "
-                "use a divisor of them (for a new run: it stays for the run's life), or give the topics a multiple"
+                f"TrainConfig.partitions is {self.number}, which does not divide the {number} partitions of "
+                f"{config.impressions!r}; use a divisor of them (for a new run: it stays for the run's life), or give the topics "
+                "a multiple"
             )
         partitions = [LogPartition(topic, one) for topic in numbers for one in range(self.index, number, self.number)]
         if gone := [one for one in self.next if one not in partitions]:
@@ -260,7 +261,8 @@ class LiveReading:
             elif not first <= self.next[partition] <= end:
                 raise ValueError(
                     f"{config.url}: the run goes on from message {self.next[partition]} of {_key(partition)}, but it holds "
-                    f"{first} to {end}: was the topic made anew, or has retention taken what was not read? Start a new run folder"
+                    f"{first} to {end}: was the topic made anew, or has retention taken what was not read? Start a new run "
+                    "folder"
                 )
         return partitions, tuple(starts)
 

@@ -1,9 +1,10 @@
 """A live stream as a source: impressions and actions in a log, joined to examples as they come.
 
-In: the address of a log, and a position. Out: chunks of examples from there on, without end unless `ends` is set. `live` says how.
+In: the address of a log, and a position. Out: chunks of examples from there on, without end unless `ends` is set. `live` says
+how.
 
-The partitions of both topics are divided among the partitions of the run by their number, so they must be as many, and a multiple
-of those; and what belongs together (a user, an impression and its actions) must have one key in both.
+The partitions of both topics are divided among the partitions of the run by their number, so they must be as many, and a
+multiple of those; and what belongs together (a user, an impression and its actions) must have one key in both.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class LogConfig:
     idle_s: float = 10.0
     """A partition that brings nothing for so long, and has nothing unread, does not hold the others up."""
     ahead_s: float = 60.0
-    """How far in event time a partition may be ahead of the slowest; then it waits. Bounds what a run that catches up holds open."""
+    """How far in event time a partition may be ahead of the slowest; then it waits. Bounds what a run that catches up holds
+    open."""
     future_s: float = 3600.0
     """Events further ahead of the time at which the log took them are set aside: they would close every window."""
     poll_messages: int = 4096

@@ -39,8 +39,8 @@ class TrainConfig:
     warm_start: str = ""
     """Run folder (or snapshots folder) whose tables and matching weights a new run starts from."""
     max_lag_s: float = float("inf")
-    """Of a live stream (`LogConfig`): how old the next event may be. Up to then a run that is behind catches up at full speed; past it,
-    it skips ahead, and says what it left out."""
+    """Of a live stream (`LogConfig`): how old the next event may be. Up to then a run that is behind catches up at full speed;
+    past it, it skips ahead, and says what it left out."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
