@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from monolith_jax.stream.cuts import Cut, CutLog, Read
-from monolith_jax.stream.decoder import Decoder, Schemas
+from monolith_jax.stream.decoder import Decoder
+from monolith_jax.stream.formats import Schemas
 from monolith_jax.stream.joiner import Joiner
 from monolith_jax.stream.log import LogPartition, Message, open_log
 from monolith_jax.stream.watermarks import Watermarks
@@ -64,8 +65,9 @@ class LiveReading:
         self.index, self.number = index, number
         self.log = open_log(config.url, config.options)
         self.cuts = CutLog(folder)
+        self.schema_log = open_log(config.url, config.options)
         self.decoders = {
-            topic: Decoder(kind, topic, config.format, Schemas(self.log, topic), future_s=config.future_s)
+            topic: Decoder(kind, topic, config.format, Schemas(self.schema_log, topic), future_s=config.future_s)
             for kind, topic in (("impression", config.impressions), ("action", config.actions))
         }
         self.joiner = self._empty_joiner()
@@ -89,6 +91,7 @@ class LiveReading:
         self.joiner.close()
         self.cuts.close()
         self.log.close()
+        self.schema_log.close()
 
     @property
     def position(self) -> Position:
