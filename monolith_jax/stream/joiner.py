@@ -1,0 +1,510 @@
+"""Joins what was shown with what followed: impressions and actions in any order to examples.
+
+In: cuts of a stream, each a batch of impressions, a batch of actions, and a watermark (no event before it is waited for). Out:
+examples: the impressions' columns, and what came within the window of each. What comes out follows from the calls alone, not
+from memory, spilling or hashing.
+
+An impression is *open* from its arrival until the watermark reaches its event time + `window_s`; then it is *closed*: emitted.
+With `late_s` it is kept that much longer. Impressions are kept in buckets by classes of event time, and a `Router` tells in
+which bucket the impression of an action may be, so that actions are laid beside it without a look at it; a bucket is read in
+when its first row closes. Only there, and where the router names two buckets, are keys compared.
+
+State is not saved. A new `Joiner` that is fed the cuts from `oldest_cut` on comes to the same state. For this a duplicate is
+remembered as long as it would be kept were it none, and no impression of its key is taken meanwhile; an action that comes
+meanwhile waits for nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from monolith_jax.stream.action_rows import NO_ACTIONS, action_rows, keys_of_actions
+from monolith_jax.stream.cut_ledger import CutLedger
+from monolith_jax.stream.events import ACTIONS
+from monolith_jax.stream.join_kernels import BITS, TIME, VALUE
+from monolith_jax.stream.open_rows import (
+    OUTCOMES,
+    Bucket,
+    Index,
+    Keys,
+    Piece,
+    column_i64,
+    conform,
+    grouped,
+    keys_of,
+    single_outcomes,
+    stacked,
+)
+from monolith_jax.stream.router import BUCKETS, NOWHERE, SEVERAL, Router
+
+CLASSES = BUCKETS // 2
+"""Classes of event time in the time that an impression is kept; the other half is for events ahead of the watermark."""
+COUNTS = (
+    "impressions",
+    "actions",
+    "examples",
+    "late_impressions",
+    "late_or_orphan_actions",
+    "applied_late_actions",
+    "unknown_actions",
+    "duplicates",
+    "negatives_dropped",
+    "spilled_bytes",
+)
+_BEFORE_ALL = -(2**62)
+
+
+@dataclass(frozen=True)
+class JoinerConfig:
+    """How impressions and actions are joined."""
+
+    window_s: float = 600.0
+    """An example is emitted when the watermark reaches the event time of its impression + this."""
+    emit: Literal["close", "at_once"] = "close"
+    """close: one example when the window closes; at_once: a negative when the impression comes, and a further example, in which
+    only that outcome is not null, when the first action of a kind comes."""
+    late_s: float = 0.0
+    """How long after its window an impression is kept so that each late action makes a further example, in which only its
+    outcome is not null. 0: late actions are only counted."""
+    positive: str = ""
+    """One of `ACTIONS`: an example without it is a negative, for `negative_rate`."""
+    negative_rate: float = 1.0
+    """Share of negatives that is kept. Below 1 examples have a column `sample_rate`: the chance with which it was kept."""
+    memory_mb: float = 256.0
+    """Budget of what is held in memory; what is beyond goes to disk."""
+
+    def __post_init__(self) -> None:
+        """Checks the fields.
+
+        Raises:
+            ValueError: A field is out of range, or two do not go together.
+        """
+        if not 0.001 <= self.window_s <= 1e9:
+            raise ValueError(f"JoinerConfig.window_s must be 0.001 to 1e9 seconds, got {self.window_s}")
+        if self.emit not in ("close", "at_once"):
+            raise ValueError(f"JoinerConfig.emit must be 'close' or 'at_once', got {self.emit!r}")
+        if not 0 <= self.late_s <= 1e9:
+            raise ValueError(f"JoinerConfig.late_s must be 0 to 1e9 seconds, got {self.late_s}")
+        if not 0 < self.negative_rate <= 1:
+            raise ValueError(f"JoinerConfig.negative_rate must be above 0 and at most 1, got {self.negative_rate}")
+        if self.positive and self.positive not in ACTIONS:
+            raise ValueError(f"JoinerConfig.positive must be one of {', '.join(ACTIONS)}, got {self.positive!r}")
+        if self.negative_rate < 1 and not self.positive:
+            raise ValueError("JoinerConfig.negative_rate below 1 needs `positive`: the action without which one is a negative")
+        if self.emit == "at_once" and (self.negative_rate < 1 or self.late_s > 0):
+            raise ValueError("JoinerConfig: emit='at_once' goes with neither negative_rate below 1 nor late_s; set emit='close'")
+        if self.memory_mb <= 0:
+            raise ValueError(f"JoinerConfig.memory_mb must be above 0, got {self.memory_mb}")
+
+
+class _Hit(NamedTuple):
+    """Actions that found their rows in a piece."""
+
+    piece: Piece
+    places: np.ndarray
+    """int64 [N], which of the actions."""
+    rows: np.ndarray
+    """int32 [N]"""
+    news: np.ndarray
+    """uint8 [N], as `Piece.apply` returns it."""
+
+
+class Joiner:
+    """Joins one stream. One caller at a time."""
+
+    def __init__(self, config: JoinerConfig, folder: Path) -> None:
+        """Makes an empty one.
+
+        Args:
+            config: How to join.
+            folder: For what does not fit into memory. Emptied now and at `close`; nothing there is needed after a crash.
+        """
+        self._config, self._folder = config, folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._window = round(config.window_s * 1000)
+        self._hold = self._window + round(config.late_s * 1000)
+        self._at_once = config.emit == "at_once"
+        self._span = -(-self._hold // CLASSES)
+        self._schema: pa.Schema | None = None
+        self._buckets: dict[int, Bucket] = {}
+        self._classes_of: dict[int, list[int]] = {}
+        self._router = Router()
+        self._waiting = NO_ACTIONS
+        self._watermark = _BEFORE_ALL
+        self._ledger = CutLedger()
+        self._counts = dict.fromkeys(COUNTS, 0)
+        self._num_open = 0
+        self._out: list[pa.RecordBatch] = []
+
+    @property
+    def oldest_cut(self) -> int:
+        """The cut from which on a new joiner must be fed to go on as this one would."""
+        return self._ledger.oldest(self._watermark)
+
+    @property
+    def num_open(self) -> int:
+        """Impressions whose window has not closed."""
+        return self._num_open
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What came, what went, and what was dropped and why, since the start. Keys are `COUNTS`."""
+        return dict(self._counts)
+
+    def set_counts(self, counts: Mapping[str, int]) -> None:
+        """Takes over the counts of a run that goes on."""
+        self._counts = {name: int(counts.get(name, 0)) for name in COUNTS}
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes held in memory."""
+        held = sum(rows.nbytes for bucket in self._buckets.values() for rows in bucket.chunks)
+        held += sum(actions.nbytes for bucket in self._buckets.values() for actions in bucket.actions)
+        held += sum(piece.num_bytes for bucket in self._buckets.values() for piece in bucket.pieces)
+        return held + self._router.num_bytes + self._waiting.nbytes
+
+    def close(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def join(
+        self, cut: int, impressions: pa.RecordBatch | None, actions: pa.RecordBatch | None, watermark_ms: int
+    ) -> pa.RecordBatch | None:
+        """Takes in a cut's events, then returns the examples that are due.
+
+        Args:
+            cut: Number of the cut, larger than that of the call before.
+            impressions: Columns of `IMPRESSION` and any others; taken before the actions. They may gain columns.
+            actions: Columns of `ACTION`; others are ignored.
+            watermark_ms: Not smaller than in the call before. Events count as late by the watermark of the call before.
+
+        Returns:
+            Examples: first those for late actions (and with `at_once` all), in order of arrival, then those whose window closed,
+            in order of (event time, arrival). None: there are none.
+
+        Raises:
+            ValueError: Cut or watermark goes back, or a column is missing, of another type than before, or null.
+        """
+        if watermark_ms < self._watermark:
+            raise ValueError(f"Joiner.join: the watermark goes back from {self._watermark} to {watermark_ms} in cut {cut}")
+        self._ledger.begin(cut, self._watermark)
+        self._out = []
+        if impressions is not None and impressions.num_rows:
+            self._take_impressions(impressions)
+        if actions is not None and actions.num_rows:
+            self._take_actions(actions)
+        due = [number for number in sorted(self._buckets) if number * self._span + self._window <= watermark_ms]
+        self._read_in(due)
+        for number in due:
+            self._emit(number, watermark_ms)
+            self._forget(number, watermark_ms)
+        expired = self._waiting[:, TIME] + self._window <= watermark_ms
+        if expired.any():
+            self._counts["late_or_orphan_actions"] += int(expired.sum())
+            self._waiting = self._waiting[~expired]
+        self._watermark = watermark_ms
+        out = [rows for rows in self._out if rows.num_rows]
+        self._out = []
+        if not out:
+            return None
+        assert self._schema is not None
+        examples = stacked(out, self._example_schema(self._schema))
+        self._counts["examples"] += examples.num_rows
+        return examples
+
+    def _example_schema(self, schema: pa.Schema) -> pa.Schema:
+        fields = [*schema, *OUTCOMES]
+        if self._config.negative_rate < 1:
+            fields.append(pa.field("sample_rate", pa.float32()))
+        return pa.schema(fields)
+
+    def _take_schema(self, rows: pa.RecordBatch) -> pa.RecordBatch:
+        """Returns impressions in the schema so far and their further columns; the schema grows by those."""
+        known = {one.name: one for one in self._schema} if self._schema else {}
+        reserved = {*self._example_schema(pa.schema([])).names} & {*rows.schema.names}
+        if reserved:
+            raise ValueError(f"Joiner: impressions have the columns {sorted(reserved)}, which the joiner makes; rename them")
+        for name in ("request_id", "user_id", "video_id", "event_time_ms"):
+            if name not in rows.schema.names or rows.schema.field(name).type != pa.int64() or rows.column(name).null_count:
+                raise ValueError(f"Joiner: impressions need the column {name!r}, int64 without nulls; got {rows.schema}")
+        for one in rows.schema:
+            if one.name in known and known[one.name].type != one.type:
+                raise ValueError(f"Joiner: column {one.name!r} was {known[one.name].type} and is now {one.type}")
+        # A column that another cut may lack can be null.
+        fields = [*(self._schema or ()), *(one for one in rows.schema if one.name not in known)]
+        needed = ("request_id", "user_id", "video_id", "event_time_ms")
+        schema = pa.schema([one.with_nullable(one.name not in needed) for one in fields])
+        if self._schema is None or not schema.equals(self._schema):
+            self._schema = schema
+        return conform(rows, self._schema)
+
+    def _take_impressions(self, impressions: pa.RecordBatch) -> None:
+        rows = self._take_schema(impressions)
+        times = column_i64(rows, "event_time_ms")
+        self._counts["impressions"] += times.size
+        self._ledger.add(int(times.max()) + self._hold)
+        late = times + self._window <= self._watermark
+        if late.any():
+            self._counts["late_impressions"] += int(late.sum())
+            rows = rows.filter(pa.array(~late))
+            times = column_i64(rows, "event_time_ms")
+        keys = keys_of(column_i64(rows, "request_id"), column_i64(rows, "video_id"))
+        taken = Index(keys).first == np.arange(times.size)
+        pulled = self._drop_held(keys, taken)
+        classes = times // self._span
+        if not taken.all():
+            self._counts["duplicates"] += int((~taken).sum())
+            self._add_shadows(keys.at(~taken), times[~taken], classes[~taken])
+            rows, keys, classes = rows.filter(pa.array(taken)), keys.at(taken), classes[taken]
+        self._num_open += classes.size
+        self._add_rows(rows, classes)
+        self._router.insert(keys.hashes, (classes % BUCKETS).astype(np.int32), self._everything)
+        actions, owners = self._claim_waiting(keys, pulled)
+        hits = self._lay(actions, classes[owners])
+        if self._at_once:
+            # Each impression, and right after it the actions that had come before.
+            first = np.zeros(len(actions), np.bool_)
+            for hit in hits:
+                first[hit.places[hit.news == 2]] = True
+            order = np.argsort(np.concatenate([np.arange(classes.size), owners[first]]), kind="stable")
+            who = np.concatenate([np.arange(classes.size), owners[first]])[order]
+            kinds = np.concatenate([np.full(classes.size, -1), actions[first, BITS] & 255])[order]
+            values = np.concatenate([np.zeros(classes.size, np.int64), actions[first, VALUE]])[order]
+            self._out.append(single_outcomes(rows.take(pa.array(who)), kinds, values))
+
+    def _drop_held(self, keys: Keys, taken: np.ndarray) -> np.ndarray:
+        """Clears `taken` where a key is held already; returns actions of keys that were laid beside others by mistake."""
+        suspects = np.flatnonzero(taken & (self._router.route(keys.hashes) != NOWHERE))
+        pulled = [NO_ACTIONS]
+        if not suspects.size:
+            return pulled[0]
+        for bucket, which in self._candidates(keys.at(suspects)):
+            places = suspects[which]
+            held = bucket.holds(keys.at(places), self._watermark - self._hold)
+            taken[places[held]] = False
+            refuted = keys.at(places[~held])
+            if refuted.hashes.size:
+                index = Index(refuted)
+                for at, actions in enumerate(bucket.actions):
+                    mine = index.find(keys_of_actions(actions)) >= 0
+                    if mine.any():
+                        pulled.append(actions[mine])
+                        bucket.actions[at] = actions[~mine]
+        return np.concatenate(pulled)
+
+    def _candidates(self, keys: Keys) -> Iterator[tuple[Bucket, np.ndarray]]:
+        """Yields each bucket that may have some of the keys, with the places of those keys."""
+        which, slots = self._router.candidates(keys.hashes)
+        for slot in np.unique(slots):
+            for number in self._classes_of.get(int(slot), ()):
+                yield self._buckets[number], which[slots == slot]
+
+    def _bucket(self, number: int) -> Bucket:
+        if number not in self._buckets:
+            self._buckets[number] = Bucket()
+            self._classes_of.setdefault(number % BUCKETS, []).append(number)
+        return self._buckets[number]
+
+    def _add_shadows(self, keys: Keys, times: np.ndarray, classes: np.ndarray) -> None:
+        for number in np.unique(classes):
+            mine = classes == number
+            self._bucket(int(number)).shadows.append((keys.at(mine), times[mine]))
+        self._router.insert(keys.hashes, (classes % BUCKETS).astype(np.int32), self._everything)
+
+    def _add_rows(self, rows: pa.RecordBatch, classes: np.ndarray) -> None:
+        for number, part in grouped(classes):
+            mine = rows if part.size == rows.num_rows else rows.take(pa.array(part))
+            bucket = self._bucket(number)
+            if bucket.pieces or self._at_once:
+                bucket.pieces.append(Piece(mine))
+                if self._at_once:
+                    bucket.pieces[-1].closed = mine.num_rows
+            else:
+                bucket.chunks.append(mine)
+
+    def _everything(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for number, bucket in self._buckets.items():
+            for keys in bucket.all_keys():
+                yield keys.hashes, np.full(keys.hashes.size, number % BUCKETS, np.int32)
+
+    def _claim_waiting(self, keys: Keys, pulled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the waiting actions of these keys, int64 [M, 6], which wait no more, and which key each has, int32 [M]."""
+        waiting = np.concatenate([self._waiting, pulled]) if pulled.size else self._waiting
+        expired = waiting[:, TIME] + self._window <= self._watermark
+        if expired.any():  # among the pulled ones
+            self._counts["late_or_orphan_actions"] += int(expired.sum())
+            waiting = waiting[~expired]
+        rows = Index(keys).find(keys_of_actions(waiting))
+        self._waiting = waiting[rows < 0] if pulled.size or (rows >= 0).any() else self._waiting
+        return waiting[rows >= 0], rows[rows >= 0]
+
+    def _take_actions(self, batch: pa.RecordBatch) -> None:
+        actions = action_rows(batch)
+        self._counts["actions"] += batch.num_rows
+        self._counts["unknown_actions"] += batch.num_rows - len(actions)
+        if not len(actions):
+            return
+        self._ledger.add(int(actions[:, TIME].max()) + self._window)
+        keys = keys_of_actions(actions)
+        slots = self._router.route(keys.hashes)
+        only = np.full(BUCKETS + 2, SEVERAL, np.int64)
+        only[NOWHERE] = NOWHERE
+        for slot, numbers in self._classes_of.items():
+            only[slot] = numbers[0] if len(numbers) == 1 else SEVERAL
+        classes = only[slots]
+        several = np.flatnonzero(classes == SEVERAL)
+        if several.size:
+            classes[several] = self._resolve(keys.at(several))
+        self._wait(actions[classes == NOWHERE])
+        placed = classes != NOWHERE
+        if not placed.all():
+            actions, classes = actions[placed], classes[placed]
+        self._emit_late(actions, self._lay(actions, classes))
+
+    def _resolve(self, keys: Keys) -> np.ndarray:
+        """Returns the class of the row that each key has, by an exact look; of a duplicate, if there is no row; or NOWHERE."""
+        classes = np.full(keys.hashes.size, NOWHERE, np.int64)
+        shadows = classes.copy()
+        which, slots = self._router.candidates(keys.hashes)
+        for slot in np.unique(slots):
+            for number in self._classes_of.get(int(slot), ()):
+                places = which[slots == slot]
+                asked = keys.at(places)
+                classes[places[self._buckets[number].has_row(asked)]] = number
+                shadows[places[self._buckets[number].shadowed(asked, self._watermark - self._hold)]] = number
+        return np.where(classes == NOWHERE, shadows, classes)
+
+    def _wait(self, actions: np.ndarray) -> None:
+        if len(actions):
+            self._waiting = np.concatenate([self._waiting, actions])
+
+    def _lay(self, actions: np.ndarray, classes: np.ndarray) -> list[_Hit]:
+        """Lays actions beside the rows of their classes; returns those that found rows which have been read in."""
+        hits: list[_Hit] = []
+        for number, places in grouped(classes):
+            bucket = self._buckets[number]
+            mine = actions if places.size == len(actions) else actions[places]
+            if bucket.chunks:
+                bucket.actions.append(mine)
+                continue
+            keys, found = keys_of_actions(mine), np.zeros(places.size, np.bool_)
+            for piece in bucket.pieces:
+                rows = piece.find(keys)
+                here = np.flatnonzero(rows >= 0)
+                if here.size:
+                    news, repeated = piece.apply(mine[here], rows[here])
+                    self._counts["duplicates"] += repeated + (int((news == 1).sum()) if self._at_once else 0)
+                    hits.append(_Hit(piece, places[here], rows[here], news))
+                    found[here] = True
+            if not found.all():
+                self._turn_away(bucket, mine[~found], keys.at(~found))
+        return hits
+
+    def _turn_away(self, bucket: Bucket, actions: np.ndarray, keys: Keys) -> None:
+        """Actions that have no row in the bucket: of a duplicate they are counted, others wait."""
+        shadowed = bucket.shadowed(keys, self._watermark - self._hold)
+        self._counts["late_or_orphan_actions"] += int(shadowed.sum())
+        self._wait(actions[~shadowed])
+
+    def _emit_late(self, actions: np.ndarray, hits: list[_Hit]) -> None:
+        """Emits a further example for each action of a row that was emitted; with `at_once` for the first of its kind."""
+        parts: list[pa.RecordBatch] = []
+        places = [np.empty(0, np.int64)]
+        for hit in hits:
+            late = (hit.rows < hit.piece.closed) & (hit.news >= (2 if self._at_once else 1))
+            if late.any():
+                parts.append(hit.piece.rows.take(pa.array(hit.rows[late])))
+                places.append(hit.places[late])
+        if not parts:
+            return
+        assert self._schema is not None
+        rows, at = stacked(parts, self._schema), np.concatenate(places)
+        order = np.argsort(at)
+        mine = actions[at[order]]
+        self._counts["applied_late_actions"] += 0 if self._at_once else len(mine)
+        self._out.append(self._rated(single_outcomes(rows.take(pa.array(order)), mine[:, BITS] & 255, mine[:, VALUE])))
+
+    def _rated(self, examples: pa.RecordBatch, rates: np.ndarray | None = None) -> pa.RecordBatch:
+        if self._config.negative_rate == 1:
+            return examples
+        rates = np.ones(examples.num_rows, np.float32) if rates is None else rates
+        return examples.append_column(pa.field("sample_rate", pa.float32()), pa.array(rates))
+
+    def _read_in(self, due: list[int]) -> None:
+        """Makes pieces of the chunks of buckets, and applies the actions that were laid beside them."""
+        left: list[np.ndarray] = []
+        for number in due:
+            bucket = self._buckets[number]
+            if bucket.chunks:
+                assert self._schema is not None
+                bucket.pieces.append(Piece(stacked(bucket.chunks, self._schema)))
+                actions, bucket.chunks, bucket.actions = np.concatenate([NO_ACTIONS, *bucket.actions]), [], []
+                if len(actions):
+                    keys = keys_of_actions(actions)
+                    rows = bucket.pieces[-1].find(keys)
+                    _, repeated = bucket.pieces[-1].apply(actions, rows)
+                    self._counts["duplicates"] += repeated
+                    if (rows < 0).any():
+                        left.append(actions[rows < 0])
+        if left:
+            # The router named a bucket that did not have their keys; now they go where they belong.
+            actions = np.concatenate(left)
+            classes = self._resolve(keys_of_actions(actions))
+            self._wait(actions[classes == NOWHERE])
+            self._lay(actions[classes != NOWHERE], classes[classes != NOWHERE])
+
+    def _emit(self, number: int, watermark_ms: int) -> None:
+        """Emits the rows of a class whose window has closed."""
+        parts: list[pa.RecordBatch] = []
+        for piece in self._buckets[number].pieces:
+            last = int(np.searchsorted(piece.times, watermark_ms - self._window, "right"))
+            if self._at_once:
+                self._num_open -= max(last - piece.gone, 0)
+            elif last > piece.closed:
+                self._num_open -= last - piece.closed
+                parts.append(self._sampled(piece, piece.closed, last))
+                piece.closed = last
+        if len(parts) == 1:
+            self._out.append(parts[0])
+        elif parts:
+            assert self._schema is not None
+            examples = stacked(parts, self._example_schema(self._schema))
+            self._out.append(examples.take(pa.array(np.argsort(column_i64(examples, "event_time_ms"), kind="stable"))))
+
+    def _sampled(self, piece: Piece, first: int, last: int) -> pa.RecordBatch:
+        examples, config = piece.examples(first, last), self._config
+        if config.negative_rate == 1:
+            return examples
+        positive = (piece.came[first:last] >> (ACTIONS.index(config.positive) + 2)) & 1 > 0
+        # Other bits of the hash than those that find a place in a table.
+        chance = ((piece.keys.hashes[first:last] * np.uint64(0xD1342543DE82EF95)) >> np.uint64(11)) * 2.0**-53
+        kept = positive | (chance < config.negative_rate)
+        self._counts["negatives_dropped"] += int((~kept).sum())
+        rates = np.where(positive, 1, config.negative_rate).astype(np.float32)
+        return self._rated(examples, rates).filter(pa.array(kept))
+
+    def _forget(self, number: int, watermark_ms: int) -> None:
+        """Drops the rows of a class that are kept no longer, and the class when none is left."""
+        bucket, slot = self._buckets[number], number % BUCKETS
+        for piece in bucket.pieces:
+            gone = int(np.searchsorted(piece.times, watermark_ms - self._hold, "right"))
+            hashes = piece.keys.hashes[piece.gone : gone]
+            self._router.remove(hashes, np.full(hashes.size, slot, np.int32))
+            piece.gone = max(gone, piece.gone)
+        bucket.pieces = [piece for piece in bucket.pieces if piece.gone < piece.times.size]
+        if bucket.pieces or (bucket.shadows and (number + 1) * self._span + self._hold > watermark_ms):
+            return
+        for keys, _ in bucket.shadows:
+            self._router.remove(keys.hashes, np.full(keys.hashes.size, slot, np.int32))
+        del self._buckets[number]
+        self._classes_of[slot].remove(number)
+        if not self._classes_of[slot]:
+            del self._classes_of[slot]

@@ -1,0 +1,224 @@
+"""The impressions that wait for actions: as they came, or read in, in order of time, with what came of them.
+
+In: record batches of impressions and rows of actions. Out: `Piece`s, whose rows can be found by key, and tables of examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from monolith_jax.stream.events import ACTIONS, OUTCOME
+from monolith_jax.stream.join_kernels import NONE, apply, build_index, find, hash_keys, refill_seen
+
+OUTCOMES = pa.schema([field for field in OUTCOME if field.name != "weight"])
+KINDS = ("play", "dwell", *ACTIONS)
+"""Actions by their number."""
+
+
+class Keys(NamedTuple):
+    """Keys of rows."""
+
+    requests: np.ndarray
+    """int64 [N]"""
+    videos: np.ndarray
+    """int64 [N]"""
+    hashes: np.ndarray
+    """uint64 [N]"""
+
+    def at(self, places: np.ndarray | slice) -> Keys:
+        """Returns some of the keys."""
+        return Keys(self.requests[places], self.videos[places], self.hashes[places])
+
+
+def keys_of(requests: np.ndarray, videos: np.ndarray) -> Keys:
+    """Returns keys with their hashes; int64 [N] each."""
+    hashes = np.empty(requests.size, np.uint64)
+    hash_keys(requests, videos, hashes)
+    return Keys(requests, videos, hashes)
+
+
+class Index:
+    """Finds rows by their keys; of several rows of one key the first."""
+
+    def __init__(self, keys: Keys) -> None:
+        """Makes the table."""
+        size = keys.hashes.size
+        self._keys = keys
+        self._table = np.empty(1 << max(2 * size - 1, 1).bit_length(), np.int32)
+        self.first = np.empty(size, np.int32)
+        """int32 [N], each row's first one of the same key."""
+        build_index(*keys, self._table, self.first)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the arrays, keys included."""
+        return self._table.nbytes + self.first.nbytes + sum(array.nbytes for array in self._keys)
+
+    def find(self, keys: Keys) -> np.ndarray:
+        """Returns the row of each key, -1: none; int32 [N]."""
+        rows = np.empty(keys.hashes.size, np.int32)
+        find(*keys, self._keys.requests, self._keys.videos, self._table, rows)
+        return rows
+
+
+class Piece:
+    """Impressions of one class of times, in order of (time, arrival), whose actions are applied as they come."""
+
+    def __init__(self, rows: pa.RecordBatch) -> None:
+        """Takes impressions in order of arrival."""
+        times = column_i64(rows, "event_time_ms")
+        if times.size > 1 and (times[1:] < times[:-1]).any():
+            rows = rows.take(pa.array(np.argsort(times, kind="stable")))
+            times = column_i64(rows, "event_time_ms")
+        self.rows, self.times = rows, times
+        self.keys = keys_of(column_i64(rows, "request_id"), column_i64(rows, "video_id"))
+        self.index = Index(self.keys)
+        self.play, self.dwell = np.full(times.size, NONE), np.full(times.size, NONE)
+        self.came = np.zeros(times.size, np.uint16)
+        self._seen_rows, self._seen_ids, self._num_seen = np.full(16, -1, np.int32), np.zeros(16, np.int64), 0
+        self.closed, self.gone = 0, 0
+        """Rows that were emitted, and rows that are forgotten, from the first on."""
+        self.row_bytes = rows.nbytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        own = self.times.size * 18 + self._seen_ids.nbytes + self._seen_rows.nbytes
+        return self.row_bytes + self.index.num_bytes + own
+
+    def find(self, keys: Keys) -> np.ndarray:
+        """Returns the row of each key that is not forgotten, -1: none; int32 [N]."""
+        rows = self.index.find(keys)
+        rows[rows < self.gone] = -1
+        return rows
+
+    def apply(self, actions: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, int]:
+        """Applies actions, int64 [N, 6], to int32 `rows` [N], -1: no row.
+
+        Returns:
+            uint8 [N], 0: a repeated event or no row, 1: a kind that had come, 2: the first of its kind; and the repeated ones.
+        """
+        need = 2 * (self._num_seen + rows.size)
+        if need > self._seen_rows.size:
+            size = 1 << need.bit_length()
+            seen_rows, seen_ids = np.full(size, -1, np.int32), np.empty(size, np.int64)
+            refill_seen(self._seen_rows, self._seen_ids, seen_rows, seen_ids)
+            self._seen_rows, self._seen_ids = seen_rows, seen_ids
+        fresh = np.empty(rows.size, np.uint8)
+        added, repeated = apply(
+            actions, rows, self.play, self.dwell, self.came, self._seen_rows, self._seen_ids, fresh
+        )  # fmt: skip
+        self._num_seen += added
+        return fresh, repeated
+
+    def examples(self, first: int, last: int) -> pa.RecordBatch:
+        """Returns rows with all that came of them."""
+        return outcomes(
+            self.rows.slice(first, last - first), self.play[first:last], self.dwell[first:last], self.came[first:last]
+        )
+
+
+@dataclass
+class Bucket:
+    """The impressions of one class of times."""
+
+    chunks: list[pa.RecordBatch] = field(default_factory=list)
+    """As they came."""
+    actions: list[np.ndarray] = field(default_factory=list)
+    """int64 [N, 6] each, for the rows in chunks, and a few for none."""
+    pieces: list[Piece] = field(default_factory=list)
+    """What has been read in."""
+    shadows: list[tuple[Keys, np.ndarray]] = field(default_factory=list)
+    """Keys and times of duplicates: dropped, but as long as one of them would be open no other of its key is taken."""
+
+    def shadowed(self, keys: Keys, after_ms: int) -> np.ndarray:
+        """Returns which keys have a duplicate whose time is later than `after_ms`; bool [N]."""
+        found = np.zeros(keys.hashes.size, np.bool_)
+        for shadow, times in self.shadows:
+            live = shadow.at(times > after_ms)
+            if live.hashes.size:
+                found |= Index(live).find(keys) >= 0
+        return found
+
+    def all_keys(self) -> list[Keys]:
+        """Returns the keys of everything that the router knows of this bucket."""
+        chunks = [keys_of(column_i64(rows, "request_id"), column_i64(rows, "video_id")) for rows in self.chunks]
+        pieces = [piece.keys.at(slice(piece.gone, None)) for piece in self.pieces]
+        return [*chunks, *pieces, *(keys for keys, _ in self.shadows)]
+
+    def holds(self, keys: Keys, after_ms: int) -> np.ndarray:
+        """Returns which keys have a row that is not forgotten or a duplicate later than `after_ms`; bool [N]."""
+        found = self.has_row(keys)
+        return found | self.shadowed(keys, after_ms)
+
+    def has_row(self, keys: Keys) -> np.ndarray:
+        """Returns which keys have a row that is not forgotten; bool [N]."""
+        found, index = np.zeros(keys.hashes.size, np.bool_), None
+        for piece in self.pieces:
+            found |= piece.find(keys) >= 0
+        for rows in self.chunks:
+            index = index or Index(keys)
+            chunk = keys_of(column_i64(rows, "request_id"), column_i64(rows, "video_id"))
+            asked = index.find(chunk)
+            found[asked[asked >= 0]] = True
+        return found[index.first] if index else found
+
+
+def grouped(classes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields each class, ascending, and the places where it stands, int64, ascending."""
+    if not classes.size:
+        return
+    if classes[0] == classes[-1] and (classes == classes[0]).all():
+        yield int(classes[0]), np.arange(classes.size)
+        return
+    order = np.argsort(classes, kind="stable")
+    bounds = np.flatnonzero(np.diff(classes[order])) + 1
+    for part in np.split(order, bounds):
+        yield int(classes[part[0]]), part
+
+
+def column_i64(rows: pa.RecordBatch, name: str) -> np.ndarray:
+    """Returns a column of int64 without nulls, [N]."""
+    return rows.column(name).to_numpy()
+
+
+def conform(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Returns rows in a schema that may have further columns, which are null."""
+    if rows.schema.equals(schema):
+        return rows
+    there = set(rows.schema.names)
+    columns = [
+        rows.column(one.name) if one.name in there else pa.nulls(rows.num_rows, one.type) for one in schema
+    ]  # fmt: skip
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def stacked(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:
+    """Returns the rows of batches in one, in a schema that may have further columns."""
+    conformed = [conform(batch, schema) for batch in batches]
+    return conformed[0] if len(conformed) == 1 else pa.concat_batches(conformed)
+
+
+def outcomes(rows: pa.RecordBatch, play: np.ndarray, dwell: np.ndarray, came: np.ndarray) -> pa.RecordBatch:
+    """Returns rows with what came of them; `play` and `dwell` int64 [N], NONE: none; `came` uint16 [N], a bit a kind."""
+    columns = [pa.array(play, mask=play == NONE), pa.array(dwell, mask=dwell == NONE)]
+    columns += [pa.array((came >> (k + 2)) & 1 > 0) for k in range(len(ACTIONS))]
+    return _with(rows, columns)
+
+
+def single_outcomes(rows: pa.RecordBatch, kinds: np.ndarray, values: np.ndarray) -> pa.RecordBatch:
+    """Returns rows with one outcome each and all others null; `kinds` int64 [N]: -1: everything false and times null."""
+    negative = kinds < 0
+    columns = [pa.array(values, mask=kinds != kind) for kind in (0, 1)]
+    columns += [pa.array(~negative, mask=(kinds != k + 2) & ~negative) for k in range(len(ACTIONS))]
+    return _with(rows, columns)
+
+
+def _with(rows: pa.RecordBatch, columns: list[pa.Array]) -> pa.RecordBatch:
+    schema = pa.schema([*rows.schema, *OUTCOMES])
+    return pa.RecordBatch.from_arrays([*rows.columns, *columns], schema=schema)

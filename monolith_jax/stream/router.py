@@ -1,0 +1,203 @@
+"""Which bucket an impression is in, told by its key: four bytes an impression.
+
+In: hashes of keys, and the number of a bucket below `BUCKETS` for each. Out: the buckets that a key may be in; a bucket that it
+is not in is named once in some hundred thousand times, the one that it is in always.
+
+An entry is uint32: a tag of 22 bits of the hash, never 0, above ten bits of the bucket; 0: empty. A *line* is 16 entries, a
+cache line. An entry stands in the emptier one of the two lines of its hash (Mitzenmacher 2001, "The power of two choices in
+randomized load balancing"), so that lines fill evenly and few are full before nine tenths of all entries are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from monolith_jax.ids.cuckoo import aligned_lines
+from monolith_jax.ids.lines import inline, jit, prefetch
+
+BUCKETS = 1024
+NOWHERE = -1
+"""No bucket may have the key."""
+SEVERAL = -2
+"""More than one bucket may have it: ask `candidates`."""
+
+FULL = 0.86
+"""The part of all entries that is taken when the lines are made more."""
+
+_WIDTH = 16
+_AHEAD = 12
+_M = np.uint64(0x9E3779B97F4A7C15)
+_S32 = np.uint64(32)
+_TAG = np.uint64(0x3FFFFF)
+
+
+@inline
+def _first_line(h, num_lines):
+    return np.int64(((h >> _S32) * np.uint64(num_lines)) >> _S32)
+
+
+@inline
+def _second_line(h, num_lines):
+    return np.int64((((h * _M) >> _S32) * np.uint64(num_lines)) >> _S32)
+
+
+@inline
+def _tag_of(h, tag_mask):
+    return np.uint32(max(h & tag_mask, np.uint64(1)))
+
+
+@inline
+def _ask(lines, h):
+    address = np.int64(lines.ctypes.data)
+    prefetch(address + 64 * _first_line(h, lines.shape[0]))
+    prefetch(address + 64 * _second_line(h, lines.shape[0]))
+
+
+@jit
+def _route(hashes, lines, tag_mask, buckets):
+    for i in range(hashes.size):
+        if i + _AHEAD < hashes.size:
+            _ask(lines, hashes[i + _AHEAD])
+        h = hashes[i]
+        tag = _tag_of(h, tag_mask)
+        a, b = _first_line(h, lines.shape[0]), _second_line(h, lines.shape[0])
+        most, least = np.int32(-1), np.int32(BUCKETS)
+        for k in range(_WIDTH):
+            entry = lines[a, k]
+            bucket = np.int32(entry & np.uint32(1023))
+            same = (entry >> np.uint32(10)) == tag
+            most = max(most, bucket if same else np.int32(-1))
+            least = min(least, bucket if same else np.int32(BUCKETS))
+            entry = lines[b, k]
+            bucket = np.int32(entry & np.uint32(1023))
+            same = (entry >> np.uint32(10)) == tag
+            most = max(most, bucket if same else np.int32(-1))
+            least = min(least, bucket if same else np.int32(BUCKETS))
+        buckets[i] = most if most == least or most < 0 else np.int32(SEVERAL)
+
+
+@jit
+def _candidates(hashes, lines, tag_mask, which, buckets):
+    number = 0
+    for i in range(hashes.size):
+        h = hashes[i]
+        tag = _tag_of(h, tag_mask)
+        a, b = _first_line(h, lines.shape[0]), _second_line(h, lines.shape[0])
+        start = number
+        for k in range(2 * _WIDTH):
+            entry = lines[a if k < _WIDTH else b, k % _WIDTH]
+            if (entry >> np.uint32(10)) != tag:
+                continue
+            bucket, known = np.int32(entry & np.uint32(1023)), False
+            for j in range(start, number):
+                known |= buckets[j] == bucket
+            if not known:
+                which[number], buckets[number] = i, bucket
+                number += 1
+    return number
+
+
+@jit
+def _insert(hashes, buckets, lines, tag_mask):
+    """Returns how many were inserted before one found both of its lines full."""
+    for i in range(hashes.size):
+        if i + _AHEAD < hashes.size:
+            _ask(lines, hashes[i + _AHEAD])
+        h = hashes[i]
+        a, b = _first_line(h, lines.shape[0]), _second_line(h, lines.shape[0])
+        # Entries of a line are kept together at its start, so that the number of taken ones is the place of the next.
+        taken_a, taken_b = 0, 0
+        for k in range(_WIDTH):
+            taken_a += lines[a, k] != 0
+            taken_b += lines[b, k] != 0
+        line, taken = (a, taken_a) if taken_a <= taken_b else (b, taken_b)
+        if taken == _WIDTH:
+            return i
+        lines[line, taken] = (_tag_of(h, tag_mask) << np.uint32(10)) | np.uint32(buckets[i])
+    return hashes.size
+
+
+@jit
+def _remove(hashes, buckets, lines, tag_mask):
+    """Returns how many were there."""
+    removed = 0
+    for i in range(hashes.size):
+        if i + _AHEAD < hashes.size:
+            _ask(lines, hashes[i + _AHEAD])
+        h = hashes[i]
+        entry = (_tag_of(h, tag_mask) << np.uint32(10)) | np.uint32(buckets[i])
+        for line in (_first_line(h, lines.shape[0]), _second_line(h, lines.shape[0])):
+            place, last = -1, -1
+            for k in range(_WIDTH):
+                place = k if lines[line, k] == entry else place
+                last = k if lines[line, k] != 0 else last
+            if place >= 0:
+                lines[line, place] = lines[line, last]
+                lines[line, last] = 0
+                removed += 1
+                break
+    return removed
+
+
+class Router:
+    """The lines. One caller at a time."""
+
+    def __init__(self, min_lines: int = 1024, tag_bits: int = 22, growth: float = 1.5) -> None:
+        """Makes an empty one.
+
+        Args:
+            min_lines: Lines to begin with.
+            tag_bits: Bits of the tag; fewer than 22 only to see what false matches do.
+            growth: By which factor lines become more.
+        """
+        self._lines = aligned_lines(min_lines)
+        self._lines[:] = 0
+        self._mask = np.uint64(2**tag_bits - 1)
+        self._growth = growth
+        self.num_entries = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the lines."""
+        return self._lines.nbytes
+
+    def route(self, hashes: np.ndarray) -> np.ndarray:
+        """Returns the bucket that may have each key, NOWHERE or SEVERAL; int32 [N]."""
+        buckets = np.empty(hashes.size, np.int32)
+        _route(hashes, self._lines, self._mask, buckets)
+        return buckets
+
+    def candidates(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns pairs: which of the hashes, int64 [P] ascending, and a bucket that may have it, int32 [P]."""
+        which, buckets = np.empty(2 * _WIDTH * hashes.size, np.int64), np.empty(2 * _WIDTH * hashes.size, np.int32)
+        number = _candidates(hashes, self._lines, self._mask, which, buckets)
+        return which[:number], buckets[:number]
+
+    def insert(
+        self, hashes: np.ndarray, buckets: np.ndarray, everything: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
+    ) -> None:
+        """Adds keys.
+
+        Args:
+            hashes: uint64 [N]
+            buckets: int32 [N]
+            everything: Called when the lines become more: yields hashes and buckets of all keys there are, these included.
+        """
+        self.num_entries += hashes.size
+        if self.num_entries <= FULL * self._lines.size and _insert(hashes, buckets, self._lines, self._mask) == hashes.size:
+            return
+        placed = False
+        while not placed:
+            number = int(max(self._lines.shape[0] * self._growth, self.num_entries / (FULL * _WIDTH) * 1.05)) + 1
+            del self._lines  # The keys are read anew, so that old and new lines never stand side by side.
+            self._lines = aligned_lines(number)
+            self._lines[:] = 0
+            placed = all(_insert(*part, self._lines, self._mask) == part[0].size for part in everything())
+
+    def remove(self, hashes: np.ndarray, buckets: np.ndarray) -> None:
+        """Takes keys out that were inserted with these buckets."""
+        removed = _remove(hashes, buckets, self._lines, self._mask)
+        assert removed == hashes.size, f"{hashes.size - removed} keys were not in the router"
+        self.num_entries -= hashes.size
