@@ -77,6 +77,7 @@ class Decoder:
         format: str,
         schemas: Schemas | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        future_s: float = float("inf"),
     ) -> None:
         """Reads nothing yet.
 
@@ -86,6 +87,7 @@ class Decoder:
             format: One of `formats.FORMATS`.
             schemas: Of the topic; needed for `arrow`.
             max_message_bytes: A longer payload is set aside.
+            future_s: So is an event whose time is further ahead of the one at which its message was appended.
 
         Raises:
             ValueError: There is no such format, or it needs schemas.
@@ -94,7 +96,7 @@ class Decoder:
         if format == "arrow" and schemas is None:
             raise ValueError(f"topic {topic!r}: events in format arrow cannot be read without the schemas of their log")
         self._kind, self._topic, self._format, self._schemas = kind, topic, format, schemas
-        self._max_bytes = max_message_bytes
+        self._max_bytes, self._future_ms = max_message_bytes, 1000 * future_s
         self._required = _REQUIRED[kind]
         self._schema = _SCHEMAS[kind]
 
@@ -202,6 +204,11 @@ class Decoder:
     def _checked(self, partition: LogPartition, work: Work) -> tuple[pa.RecordBatch, tuple[Rejected, ...]]:
         batch, members, ends = work.joined()
         faults = _faults(batch, self._kind)
+        times = batch.column("event_time_ms")
+        appended = np.array([work.messages[index].timestamp_ms for index in members], np.int64)
+        if len(members) and not _within(times, 0, int(min(appended.min() + self._future_ms, validate.LAST_MS))):
+            latest = np.repeat(appended + self._future_ms, np.diff(ends, prepend=0))
+            faults.append((pc.fill_null(times, 0).to_numpy() > latest, "time is ahead of the log"))
         name = f"{partition.topic}/{partition.number}@"
         many = self._format == "arrow"
 

@@ -105,7 +105,8 @@ class LiveReading:
             "skipped": self.skipped,
             "watermark_ms": self.watermark_ms,
             **{name: {_key(one): value for one, value in values.items()} for name, values in by_partition.items()},
-            "counts": dict(self.joiner.counts),
+            # What was spilled is no function of the events: it begins anew with each reading.
+            "counts": {name: count for name, count in self.joiner.counts.items() if name != "spilled_bytes"},
             "schemas": {topic: decoder.get_state() for topic, decoder in self.decoders.items()},
         }
 
@@ -277,7 +278,7 @@ class LiveReading:
             watermarks.look_for_idle(config.idle_s, time.monotonic(), self._has_unread)
             self.log.pause(watermarks.ahead(int(1000 * config.ahead_s)))
             messages = self._poll()
-            if self._lag_s() > self.max_lag_s and (skip := self._skip(starts)):
+            if self._lag_s() > self.max_lag_s and (skip := self._skip()):
                 return skip, []
             events = self._events(messages)
             for one in events:
@@ -336,18 +337,21 @@ class LiveReading:
             now_ms = min(target, self.watermark_ms + max(int(1000 * joiner.window_s) // STEPS, 1))
         return now_ms, watermarks.all_ended and now_ms == target
 
-    def _skip(self, starts: tuple[Read, ...]) -> Cut | None:
+    def _skip(self) -> Cut | None:
         """Returns the cut that goes on nearer to the present, and leaves out what lies between; None if nothing does."""
         at_ms = int(1000 * (time.time() - self.max_lag_s / 2))
-        goes_on, skipped = [], 0
+        goes_on = []
         for partition, offset in self.next.items():
-            begin = max(min(self.log.offset_at(partition, at_ms), self.ends.get(partition, 1 << 62)), offset)
-            goes_on.append(Read(partition, begin, self.ends.get(partition, -1)))
-            skipped += begin - offset
-            self.log.seek(partition, begin)
-            self.at[partition] = begin
-        del starts  # Where they begin is in `next` already.
-        return Cut((), self.watermark_ms, False, tuple(goes_on), skipped) if skipped else None
+            end = self.ends.get(partition, -1)
+            begin = self.log.offset_at(partition, at_ms)
+            goes_on.append(Read(partition, max(min(begin, end) if end >= 0 else begin, offset), end))
+        skipped = sum(read.begin - self.next[read.partition] for read in goes_on)
+        if not skipped:
+            return None
+        for read in goes_on:
+            self.log.seek(read.partition, read.begin)
+            self.at[read.partition] = read.begin
+        return Cut((), self.watermark_ms, False, tuple(goes_on), skipped)
 
 
 def _concat(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch | None:

@@ -53,9 +53,7 @@ def rows(batch: pa.RecordBatch | None) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("tag_bits", [22, 2])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), keys=st.sampled_from([3, 8, 200]))
-def test_joins_as_the_rules_say(
-    seed: int, keys: int, mode: str, tag_bits: int, tmp_path: Path
-) -> None:
+def test_joins_as_the_rules_say(seed: int, keys: int, mode: str, tag_bits: int, tmp_path: Path) -> None:
     cuts = random_cuts(seed, keys=keys)
     expected, counts = run_oracle(CONFIGS[mode], cuts)
     joiner = Joiner(CONFIGS[mode], tmp_path / "spill")

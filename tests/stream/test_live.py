@@ -56,14 +56,14 @@ def test_every_impression_is_an_example_with_all_that_followed(tmp_path: Path, n
         assert times == sorted(times) and len(times) > 300
         assert not any(chunk.rejected for chunk in chunks)
         counts = chunks[-1].position["counts"]
-        assert counts["examples"] == len(times) and not counts["late_impressions"] and not counts["orphan_actions"]
+        assert counts["examples"] == len(times) and not counts["late_impressions"] and not counts["late_or_orphan_actions"]
 
 
 def test_reading_goes_on_exactly_from_every_position(tmp_path: Path) -> None:
     with closing(feed(tmp_path)) as events:
         events.send_world(make_world(400))
     whole = chunks_of(source(tmp_path))
-    assert len(whole) > 20
+    assert len(whole) > 10
     for index, chunk in enumerate(whole):
         rest = chunks_of(source(tmp_path), chunk.position)
         assert plain(rest) == plain(whole[index + 1 :])
@@ -204,7 +204,10 @@ def test_partitions_that_are_added_are_read_from_their_start(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("partitions", "number", "told"),
-    [((4, 2), 1, "equally many partitions and one key, got 4 of 'impressions', 2 of 'actions'"), ((4, 4), 3, "does not divide the 4")],
+    [
+        ((4, 2), 1, "equally many partitions and one key, got 4 of 'impressions2', 2 of 'actions2'"),
+        ((4, 4), 3, "does not divide the 4"),
+    ],
 )
 def test_topics_that_cannot_be_divided_are_refused(tmp_path: Path, partitions: Any, number: int, told: str) -> None:
     with closing(feed(tmp_path)) as events:
