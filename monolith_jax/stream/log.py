@@ -1,8 +1,8 @@
 """The surface of a log of events: topics divided into partitions, each a row of messages with growing offsets.
 
 In: the address of a log. Out: a `Log` to read from, or a `Producer` to append with. Two kinds of log stand behind it: segment
-files in a folder (`file:///folder`, `file_log`), and Kafka (`kafka://host:port,host:port`, `kafka_log`, extra `kafka`). What a
-payload means is not the log's affair (`formats`).
+files in a folder (`file:///folder`; `file_log`, `file_producer`), and Kafka (`kafka://host:port,host:port`; `kafka_log`,
+`kafka_producer`, extra `kafka`). What a payload means is not the log's affair (`formats`).
 """
 
 from __future__ import annotations
@@ -121,15 +121,35 @@ def open_log(url: str, options: Mapping[str, str] | Sequence[tuple[str, str]] = 
 
     Args:
         url: `file:///folder` or `kafka://host:port,host:port`.
-        options: Options of the Kafka client, by the names that librdkafka gives them.
+        options: Of a file log, `file_log.OPTIONS`; of Kafka, options of the client, by the names that librdkafka gives them.
 
     Raises:
-        ValueError: The address or an option is not understood.
+        ValueError: The address or an option is not understood, or there is no log.
         ImportError: `kafka://` without the extra `kafka`.
     """
-    raise NotImplementedError
+    if _kind(url) == "file":
+        from monolith_jax.stream.file_log import FileLog, folder_of
+
+        return FileLog(folder_of(url), options)
+    from monolith_jax.stream.kafka_log import KafkaLog
+
+    return KafkaLog(url, options)
 
 
 def open_producer(url: str, options: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> Producer:
     """Opens a log for appending; takes and raises what `open_log` does."""
-    raise NotImplementedError
+    if _kind(url) == "file":
+        from monolith_jax.stream.file_log import folder_of
+        from monolith_jax.stream.file_producer import FileProducer
+
+        return FileProducer(folder_of(url), options)
+    from monolith_jax.stream.kafka_producer import KafkaProducer
+
+    return KafkaProducer(url, options)
+
+
+def _kind(url: str) -> str:
+    kind, separator, _ = url.partition("://")
+    if not separator or kind not in ("file", "kafka"):
+        raise ValueError(f"{url!r} is no address of a log; write file:///folder or kafka://host:port,host:port")
+    return kind
