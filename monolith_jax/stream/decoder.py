@@ -1,8 +1,9 @@
 """Messages of a log as events in one schema, the bad ones set aside.
 
 In: messages of a partition, in order. Out: their events in order, in the run's schema (`run_schema`), and what was set aside:
-whole messages (`topic/partition@offset`) and single events of Arrow messages (`topic/partition@offset#row`), with a reason. Whatever
-a message holds, nothing is raised. The state is the run's schema: the same messages in the same calls give the same events.
+whole messages (`topic/partition@offset`) and single events of Arrow messages (`topic/partition@offset#row`), with a reason.
+Whatever a message holds, nothing is raised. The state is the run's schema: the same messages in the same calls give
+the same events.
 """
 
 # pyright: reportAttributeAccessIssue=false

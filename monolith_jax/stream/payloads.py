@@ -27,7 +27,8 @@ LARGE = 65_536
 MAX_JSON_BYTES, MAX_JSON_ROWS = 1 << 20, 1024
 """What is parsed at once. More would gain nothing, and a name that occurs once takes a place in each row."""
 
-_WORDS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+_WORDS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+"""Texts, and brackets outside of them. Possessive, and a text may lack its end: else garbage could take quadratic time."""
 
 
 class BadPayload(ValueError):
@@ -57,20 +58,18 @@ def read_arrow(payload: bytes, schema: pa.Schema) -> pa.RecordBatch:
     return batch
 
 
-def _depth(payload: bytes) -> int:
-    deepest = depth = 0
+def _is_deep(payload: bytes) -> bool:
+    depth = 0
     for word in _WORDS.finditer(payload):
-        if word[0] in (b"{", b"["):
-            depth += 1
-            deepest = max(deepest, depth)
-        elif word[0] in (b"}", b"]"):
-            depth -= 1
-    return deepest
+        depth += (word[0] in (b"{", b"[")) - (word[0] in (b"}", b"]"))
+        if depth > MAX_DEPTH:
+            return True
+    return False
 
 
 def unsafe_json(payload: bytes) -> str:
     """Returns why a payload must not even be parsed with others, "" if it may."""
-    if payload.count(b"[") + payload.count(b"{") > MAX_BRACKETS and _depth(payload) > MAX_DEPTH:
+    if payload.count(b"[") + payload.count(b"{") > MAX_BRACKETS and _is_deep(payload):
         return "nested too deeply"
     if len(payload) > LARGE and payload.count(b'":') > 4 * MAX_COLUMNS:
         return f"schema: more than {MAX_COLUMNS} columns"

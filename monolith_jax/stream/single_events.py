@@ -1,8 +1,8 @@
 """Messages of one event each, read many at a time; and what a decoder gathers of them.
 
 In: payloads in `json`, `protobuf` or `debezium`. Out: batches in a `Work`, whose schema grows with them, and reasons for those
-that are no events. A thousand is parsed at once; where that fails it is halved until the bad ones stand alone, in order, so that
-what a message adds to the schema is there for the next.
+that are no events. A thousand is parsed at once; where that fails it is halved until the bad ones stand alone, in order, so
+that what a message adds to the schema is there for the next.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -27,8 +27,8 @@ from monolith_jax.stream.payloads import (
 )
 from monolith_jax.stream.run_schema import MAX_COLUMNS, SchemaFault, conform, extended
 
-Parse = Callable[[int, int, pa.Schema], pa.RecordBatch]
-"""Reads payloads [from, to) as a row each, given the run's schema; raises `BadPayload` or `SchemaFault`."""
+Parse = Callable[[Sequence[int], pa.Schema], pa.RecordBatch]
+"""Reads the messages with these indexes as a row each, given the run's schema; raises `BadPayload` or `SchemaFault`."""
 
 
 class _Piece(NamedTuple):
@@ -101,29 +101,50 @@ def _blocks(payloads: Sequence[bytes]) -> Iterator[tuple[int, int]]:
         yield first, len(payloads)
 
 
-def _by_halves(
-    work: Work, members: Sequence[int], payloads: Sequence[bytes], parse: Parse, fault_of: Callable[..., str]
-) -> None:
-    todo = list(_blocks(payloads))[::-1]
+def _by_halves(work: Work, members: Sequence[int], parse: Parse, fault_of: Callable[[int, ValueError], str]) -> None:
+    """Adds what can be parsed: all at once, else each half. `fault_of` says what is wrong with a message that stands alone."""
+    todo = [list(members)]
     while todo:
-        first, end = todo.pop()
+        block = todo.pop()
         try:
-            work.add_singles(parse(first, end, work.schema), members[first:end])
+            work.add_singles(parse(block, work.schema), block)
         except (BadPayload, SchemaFault) as fault:
-            if end - first == 1:
-                work.bad[members[first]] = fault_of(fault, payloads[first], work.schema)
-                continue
-            middle = (first + end) // 2
-            todo += [(middle, end), (first, middle)]
+            if len(block) == 1:
+                work.bad[block[0]] = fault_of(block[0], fault)
+            else:
+                middle = len(block) // 2
+                todo += [block[middle:], block[:middle]]
+
+
+def _read_json(work: Work, payloads: dict[int, bytes]) -> None:
+    """Reads payloads by the index of their message."""
+    for index, payload in payloads.items():
+        if reason := unsafe_json(payload):
+            work.bad[index] = reason
+    members = [index for index in payloads if index not in work.bad]
+
+    def parse(block: Sequence[int], known: pa.Schema) -> pa.RecordBatch:
+        return read_json([payloads[index] for index in block], known)
+
+    def fault_of(index: int, fault: ValueError) -> str:
+        return _json_fault(fault, payloads[index], work.schema)
+
+    for first, end in _blocks([payloads[index] for index in members]):
+        block = members[first:end]
+        try:
+            work.add_singles(parse(block, work.schema), block)
+        except (BadPayload, SchemaFault):
+            # Most bad ones are no JSON at all, which is found without parsing the others again and again.
+            reasons = {index: json_fault(payloads[index]) for index in block}
+            work.bad.update({index: reason for index, reason in reasons.items() if reason})
+            if left := [index for index in block if not reasons[index]]:
+                _by_halves(work, left, parse, fault_of)
 
 
 def _json_fault(fault: ValueError, payload: bytes, known: pa.Schema) -> str:
-    """Returns what is wrong with a single payload that did not parse with the types that are known."""
+    """Returns what is wrong with a JSON object that did not parse with the types that are known."""
     if isinstance(fault, SchemaFault):
         return str(fault)
-    reason = json_fault(payload)
-    if reason:
-        return reason
     try:
         extended(known, read_json([payload], pa.schema([])).schema)
     except (BadPayload, SchemaFault) as closer:
@@ -131,20 +152,8 @@ def _json_fault(fault: ValueError, payload: bytes, known: pa.Schema) -> str:
     return str(fault)
 
 
-def _read_json(work: Work, good: Sequence[int], payloads: Sequence[bytes]) -> None:
-    members: list[int] = []
-    safe: list[bytes] = []
-    for index, payload in zip(good, payloads, strict=True):
-        if reason := unsafe_json(payload):
-            work.bad[index] = reason
-        else:
-            members.append(index)
-            safe.append(payload)
-    _by_halves(work, members, safe, lambda first, end, known: read_json(safe[first:end], known), _json_fault)
-
-
 def _json(work: Work, good: Sequence[int], _: str) -> None:
-    _read_json(work, good, [work.messages[index].payload for index in good])
+    _read_json(work, {index: work.messages[index].payload for index in good})
 
 
 def _debezium(work: Work, good: Sequence[int], _: str) -> None:
@@ -154,7 +163,7 @@ def _debezium(work: Work, good: Sequence[int], _: str) -> None:
             rows[index] = after_row(work.messages[index].payload)
         except BadPayload as fault:
             work.bad[index] = str(fault)
-    _read_json(work, list(rows), list(rows.values()))
+    _read_json(work, rows)
 
 
 def _protobuf(work: Work, good: Sequence[int], name: str) -> None:
@@ -167,10 +176,13 @@ def _protobuf(work: Work, good: Sequence[int], name: str) -> None:
             work.bad[index] = f"schema: more than {MAX_COLUMNS} columns"
         else:
             found[index] = message
-    payloads = [work.messages[index].payload for index in found]
-    parsed = list(found.values())
-    parse: Parse = lambda first, end, _: protobuf_events.columns_of(name, parsed[first:end])  # noqa: E731
-    _by_halves(work, list(found), payloads, parse, lambda fault, *_: str(fault))
+
+    def parse(block: Sequence[int], _: pa.Schema) -> pa.RecordBatch:
+        return protobuf_events.columns_of(name, [found[index] for index in block])
+
+    members = list(found)
+    for first, end in _blocks([work.messages[index].payload for index in members]):
+        _by_halves(work, members[first:end], parse, lambda _, fault: str(fault))
 
 
 READERS: dict[str, Callable[[Work, Sequence[int], str], None]] = {"json": _json, "debezium": _debezium, "protobuf": _protobuf}
