@@ -16,14 +16,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = "example: python -m launch.bench.kill --times 20 --workdir /tmp/kill"
-CLOCK_FIELDS = ("seconds", "examples_per_s")
-"""Fields of metrics.jsonl that tell how fast the machine was."""
+CLOCK_FIELDS = (
+    *("seconds", "examples_per_s"),
+    *("lag_s", "lag_messages", "watermark_age_s", "event_age_p50_s", "event_age_p99_s", "spilled_bytes", "stream"),
+)
+"""Fields of metrics.jsonl that tell how fast the machine was, and how late a live stream."""
 TIER_FIELDS = ("hit_rate", "loaded", "evicted")
 """Fields that tell which rows were on the device: after a restart it starts with none."""
 OVERRIDES = {
@@ -56,9 +59,13 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def start(folder: Path, steps: int, cache: Path) -> subprocess.Popen[str]:
     """Starts or goes on with a run in a folder; what it prints comes through its pipe."""
-    overrides = OVERRIDES | {"TrainConfig.steps": steps}
+    return start_run(folder, "configs/quickstart.gin", OVERRIDES | {"TrainConfig.steps": steps}, cache)
+
+
+def start_run(folder: Path, gin_file: str, overrides: Mapping[str, Any], cache: Path) -> subprocess.Popen[str]:
+    """Starts or goes on with a run of any config."""
     arguments = [f"--gin.{name}={value}" for name, value in overrides.items()]
-    command = [sys.executable, "-m", "launch.train", "--gin_file=configs/quickstart.gin", *arguments, f"--workdir={folder}"]
+    command = [sys.executable, "-m", "launch.train", f"--gin_file={gin_file}", *arguments, f"--workdir={folder}"]
     # Every program is kept: with the default threshold small ones would be compiled again in each process.
     cached = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
