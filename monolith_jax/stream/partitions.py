@@ -21,6 +21,16 @@ from monolith_jax.types import Chunk, Position, Source
 _M = np.uint64(0x9E3779B97F4A7C15)
 
 
+def partitions_of(ids: np.ndarray, number: int) -> np.ndarray:
+    """Returns which of `number` partitions each id belongs to, int64 [B]. Ids together in 12 of them are so in 4, 3 and 2.
+
+    Args:
+        ids: int64 [B].
+        number: How many partitions there are.
+    """
+    return (((ids.view(np.uint64) * _M) >> np.uint64(32)) % np.uint64(number)).astype(np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class DealtOut:
     """What belongs to one partition of a source."""
@@ -47,8 +57,7 @@ class DealtOut:
 
     def _of_users(self, examples: pa.RecordBatch) -> pa.RecordBatch:
         ids, _ = ids_of(examples, self.user_column, "the column of users, HistoryConfig.user_column,")
-        partitions = ((ids.view(np.uint64) * _M) >> np.uint64(32)) % np.uint64(self.number)
-        return examples.filter(pa.array(partitions == np.uint64(self.index)))
+        return examples.filter(pa.array(partitions_of(ids, self.number) == self.index))
 
 
 def partition(source: Source, index: int, number: int, user_column: str = "user_id") -> Source:
