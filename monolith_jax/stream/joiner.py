@@ -16,8 +16,7 @@ meanwhile waits for nothing.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,12 +25,12 @@ import numpy as np
 import pyarrow as pa
 
 from monolith_jax.stream.action_rows import NO_ACTIONS, action_rows, keys_of_actions
+from monolith_jax.stream.buckets import Bucket, Buckets
 from monolith_jax.stream.cut_ledger import CutLedger
 from monolith_jax.stream.events import ACTIONS
 from monolith_jax.stream.join_kernels import BITS, TIME, VALUE
 from monolith_jax.stream.open_rows import (
     OUTCOMES,
-    Bucket,
     Index,
     Keys,
     Piece,
@@ -42,7 +41,7 @@ from monolith_jax.stream.open_rows import (
     single_outcomes,
     stacked,
 )
-from monolith_jax.stream.router import BUCKETS, NOWHERE, SEVERAL, Router
+from monolith_jax.stream.router import BUCKETS, NOWHERE
 
 CLASSES = BUCKETS // 2
 """Classes of event time in the time that an impression is kept; the other half is for events ahead of the watermark."""
@@ -99,7 +98,9 @@ class JoinerConfig:
         if self.negative_rate < 1 and not self.positive:
             raise ValueError("JoinerConfig.negative_rate below 1 needs `positive`: the action without which one is a negative")
         if self.emit == "at_once" and (self.negative_rate < 1 or self.late_s > 0):
-            raise ValueError("JoinerConfig: emit='at_once' goes with neither negative_rate below 1 nor late_s; set emit='close'")
+            raise ValueError(
+                "JoinerConfig: emit='at_once' goes with neither negative_rate below 1 nor late_s; set emit='close'"
+            )
         if self.memory_mb <= 0:
             raise ValueError(f"JoinerConfig.memory_mb must be above 0, got {self.memory_mb}")
 
@@ -126,22 +127,19 @@ class Joiner:
             config: How to join.
             folder: For what does not fit into memory. Emptied now and at `close`; nothing there is needed after a crash.
         """
-        self._config, self._folder = config, folder
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        self._config = config
         self._window = round(config.window_s * 1000)
         self._hold = self._window + round(config.late_s * 1000)
         self._at_once = config.emit == "at_once"
         self._span = -(-self._hold // CLASSES)
         self._schema: pa.Schema | None = None
-        self._buckets: dict[int, Bucket] = {}
-        self._classes_of: dict[int, list[int]] = {}
-        self._router = Router()
+        self._buckets = Buckets(folder, int(config.memory_mb * 2**20))
         self._waiting = NO_ACTIONS
         self._watermark = _BEFORE_ALL
         self._ledger = CutLedger()
         self._counts = dict.fromkeys(COUNTS, 0)
         self._num_open = 0
+        self._spilled_before = 0
         self._out: list[pa.RecordBatch] = []
 
     @property
@@ -166,14 +164,11 @@ class Joiner:
     @property
     def memory_bytes(self) -> int:
         """Bytes held in memory."""
-        held = sum(rows.nbytes for bucket in self._buckets.values() for rows in bucket.chunks)
-        held += sum(actions.nbytes for bucket in self._buckets.values() for actions in bucket.actions)
-        held += sum(piece.num_bytes for bucket in self._buckets.values() for piece in bucket.pieces)
-        return held + self._router.num_bytes + self._waiting.nbytes
+        return self._buckets.num_bytes + self._waiting.nbytes
 
     def close(self) -> None:
         """Removes the folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._buckets.spill.close()
 
     def join(
         self, cut: int, impressions: pa.RecordBatch | None, actions: pa.RecordBatch | None, watermark_ms: int
@@ -201,7 +196,7 @@ class Joiner:
             self._take_impressions(impressions)
         if actions is not None and actions.num_rows:
             self._take_actions(actions)
-        due = [number for number in sorted(self._buckets) if number * self._span + self._window <= watermark_ms]
+        due = [number for number in self._buckets.numbers() if number * self._span + self._window <= watermark_ms]
         self._read_in(due)
         for number in due:
             self._emit(number, watermark_ms)
@@ -211,6 +206,10 @@ class Joiner:
             self._counts["late_or_orphan_actions"] += int(expired.sum())
             self._waiting = self._waiting[~expired]
         self._watermark = watermark_ms
+        if self._schema is not None:
+            self._buckets.shrink(self._waiting.nbytes, self._schema)
+            self._counts["spilled_bytes"] += self._buckets.spill.num_bytes - self._spilled_before
+            self._spilled_before = self._buckets.spill.num_bytes
         out = [rows for rows in self._out if rows.num_rows]
         self._out = []
         if not out:
@@ -266,7 +265,7 @@ class Joiner:
             rows, keys, classes = rows.filter(pa.array(taken)), keys.at(taken), classes[taken]
         self._num_open += classes.size
         self._add_rows(rows, classes)
-        self._router.insert(keys.hashes, (classes % BUCKETS).astype(np.int32), self._everything)
+        self._buckets.insert(keys, classes)
         actions, owners = self._claim_waiting(keys, pulled)
         hits = self._lay(actions, classes[owners])
         if self._at_once:
@@ -282,58 +281,35 @@ class Joiner:
 
     def _drop_held(self, keys: Keys, taken: np.ndarray) -> np.ndarray:
         """Clears `taken` where a key is held already; returns actions of keys that were laid beside others by mistake."""
-        suspects = np.flatnonzero(taken & (self._router.route(keys.hashes) != NOWHERE))
+        suspects = np.flatnonzero(taken & (self._buckets.router.route(keys.hashes) != NOWHERE))
         pulled = [NO_ACTIONS]
         if not suspects.size:
             return pulled[0]
-        for bucket, which in self._candidates(keys.at(suspects)):
+        for bucket, which in self._buckets.candidates(keys.at(suspects)):
             places = suspects[which]
-            held = bucket.holds(keys.at(places), self._watermark - self._hold)
+            asked = keys.at(places)
+            held = bucket.has_row(asked) | bucket.shadowed(asked, self._watermark - self._hold)
             taken[places[held]] = False
-            refuted = keys.at(places[~held])
-            if refuted.hashes.size:
-                index = Index(refuted)
-                for at, actions in enumerate(bucket.actions):
-                    mine = index.find(keys_of_actions(actions)) >= 0
-                    if mine.any():
-                        pulled.append(actions[mine])
-                        bucket.actions[at] = actions[~mine]
+            if not held.all():
+                pulled.append(bucket.pull(asked.at(~held)))
         return np.concatenate(pulled)
-
-    def _candidates(self, keys: Keys) -> Iterator[tuple[Bucket, np.ndarray]]:
-        """Yields each bucket that may have some of the keys, with the places of those keys."""
-        which, slots = self._router.candidates(keys.hashes)
-        for slot in np.unique(slots):
-            for number in self._classes_of.get(int(slot), ()):
-                yield self._buckets[number], which[slots == slot]
-
-    def _bucket(self, number: int) -> Bucket:
-        if number not in self._buckets:
-            self._buckets[number] = Bucket()
-            self._classes_of.setdefault(number % BUCKETS, []).append(number)
-        return self._buckets[number]
 
     def _add_shadows(self, keys: Keys, times: np.ndarray, classes: np.ndarray) -> None:
         for number in np.unique(classes):
             mine = classes == number
-            self._bucket(int(number)).shadows.append((keys.at(mine), times[mine]))
-        self._router.insert(keys.hashes, (classes % BUCKETS).astype(np.int32), self._everything)
+            self._buckets[int(number)].shadows.append((keys.at(mine), times[mine]))
+        self._buckets.insert(keys, classes)
 
     def _add_rows(self, rows: pa.RecordBatch, classes: np.ndarray) -> None:
         for number, part in grouped(classes):
             mine = rows if part.size == rows.num_rows else rows.take(pa.array(part))
-            bucket = self._bucket(number)
-            if bucket.pieces or self._at_once:
-                bucket.pieces.append(Piece(mine))
-                if self._at_once:
-                    bucket.pieces[-1].closed = mine.num_rows
+            bucket = self._buckets[number]
+            if bucket.has_pieces or self._at_once:
+                piece = Piece.of(mine)
+                piece.closed = mine.num_rows if self._at_once else 0
+                bucket.add_piece(piece, rows.schema)
             else:
-                bucket.chunks.append(mine)
-
-    def _everything(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for number, bucket in self._buckets.items():
-            for keys in bucket.all_keys():
-                yield keys.hashes, np.full(keys.hashes.size, number % BUCKETS, np.int32)
+                bucket.add_rows(mine)
 
     def _claim_waiting(self, keys: Keys, pulled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the waiting actions of these keys, int64 [M, 6], which wait no more, and which key each has, int32 [M]."""
@@ -354,33 +330,12 @@ class Joiner:
             return
         self._ledger.add(int(actions[:, TIME].max()) + self._window)
         keys = keys_of_actions(actions)
-        slots = self._router.route(keys.hashes)
-        only = np.full(BUCKETS + 2, SEVERAL, np.int64)
-        only[NOWHERE] = NOWHERE
-        for slot, numbers in self._classes_of.items():
-            only[slot] = numbers[0] if len(numbers) == 1 else SEVERAL
-        classes = only[slots]
-        several = np.flatnonzero(classes == SEVERAL)
-        if several.size:
-            classes[several] = self._resolve(keys.at(several))
+        classes = self._buckets.classes(keys, self._watermark - self._hold)
         self._wait(actions[classes == NOWHERE])
         placed = classes != NOWHERE
         if not placed.all():
             actions, classes = actions[placed], classes[placed]
         self._emit_late(actions, self._lay(actions, classes))
-
-    def _resolve(self, keys: Keys) -> np.ndarray:
-        """Returns the class of the row that each key has, by an exact look; of a duplicate, if there is no row; or NOWHERE."""
-        classes = np.full(keys.hashes.size, NOWHERE, np.int64)
-        shadows = classes.copy()
-        which, slots = self._router.candidates(keys.hashes)
-        for slot in np.unique(slots):
-            for number in self._classes_of.get(int(slot), ()):
-                places = which[slots == slot]
-                asked = keys.at(places)
-                classes[places[self._buckets[number].has_row(asked)]] = number
-                shadows[places[self._buckets[number].shadowed(asked, self._watermark - self._hold)]] = number
-        return np.where(classes == NOWHERE, shadows, classes)
 
     def _wait(self, actions: np.ndarray) -> None:
         if len(actions):
@@ -392,8 +347,8 @@ class Joiner:
         for number, places in grouped(classes):
             bucket = self._buckets[number]
             mine = actions if places.size == len(actions) else actions[places]
-            if bucket.chunks:
-                bucket.actions.append(mine)
+            if bucket.is_cold:
+                bucket.add_actions(mine)
                 continue
             keys, found = keys_of_actions(mine), np.zeros(places.size, np.bool_)
             for piece in bucket.pieces:
@@ -443,21 +398,19 @@ class Joiner:
         left: list[np.ndarray] = []
         for number in due:
             bucket = self._buckets[number]
-            if bucket.chunks:
-                assert self._schema is not None
-                bucket.pieces.append(Piece(stacked(bucket.chunks, self._schema)))
-                actions, bucket.chunks, bucket.actions = np.concatenate([NO_ACTIONS, *bucket.actions]), [], []
-                if len(actions):
-                    keys = keys_of_actions(actions)
-                    rows = bucket.pieces[-1].find(keys)
-                    _, repeated = bucket.pieces[-1].apply(actions, rows)
-                    self._counts["duplicates"] += repeated
-                    if (rows < 0).any():
-                        left.append(actions[rows < 0])
+            if not bucket.is_cold:
+                continue
+            assert self._schema is not None
+            piece, actions = bucket.read_in(self._schema)
+            rows = piece.find(keys_of_actions(actions))
+            _, repeated = piece.apply(actions, rows)
+            self._counts["duplicates"] += repeated
+            if (rows < 0).any():
+                left.append(actions[rows < 0])
         if left:
             # The router named a bucket that did not have their keys; now they go where they belong.
             actions = np.concatenate(left)
-            classes = self._resolve(keys_of_actions(actions))
+            classes = self._buckets.exact_classes(keys_of_actions(actions), self._watermark - self._hold)
             self._wait(actions[classes == NOWHERE])
             self._lay(actions[classes != NOWHERE], classes[classes != NOWHERE])
 
@@ -493,18 +446,11 @@ class Joiner:
 
     def _forget(self, number: int, watermark_ms: int) -> None:
         """Drops the rows of a class that are kept no longer, and the class when none is left."""
-        bucket, slot = self._buckets[number], number % BUCKETS
+        bucket = self._buckets[number]
         for piece in bucket.pieces:
             gone = int(np.searchsorted(piece.times, watermark_ms - self._hold, "right"))
-            hashes = piece.keys.hashes[piece.gone : gone]
-            self._router.remove(hashes, np.full(hashes.size, slot, np.int32))
+            self._buckets.remove(piece.keys.hashes[piece.gone : gone], number)
             piece.gone = max(gone, piece.gone)
-        bucket.pieces = [piece for piece in bucket.pieces if piece.gone < piece.times.size]
-        if bucket.pieces or (bucket.shadows and (number + 1) * self._span + self._hold > watermark_ms):
-            return
-        for keys, _ in bucket.shadows:
-            self._router.remove(keys.hashes, np.full(keys.hashes.size, slot, np.int32))
-        del self._buckets[number]
-        self._classes_of[slot].remove(number)
-        if not self._classes_of[slot]:
-            del self._classes_of[slot]
+        bucket.drop_gone()
+        if not bucket.has_pieces and not (bucket.shadows and (number + 1) * self._span + self._hold > watermark_ms):
+            self._buckets.drop(number)

@@ -5,8 +5,7 @@ In: record batches of impressions and rows of actions. Out: `Piece`s, whose rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,27 +68,75 @@ class Index:
 class Piece:
     """Impressions of one class of times, in order of (time, arrival), whose actions are applied as they come."""
 
-    def __init__(self, rows: pa.RecordBatch) -> None:
-        """Takes impressions in order of arrival."""
-        times = column_i64(rows, "event_time_ms")
-        if times.size > 1 and (times[1:] < times[:-1]).any():
-            rows = rows.take(pa.array(np.argsort(times, kind="stable")))
-            times = column_i64(rows, "event_time_ms")
-        self.rows, self.times = rows, times
-        self.keys = keys_of(column_i64(rows, "request_id"), column_i64(rows, "video_id"))
-        self.index = Index(self.keys)
+    def __init__(self, keys: Keys, times: np.ndarray, rows: pa.RecordBatch | Callable[[], pa.RecordBatch]) -> None:
+        """Takes impressions in order of time, int64 [R]; `rows` may be what reads them."""
+        self._rows, self.times, self.keys = rows, times, keys
+        self.index = Index(keys)
         self.play, self.dwell = np.full(times.size, NONE), np.full(times.size, NONE)
         self.came = np.zeros(times.size, np.uint16)
         self._seen_rows, self._seen_ids, self._num_seen = np.full(16, -1, np.int32), np.zeros(16, np.int64), 0
         self.closed, self.gone = 0, 0
         """Rows that were emitted, and rows that are forgotten, from the first on."""
-        self.row_bytes = rows.nbytes
+        held = 0 if callable(rows) else rows.nbytes
+        self.num_bytes = held + self.index.num_bytes + 18 * times.size + 12 * self._seen_ids.size
+        """Bytes held."""
+
+    @classmethod
+    def of(cls, rows: pa.RecordBatch) -> Piece:
+        """Returns the piece of impressions in order of arrival."""
+        times = column_i64(rows, "event_time_ms")
+        if times.size > 1 and (times[1:] < times[:-1]).any():
+            rows = rows.take(pa.array(np.argsort(times, kind="stable")))
+            times = column_i64(rows, "event_time_ms")
+        return cls(keys_of(column_i64(rows, "request_id"), column_i64(rows, "video_id")), times, rows)
+
+    @classmethod
+    def merged(cls, pieces: Sequence[Piece], schema: pa.Schema) -> Piece:
+        """Returns one piece with what pieces of one class still hold, the one that came first given first."""
+        times = np.concatenate([piece.times[piece.gone :] for piece in pieces])
+        order = np.argsort(times, kind="stable")
+        rows = stacked([piece.rows.slice(piece.gone) for piece in pieces], schema).take(pa.array(order))
+        keys = Keys(
+            *(np.concatenate(arrays)[order] for arrays in zip(*(p.keys.at(slice(p.gone, None)) for p in pieces), strict=True))
+        )
+        one = cls(keys, times[order], rows)
+        one.play = np.concatenate([piece.play[piece.gone :] for piece in pieces])[order]
+        one.dwell = np.concatenate([piece.dwell[piece.gone :] for piece in pieces])[order]
+        one.came = np.concatenate([piece.came[piece.gone :] for piece in pieces])[order]
+        one.closed = sum(piece.closed - piece.gone for piece in pieces)
+        place, start = np.empty(order.size, np.int32), 0
+        place[order] = np.arange(order.size)
+        for piece in pieces:
+            rows_seen, ids = piece.seen()
+            kept = rows_seen >= piece.gone
+            one.see(place[rows_seen[kept] - piece.gone + start], ids[kept])
+            start += piece.times.size - piece.gone
+        return one
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        own = self.times.size * 18 + self._seen_ids.nbytes + self._seen_rows.nbytes
-        return self.row_bytes + self.index.num_bytes + own
+    def rows(self) -> pa.RecordBatch:
+        """The impressions."""
+        return self._rows() if callable(self._rows) else self._rows
+
+    def seen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns rows, int32 [S], and the ids of events that came for them, int64 [S]."""
+        there = self._seen_rows >= 0
+        return self._seen_rows[there], self._seen_ids[there]
+
+    def see(self, rows: np.ndarray, ids: np.ndarray) -> None:
+        """Takes over what `seen` returned."""
+        self._make_room(rows.size)
+        refill_seen(rows.astype(np.int32), ids, self._seen_rows, self._seen_ids)
+        self._num_seen += rows.size
+
+    def _make_room(self, number: int) -> None:
+        need = 2 * (self._num_seen + number)
+        if need > self._seen_rows.size:
+            size = 1 << need.bit_length()
+            seen_rows, seen_ids = np.full(size, -1, np.int32), np.empty(size, np.int64)
+            refill_seen(self._seen_rows, self._seen_ids, seen_rows, seen_ids)
+            self.num_bytes += 12 * (size - self._seen_ids.size)
+            self._seen_rows, self._seen_ids = seen_rows, seen_ids
 
     def find(self, keys: Keys) -> np.ndarray:
         """Returns the row of each key that is not forgotten, -1: none; int32 [N]."""
@@ -103,12 +150,7 @@ class Piece:
         Returns:
             uint8 [N], 0: a repeated event or no row, 1: a kind that had come, 2: the first of its kind; and the repeated ones.
         """
-        need = 2 * (self._num_seen + rows.size)
-        if need > self._seen_rows.size:
-            size = 1 << need.bit_length()
-            seen_rows, seen_ids = np.full(size, -1, np.int32), np.empty(size, np.int64)
-            refill_seen(self._seen_rows, self._seen_ids, seen_rows, seen_ids)
-            self._seen_rows, self._seen_ids = seen_rows, seen_ids
+        self._make_room(rows.size)
         fresh = np.empty(rows.size, np.uint8)
         added, repeated = apply(
             actions, rows, self.play, self.dwell, self.came, self._seen_rows, self._seen_ids, fresh
@@ -118,55 +160,9 @@ class Piece:
 
     def examples(self, first: int, last: int) -> pa.RecordBatch:
         """Returns rows with all that came of them."""
-        return outcomes(
-            self.rows.slice(first, last - first), self.play[first:last], self.dwell[first:last], self.came[first:last]
-        )
-
-
-@dataclass
-class Bucket:
-    """The impressions of one class of times."""
-
-    chunks: list[pa.RecordBatch] = field(default_factory=list)
-    """As they came."""
-    actions: list[np.ndarray] = field(default_factory=list)
-    """int64 [N, 6] each, for the rows in chunks, and a few for none."""
-    pieces: list[Piece] = field(default_factory=list)
-    """What has been read in."""
-    shadows: list[tuple[Keys, np.ndarray]] = field(default_factory=list)
-    """Keys and times of duplicates: dropped, but as long as one of them would be open no other of its key is taken."""
-
-    def shadowed(self, keys: Keys, after_ms: int) -> np.ndarray:
-        """Returns which keys have a duplicate whose time is later than `after_ms`; bool [N]."""
-        found = np.zeros(keys.hashes.size, np.bool_)
-        for shadow, times in self.shadows:
-            live = shadow.at(times > after_ms)
-            if live.hashes.size:
-                found |= Index(live).find(keys) >= 0
-        return found
-
-    def all_keys(self) -> list[Keys]:
-        """Returns the keys of everything that the router knows of this bucket."""
-        chunks = [keys_of(column_i64(rows, "request_id"), column_i64(rows, "video_id")) for rows in self.chunks]
-        pieces = [piece.keys.at(slice(piece.gone, None)) for piece in self.pieces]
-        return [*chunks, *pieces, *(keys for keys, _ in self.shadows)]
-
-    def holds(self, keys: Keys, after_ms: int) -> np.ndarray:
-        """Returns which keys have a row that is not forgotten or a duplicate later than `after_ms`; bool [N]."""
-        found = self.has_row(keys)
-        return found | self.shadowed(keys, after_ms)
-
-    def has_row(self, keys: Keys) -> np.ndarray:
-        """Returns which keys have a row that is not forgotten; bool [N]."""
-        found, index = np.zeros(keys.hashes.size, np.bool_), None
-        for piece in self.pieces:
-            found |= piece.find(keys) >= 0
-        for rows in self.chunks:
-            index = index or Index(keys)
-            chunk = keys_of(column_i64(rows, "request_id"), column_i64(rows, "video_id"))
-            asked = index.find(chunk)
-            found[asked[asked >= 0]] = True
-        return found[index.first] if index else found
+        # Copied, as Arrow would take the arrays as they are, and late actions still change them.
+        play, dwell = self.play[first:last].copy(), self.dwell[first:last].copy()
+        return outcomes(self.rows.slice(first, last - first), play, dwell, self.came[first:last])
 
 
 def grouped(classes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -1,3 +1,4 @@
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,20 @@ def rows(batch: pa.RecordBatch | None) -> list[dict[str, Any]]:
 def test_joins_as_the_rules_say(seed: int, keys: int, mode: str, tag_bits: int, tmp_path: Path) -> None:
     cuts = random_cuts(seed, keys=keys)
     expected, counts = run_oracle(CONFIGS[mode], cuts)
-    joiner = Joiner(CONFIGS[mode], tmp_path / "spill")
-    joiner._router = Router(tag_bits=tag_bits)
+    small = Joiner(dataclasses.replace(CONFIGS[mode], memory_mb=1e-6), tmp_path / "small")
+    large = Joiner(CONFIGS[mode], tmp_path / "large")
+    small._buckets.router, large._buckets.router = Router(8, tag_bits), Router(8, tag_bits)
     for cut, wanted in zip(cuts, expected, strict=True):
-        assert rows(feed(joiner, cut)) == wanted
-    assert {name: joiner.counts[name] for name in counts} == counts
-    assert joiner.num_open == 0
-    joiner.close()
+        assert rows(feed(large, cut)) == wanted
+        assert rows(feed(small, cut)) == wanted
+        assert small.counts | {"spilled_bytes": 0} == large.counts
+        assert (small.num_open, small.oldest_cut) == (large.num_open, large.oldest_cut)
+    assert {name: large.counts[name] for name in counts} == counts
+    assert large.num_open == 0 and small.counts["spilled_bytes"] > 0
+    assert not list((tmp_path / "small").iterdir())
+    small.close()
+    large.close()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mode", CONFIGS)
