@@ -8,14 +8,14 @@ disk first, then those that have pieces, the oldest first, as fewest actions sti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from monolith_jax.stream.action_rows import NO_ACTIONS, keys_of_actions
-from monolith_jax.stream.open_rows import Index, Keys, Piece, column_i64, keys_of, stacked
+from monolith_jax.stream.join_input import NO_ACTIONS, keys_of_actions
+from monolith_jax.stream.open_rows import Index, Keys, Piece, column_i64, grouped, keys_of, stacked
 from monolith_jax.stream.router import BUCKETS, NOWHERE, SEVERAL, Router
 from monolith_jax.stream.spill import Spill
 
@@ -49,7 +49,8 @@ class Bucket:
     @property
     def num_bytes(self) -> int:
         """Bytes in memory."""
-        return self._cold_bytes + sum(piece.num_bytes for piece in self._pieces)
+        shadows = sum(32 * times.size for _, times in self.shadows)
+        return self._cold_bytes + shadows + sum(piece.num_bytes for piece in self._pieces)
 
     @property
     def has_pieces(self) -> bool:
@@ -94,16 +95,26 @@ class Bucket:
 
     def pull(self, keys: Keys) -> np.ndarray:
         """Removes the actions of some keys from those beside rows that were not read in, and returns them; int64 [N, 6]."""
-        index, pulled = Index(keys), [NO_ACTIONS]
-        everything = self._all_actions()
-        mine = [index.find(keys_of_actions(actions)) >= 0 for actions in everything]
-        if any(one.any() for one in mine):
-            self._cold_bytes -= sum(actions.nbytes for actions in self._actions)
-            self._spill.remove(self._file("actions"))
-            self._actions = [actions[~one] for actions, one in zip(everything, mine, strict=True)]
-            self._cold_bytes += sum(actions.nbytes for actions in self._actions)
-            pulled += [actions[one] for actions, one in zip(everything, mine, strict=True)]
-        return np.concatenate(pulled)
+        index = Index(keys)
+        return self._pull(lambda actions: index.find(actions) >= 0)
+
+    def pull_strays(self) -> np.ndarray:
+        """Removes the actions that lie beside rows of which none has their key, and returns them; int64 [N, 6]."""
+        if not self._actions and not self._on_disk:
+            return NO_ACTIONS
+        rows = [Index(keys) for keys in (*self._cold_keys(), *(keys for keys, _ in self.shadows))]
+        return self._pull(lambda actions: np.all([index.find(actions) < 0 for index in rows], axis=0))
+
+    def _pull(self, wanted: Callable[[Keys], np.ndarray]) -> np.ndarray:
+        everything = [actions for actions in self._all_actions() if len(actions)]
+        mine = [wanted(keys_of_actions(actions)) for actions in everything]
+        if not any(one.any() for one in mine):
+            return NO_ACTIONS
+        self._cold_bytes -= sum(actions.nbytes for actions in self._actions)
+        self._spill.remove(self._file("actions"))
+        self._actions = [actions[~one] for actions, one in zip(everything, mine, strict=True)]
+        self._cold_bytes += sum(actions.nbytes for actions in self._actions)
+        return np.concatenate([actions[one] for actions, one in zip(everything, mine, strict=True)])
 
     def shadowed(self, keys: Keys, after_ms: int) -> np.ndarray:
         """Returns which keys have a duplicate whose time is later than `after_ms`; bool [N]."""
@@ -218,6 +229,7 @@ class Buckets:
         self._buckets: dict[int, Bucket] = {}
         self._classes_of: dict[int, list[int]] = {}
         self.router = Router()
+        self._strays: list[np.ndarray] = []
 
     def __getitem__(self, number: int) -> Bucket:
         """Returns the bucket of a class, a new one if there was none."""
@@ -238,6 +250,11 @@ class Buckets:
     def insert(self, keys: Keys, classes: np.ndarray) -> None:
         """Tells the router of keys; they are in their buckets already."""
         self.router.insert(keys.hashes, (classes % BUCKETS).astype(np.int32), self._everything)
+
+    def take_strays(self) -> np.ndarray:
+        """Returns actions, int64 [N, 6], that lay beside rows of other keys until the router grew."""
+        strays, self._strays = self._strays, []
+        return np.concatenate([NO_ACTIONS, *strays])
 
     def remove(self, hashes: np.ndarray, number: int) -> None:
         """Tells the router that keys of a class are gone."""
@@ -279,6 +296,29 @@ class Buckets:
             shadows[places[bucket.shadowed(asked, after_ms)]] = bucket.number
         return np.where(classes == NOWHERE, shadows, classes)
 
+    def drop_held(self, keys: Keys, taken: np.ndarray, after_ms: int) -> np.ndarray:
+        """Clears `taken`, bool [N], where a key is held already, be it by a duplicate later than `after_ms`.
+
+        Returns:
+            int64 [M, 6], actions of the other keys that lay beside rows of other keys, and do no more.
+        """
+        suspects = np.flatnonzero(taken & (self.router.route(keys.hashes) != NOWHERE))
+        pulled = [NO_ACTIONS]
+        for bucket, which in self.candidates(keys.at(suspects)):
+            places = suspects[which]
+            asked = keys.at(places)
+            held = bucket.has_row(asked) | bucket.shadowed(asked, after_ms)
+            taken[places[held]] = False
+            if not held.all():
+                pulled.append(bucket.pull(asked.at(~held)))
+        return np.concatenate(pulled)
+
+    def add_shadows(self, keys: Keys, times: np.ndarray, classes: np.ndarray) -> None:
+        """Remembers duplicates."""
+        for number, places in grouped(classes):
+            self[number].shadows.append((keys.at(places), times[places]))
+        self.insert(keys, classes)
+
     def candidates(self, keys: Keys) -> Iterator[tuple[Bucket, np.ndarray]]:
         """Yields each bucket that may have some of the keys, with the places of those keys."""
         which, slots = self.router.candidates(keys.hashes)
@@ -309,5 +349,7 @@ class Buckets:
 
     def _everything(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for number, bucket in self._buckets.items():
+            # The impression of a stray would not be taken for these rows any more, and not look for it here.
+            self._strays.append(bucket.pull_strays())
             for keys in bucket.all_keys():
                 yield keys.hashes, np.full(keys.hashes.size, number % BUCKETS, np.int32)

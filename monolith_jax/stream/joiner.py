@@ -19,29 +19,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from monolith_jax.stream.action_rows import NO_ACTIONS, action_rows, keys_of_actions
 from monolith_jax.stream.buckets import Bucket, Buckets
 from monolith_jax.stream.cut_ledger import CutLedger
 from monolith_jax.stream.events import ACTIONS
+from monolith_jax.stream.join_input import action_rows, impression_rows, keys_of_actions
 from monolith_jax.stream.join_kernels import BITS, TIME, VALUE
 from monolith_jax.stream.open_rows import (
     OUTCOMES,
+    Hit,
     Index,
     Keys,
     Piece,
     column_i64,
-    conform,
     grouped,
     keys_of,
     single_outcomes,
     stacked,
+    with_earlier,
 )
 from monolith_jax.stream.router import BUCKETS, NOWHERE
+from monolith_jax.stream.waiting import Waiting
 
 CLASSES = BUCKETS // 2
 """Classes of event time in the time that an impression is kept; the other half is for events ahead of the watermark."""
@@ -105,18 +107,6 @@ class JoinerConfig:
             raise ValueError(f"JoinerConfig.memory_mb must be above 0, got {self.memory_mb}")
 
 
-class _Hit(NamedTuple):
-    """Actions that found their rows in a piece."""
-
-    piece: Piece
-    places: np.ndarray
-    """int64 [N], which of the actions."""
-    rows: np.ndarray
-    """int32 [N]"""
-    news: np.ndarray
-    """uint8 [N], as `Piece.apply` returns it."""
-
-
 class Joiner:
     """Joins one stream. One caller at a time."""
 
@@ -134,10 +124,10 @@ class Joiner:
         self._span = -(-self._hold // CLASSES)
         self._schema: pa.Schema | None = None
         self._buckets = Buckets(folder, int(config.memory_mb * 2**20))
-        self._waiting = NO_ACTIONS
+        self._waiting = Waiting(self._window)
         self._watermark = _BEFORE_ALL
         self._ledger = CutLedger()
-        self._counts = dict.fromkeys(COUNTS, 0)
+        self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self._num_open = 0
         self._spilled_before = 0
         self._out: list[pa.RecordBatch] = []
@@ -164,7 +154,7 @@ class Joiner:
     @property
     def memory_bytes(self) -> int:
         """Bytes held in memory."""
-        return self._buckets.num_bytes + self._waiting.nbytes
+        return self._buckets.num_bytes + self._waiting.num_bytes
 
     def close(self) -> None:
         """Removes the folder."""
@@ -182,8 +172,8 @@ class Joiner:
             watermark_ms: Not smaller than in the call before. Events count as late by the watermark of the call before.
 
         Returns:
-            Examples: first those for late actions (and with `at_once` all), in order of arrival, then those whose window closed,
-            in order of (event time, arrival). None: there are none.
+            Examples: first those for late actions (with `at_once` all), in order of arrival, then those whose window closed, in
+            order of (event time, arrival). None: there are none.
 
         Raises:
             ValueError: Cut or watermark goes back, or a column is missing, of another type than before, or null.
@@ -196,18 +186,15 @@ class Joiner:
             self._take_impressions(impressions)
         if actions is not None and actions.num_rows:
             self._take_actions(actions)
-        due = [number for number in self._buckets.numbers() if number * self._span + self._window <= watermark_ms]
+        due = [number for number in self._buckets.numbers() if self._is_due(number, watermark_ms)]
         self._read_in(due)
         for number in due:
             self._emit(number, watermark_ms)
             self._forget(number, watermark_ms)
-        expired = self._waiting[:, TIME] + self._window <= watermark_ms
-        if expired.any():
-            self._counts["late_or_orphan_actions"] += int(expired.sum())
-            self._waiting = self._waiting[~expired]
+        self._counts["late_or_orphan_actions"] += self._waiting.expire(watermark_ms)
         self._watermark = watermark_ms
         if self._schema is not None:
-            self._buckets.shrink(self._waiting.nbytes, self._schema)
+            self._buckets.shrink(self._waiting.num_bytes, self._schema)
             self._counts["spilled_bytes"] += self._buckets.spill.num_bytes - self._spilled_before
             self._spilled_before = self._buckets.spill.num_bytes
         out = [rows for rows in self._out if rows.num_rows]
@@ -219,34 +206,21 @@ class Joiner:
         self._counts["examples"] += examples.num_rows
         return examples
 
+    def _is_due(self, number: int, watermark_ms: int) -> bool:
+        """Whether rows of a class may have to be emitted or forgotten."""
+        start, end = number * self._span, (number + 1) * self._span
+        may_close = start + self._window <= watermark_ms and end + self._window > self._watermark
+        return may_close or start + self._hold <= watermark_ms
+
     def _example_schema(self, schema: pa.Schema) -> pa.Schema:
         fields = [*schema, *OUTCOMES]
         if self._config.negative_rate < 1:
             fields.append(pa.field("sample_rate", pa.float32()))
         return pa.schema(fields)
 
-    def _take_schema(self, rows: pa.RecordBatch) -> pa.RecordBatch:
-        """Returns impressions in the schema so far and their further columns; the schema grows by those."""
-        known = {one.name: one for one in self._schema} if self._schema else {}
-        reserved = {*self._example_schema(pa.schema([])).names} & {*rows.schema.names}
-        if reserved:
-            raise ValueError(f"Joiner: impressions have the columns {sorted(reserved)}, which the joiner makes; rename them")
-        for name in ("request_id", "user_id", "video_id", "event_time_ms"):
-            if name not in rows.schema.names or rows.schema.field(name).type != pa.int64() or rows.column(name).null_count:
-                raise ValueError(f"Joiner: impressions need the column {name!r}, int64 without nulls; got {rows.schema}")
-        for one in rows.schema:
-            if one.name in known and known[one.name].type != one.type:
-                raise ValueError(f"Joiner: column {one.name!r} was {known[one.name].type} and is now {one.type}")
-        # A column that another cut may lack can be null.
-        fields = [*(self._schema or ()), *(one for one in rows.schema if one.name not in known)]
-        needed = ("request_id", "user_id", "video_id", "event_time_ms")
-        schema = pa.schema([one.with_nullable(one.name not in needed) for one in fields])
-        if self._schema is None or not schema.equals(self._schema):
-            self._schema = schema
-        return conform(rows, self._schema)
-
     def _take_impressions(self, impressions: pa.RecordBatch) -> None:
-        rows = self._take_schema(impressions)
+        rows = impression_rows(impressions, self._schema, self._example_schema(pa.schema([])).names)
+        self._schema = rows.schema
         times = column_i64(rows, "event_time_ms")
         self._counts["impressions"] += times.size
         self._ledger.add(int(times.max()) + self._hold)
@@ -257,48 +231,26 @@ class Joiner:
             times = column_i64(rows, "event_time_ms")
         keys = keys_of(column_i64(rows, "request_id"), column_i64(rows, "video_id"))
         taken = Index(keys).first == np.arange(times.size)
-        pulled = self._drop_held(keys, taken)
+        pulled = self._buckets.drop_held(keys, taken, self._watermark - self._hold)
         classes = times // self._span
         if not taken.all():
             self._counts["duplicates"] += int((~taken).sum())
-            self._add_shadows(keys.at(~taken), times[~taken], classes[~taken])
+            self._buckets.add_shadows(keys.at(~taken), times[~taken], classes[~taken])
             rows, keys, classes = rows.filter(pa.array(taken)), keys.at(taken), classes[taken]
         self._num_open += classes.size
         self._add_rows(rows, classes)
         self._buckets.insert(keys, classes)
-        actions, owners = self._claim_waiting(keys, pulled)
+        # Only now known to wait: they lay beside rows of other keys.
+        self._waiting.add(np.concatenate([pulled, self._buckets.take_strays()]))
+        self._counts["late_or_orphan_actions"] += self._waiting.expire(self._watermark)
+        actions, owners = self._waiting.claim(keys)
         hits = self._lay(actions, classes[owners])
         if self._at_once:
             # Each impression, and right after it the actions that had come before.
             first = np.zeros(len(actions), np.bool_)
             for hit in hits:
                 first[hit.places[hit.news == 2]] = True
-            order = np.argsort(np.concatenate([np.arange(classes.size), owners[first]]), kind="stable")
-            who = np.concatenate([np.arange(classes.size), owners[first]])[order]
-            kinds = np.concatenate([np.full(classes.size, -1), actions[first, BITS] & 255])[order]
-            values = np.concatenate([np.zeros(classes.size, np.int64), actions[first, VALUE]])[order]
-            self._out.append(single_outcomes(rows.take(pa.array(who)), kinds, values))
-
-    def _drop_held(self, keys: Keys, taken: np.ndarray) -> np.ndarray:
-        """Clears `taken` where a key is held already; returns actions of keys that were laid beside others by mistake."""
-        suspects = np.flatnonzero(taken & (self._buckets.router.route(keys.hashes) != NOWHERE))
-        pulled = [NO_ACTIONS]
-        if not suspects.size:
-            return pulled[0]
-        for bucket, which in self._buckets.candidates(keys.at(suspects)):
-            places = suspects[which]
-            asked = keys.at(places)
-            held = bucket.has_row(asked) | bucket.shadowed(asked, self._watermark - self._hold)
-            taken[places[held]] = False
-            if not held.all():
-                pulled.append(bucket.pull(asked.at(~held)))
-        return np.concatenate(pulled)
-
-    def _add_shadows(self, keys: Keys, times: np.ndarray, classes: np.ndarray) -> None:
-        for number in np.unique(classes):
-            mine = classes == number
-            self._buckets[int(number)].shadows.append((keys.at(mine), times[mine]))
-        self._buckets.insert(keys, classes)
+            self._out.append(with_earlier(rows, actions[first], owners[first]))
 
     def _add_rows(self, rows: pa.RecordBatch, classes: np.ndarray) -> None:
         for number, part in grouped(classes):
@@ -311,17 +263,6 @@ class Joiner:
             else:
                 bucket.add_rows(mine)
 
-    def _claim_waiting(self, keys: Keys, pulled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the waiting actions of these keys, int64 [M, 6], which wait no more, and which key each has, int32 [M]."""
-        waiting = np.concatenate([self._waiting, pulled]) if pulled.size else self._waiting
-        expired = waiting[:, TIME] + self._window <= self._watermark
-        if expired.any():  # among the pulled ones
-            self._counts["late_or_orphan_actions"] += int(expired.sum())
-            waiting = waiting[~expired]
-        rows = Index(keys).find(keys_of_actions(waiting))
-        self._waiting = waiting[rows < 0] if pulled.size or (rows >= 0).any() else self._waiting
-        return waiting[rows >= 0], rows[rows >= 0]
-
     def _take_actions(self, batch: pa.RecordBatch) -> None:
         actions = action_rows(batch)
         self._counts["actions"] += batch.num_rows
@@ -331,19 +272,15 @@ class Joiner:
         self._ledger.add(int(actions[:, TIME].max()) + self._window)
         keys = keys_of_actions(actions)
         classes = self._buckets.classes(keys, self._watermark - self._hold)
-        self._wait(actions[classes == NOWHERE])
+        self._waiting.add(actions[classes == NOWHERE])
         placed = classes != NOWHERE
         if not placed.all():
             actions, classes = actions[placed], classes[placed]
         self._emit_late(actions, self._lay(actions, classes))
 
-    def _wait(self, actions: np.ndarray) -> None:
-        if len(actions):
-            self._waiting = np.concatenate([self._waiting, actions])
-
-    def _lay(self, actions: np.ndarray, classes: np.ndarray) -> list[_Hit]:
+    def _lay(self, actions: np.ndarray, classes: np.ndarray) -> list[Hit]:
         """Lays actions beside the rows of their classes; returns those that found rows which have been read in."""
-        hits: list[_Hit] = []
+        hits: list[Hit] = []
         for number, places in grouped(classes):
             bucket = self._buckets[number]
             mine = actions if places.size == len(actions) else actions[places]
@@ -357,7 +294,7 @@ class Joiner:
                 if here.size:
                     news, repeated = piece.apply(mine[here], rows[here])
                     self._counts["duplicates"] += repeated + (int((news == 1).sum()) if self._at_once else 0)
-                    hits.append(_Hit(piece, places[here], rows[here], news))
+                    hits.append(Hit(piece, places[here], rows[here], news))
                     found[here] = True
             if not found.all():
                 self._turn_away(bucket, mine[~found], keys.at(~found))
@@ -367,9 +304,9 @@ class Joiner:
         """Actions that have no row in the bucket: of a duplicate they are counted, others wait."""
         shadowed = bucket.shadowed(keys, self._watermark - self._hold)
         self._counts["late_or_orphan_actions"] += int(shadowed.sum())
-        self._wait(actions[~shadowed])
+        self._waiting.add(actions[~shadowed])
 
-    def _emit_late(self, actions: np.ndarray, hits: list[_Hit]) -> None:
+    def _emit_late(self, actions: np.ndarray, hits: list[Hit]) -> None:
         """Emits a further example for each action of a row that was emitted; with `at_once` for the first of its kind."""
         parts: list[pa.RecordBatch] = []
         places = [np.empty(0, np.int64)]
@@ -411,7 +348,7 @@ class Joiner:
             # The router named a bucket that did not have their keys; now they go where they belong.
             actions = np.concatenate(left)
             classes = self._buckets.exact_classes(keys_of_actions(actions), self._watermark - self._hold)
-            self._wait(actions[classes == NOWHERE])
+            self._waiting.add(actions[classes == NOWHERE])
             self._lay(actions[classes != NOWHERE], classes[classes != NOWHERE])
 
     def _emit(self, number: int, watermark_ms: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from monolith_jax.stream.events import ACTIONS, OUTCOME
-from monolith_jax.stream.join_kernels import NONE, apply, build_index, find, hash_keys, refill_seen
+from monolith_jax.stream.join_kernels import BITS, NONE, VALUE, apply, build_index, find, hash_keys, refill_seen
 
 OUTCOMES = pa.schema([field for field in OUTCOME if field.name != "weight"])
 KINDS = ("play", "dwell", *ACTIONS)
@@ -165,6 +165,18 @@ class Piece:
         return outcomes(self.rows.slice(first, last - first), play, dwell, self.came[first:last])
 
 
+class Hit(NamedTuple):
+    """Actions that found their rows in a piece."""
+
+    piece: Piece
+    places: np.ndarray
+    """int64 [N], which of the actions."""
+    rows: np.ndarray
+    """int32 [N]"""
+    news: np.ndarray
+    """uint8 [N], as `Piece.apply` returns it."""
+
+
 def grouped(classes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yields each class, ascending, and the places where it stands, int64, ascending."""
     if not classes.size:
@@ -213,6 +225,15 @@ def single_outcomes(rows: pa.RecordBatch, kinds: np.ndarray, values: np.ndarray)
     columns = [pa.array(values, mask=kinds != kind) for kind in (0, 1)]
     columns += [pa.array(~negative, mask=(kinds != k + 2) & ~negative) for k in range(len(ACTIONS))]
     return _with(rows, columns)
+
+
+def with_earlier(rows: pa.RecordBatch, actions: np.ndarray, owners: np.ndarray) -> pa.RecordBatch:
+    """Returns each row as a negative, and right after it one example for each of its actions; `owners` int [M]: whose."""
+    everyone = np.concatenate([np.arange(rows.num_rows), owners])
+    order = np.argsort(everyone, kind="stable")
+    kinds = np.concatenate([np.full(rows.num_rows, -1), actions[:, BITS] & 255])[order]
+    values = np.concatenate([np.zeros(rows.num_rows, np.int64), actions[:, VALUE]])[order]
+    return single_outcomes(rows.take(pa.array(everyone[order])), kinds, values)
 
 
 def _with(rows: pa.RecordBatch, columns: list[pa.Array]) -> pa.RecordBatch:

@@ -4,8 +4,10 @@ In: hashes of keys, and the number of a bucket below `BUCKETS` for each. Out: th
 is not in is named once in some hundred thousand times, the one that it is in always.
 
 An entry is uint32: a tag of 22 bits of the hash, never 0, above ten bits of the bucket; 0: empty. A *line* is 16 entries, a
-cache line. An entry stands in the emptier one of the two lines of its hash (Mitzenmacher 2001, "The power of two choices in
-randomized load balancing"), so that lines fill evenly and few are full before nine tenths of all entries are taken.
+cache line. An entry stands in the emptier one of two lines (Mitzenmacher 2001, "The power of two choices in randomized load
+balancing"), so that lines fill evenly and few are full before nine tenths of all entries are taken. The other line follows from
+line and tag (Fan et al. 2014, "Cuckoo Filter"): keys that are taken for one another share both lines, and of their entries any
+may be removed for any.
 """
 
 from __future__ import annotations
@@ -39,30 +41,32 @@ def _first_line(h, num_lines):
 
 
 @inline
-def _second_line(h, num_lines):
-    return np.int64((((h * _M) >> _S32) * np.uint64(num_lines)) >> _S32)
-
-
-@inline
 def _tag_of(h, tag_mask):
     return np.uint32(max(h & tag_mask, np.uint64(1)))
 
 
 @inline
-def _ask(lines, h):
-    address = np.int64(lines.ctypes.data)
-    prefetch(address + 64 * _first_line(h, lines.shape[0]))
-    prefetch(address + 64 * _second_line(h, lines.shape[0]))
+def _other_line(line, tag, num_lines):
+    other = np.int64((((np.uint64(tag) * _M) >> _S32) * np.uint64(num_lines)) >> _S32) - line
+    return other + num_lines if other < 0 else other
+
+
+@inline
+def _ask(lines, h, tag_mask):
+    address, line = np.int64(lines.ctypes.data), _first_line(h, lines.shape[0])
+    prefetch(address + 64 * line)
+    prefetch(address + 64 * _other_line(line, _tag_of(h, tag_mask), lines.shape[0]))
 
 
 @jit
 def _route(hashes, lines, tag_mask, buckets):
     for i in range(hashes.size):
         if i + _AHEAD < hashes.size:
-            _ask(lines, hashes[i + _AHEAD])
+            _ask(lines, hashes[i + _AHEAD], tag_mask)
         h = hashes[i]
         tag = _tag_of(h, tag_mask)
-        a, b = _first_line(h, lines.shape[0]), _second_line(h, lines.shape[0])
+        a = _first_line(h, lines.shape[0])
+        b = _other_line(a, _tag_of(h, tag_mask), lines.shape[0])
         most, least = np.int32(-1), np.int32(BUCKETS)
         for k in range(_WIDTH):
             entry = lines[a, k]
@@ -84,7 +88,8 @@ def _candidates(hashes, lines, tag_mask, which, buckets):
     for i in range(hashes.size):
         h = hashes[i]
         tag = _tag_of(h, tag_mask)
-        a, b = _first_line(h, lines.shape[0]), _second_line(h, lines.shape[0])
+        a = _first_line(h, lines.shape[0])
+        b = _other_line(a, _tag_of(h, tag_mask), lines.shape[0])
         start = number
         for k in range(2 * _WIDTH):
             entry = lines[a if k < _WIDTH else b, k % _WIDTH]
@@ -104,9 +109,10 @@ def _insert(hashes, buckets, lines, tag_mask):
     """Returns how many were inserted before one found both of its lines full."""
     for i in range(hashes.size):
         if i + _AHEAD < hashes.size:
-            _ask(lines, hashes[i + _AHEAD])
+            _ask(lines, hashes[i + _AHEAD], tag_mask)
         h = hashes[i]
-        a, b = _first_line(h, lines.shape[0]), _second_line(h, lines.shape[0])
+        a = _first_line(h, lines.shape[0])
+        b = _other_line(a, _tag_of(h, tag_mask), lines.shape[0])
         # Entries of a line are kept together at its start, so that the number of taken ones is the place of the next.
         taken_a, taken_b = 0, 0
         for k in range(_WIDTH):
@@ -125,10 +131,11 @@ def _remove(hashes, buckets, lines, tag_mask):
     removed = 0
     for i in range(hashes.size):
         if i + _AHEAD < hashes.size:
-            _ask(lines, hashes[i + _AHEAD])
+            _ask(lines, hashes[i + _AHEAD], tag_mask)
         h = hashes[i]
         entry = (_tag_of(h, tag_mask) << np.uint32(10)) | np.uint32(buckets[i])
-        for line in (_first_line(h, lines.shape[0]), _second_line(h, lines.shape[0])):
+        a = _first_line(h, lines.shape[0])
+        for line in (a, _other_line(a, _tag_of(h, tag_mask), lines.shape[0])):
             place, last = -1, -1
             for k in range(_WIDTH):
                 place = k if lines[line, k] == entry else place
@@ -184,6 +191,7 @@ class Router:
             hashes: uint64 [N]
             buckets: int32 [N]
             everything: Called when the lines become more: yields hashes and buckets of all keys there are, these included.
+                Which keys are taken for one another changes then.
         """
         self.num_entries += hashes.size
         if self.num_entries <= FULL * self._lines.size and _insert(hashes, buckets, self._lines, self._mask) == hashes.size:

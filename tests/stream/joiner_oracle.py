@@ -91,7 +91,7 @@ class Oracle:
         self.waiting: list[Done] = []
         self.watermark = -(2**62)
         self.arrival = 0
-        self.counts = dict.fromkeys(
+        self.counts: dict[str, int] = dict.fromkeys(
             ("late_impressions", "late_or_orphan_actions", "applied_late_actions", "duplicates", "examples"), 0
         )
 

@@ -1,9 +1,12 @@
-"""Actions as rows of numbers, which is how the joiner keeps them.
+"""What the joiner is fed, checked, and in the form in which it is kept.
 
-In: record batches of `ACTION`. Out: int64 [N, 6], whose columns `join_kernels` lists.
+In: record batches of `IMPRESSION` with logged features, and of `ACTION`. Out: impressions in a schema that only grows; actions
+as int64 [N, 6], whose columns `join_kernels` lists.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +14,34 @@ import pyarrow.compute as pc
 
 from monolith_jax.stream.events import valid_mask
 from monolith_jax.stream.join_kernels import BITS, EVENT, HAS_EVENT, HAS_VALUE, REQUEST, TIME, VALUE, VIDEO
-from monolith_jax.stream.open_rows import KINDS, Keys, keys_of
+from monolith_jax.stream.open_rows import KINDS, Keys, conform, keys_of
 
+REQUIRED = ("request_id", "user_id", "video_id", "event_time_ms")
 _KINDS = pa.array(KINDS)
 NO_ACTIONS = np.empty((0, 6), np.int64)
+
+
+def impression_rows(rows: pa.RecordBatch, schema: pa.Schema | None, reserved: Sequence[str]) -> pa.RecordBatch:
+    """Returns impressions in the schema so far, which grows by their further columns; what they lack is null.
+
+    Raises:
+        ValueError: A column is missing, of another type than before, null where it must not be, or has one of the `reserved`
+            names.
+    """
+    taken = {*reserved} & {*rows.schema.names}
+    if taken:
+        raise ValueError(f"Joiner: impressions have the columns {sorted(taken)}, which the joiner makes; rename them")
+    for name in REQUIRED:
+        if name not in rows.schema.names or rows.schema.field(name).type != pa.int64() or rows.column(name).null_count:
+            raise ValueError(f"Joiner: impressions need the column {name!r}, int64 without nulls; got {rows.schema}")
+    known = {one.name: one.type for one in schema} if schema else {}
+    for one in rows.schema:
+        if known.get(one.name, one.type) != one.type:
+            raise ValueError(f"Joiner: column {one.name!r} was {known[one.name]} before and is now {one.type}; keep its type")
+    fields = [*(schema or ()), *(one for one in rows.schema if one.name not in known)]
+    # Any other column may be lacking in another cut.
+    grown = pa.schema([one.with_nullable(one.name not in REQUIRED) for one in fields])
+    return conform(rows, schema if schema is not None and grown.equals(schema) else grown)
 
 
 def action_rows(actions: pa.RecordBatch) -> np.ndarray:
@@ -28,7 +55,7 @@ def action_rows(actions: pa.RecordBatch) -> np.ndarray:
         kinds = (pa.string(), pa.dictionary(pa.int32(), pa.string())) if name == "action" else (pa.int64(),)
         if not there or actions.schema.field(name).type not in kinds or (actions.column(name).null_count and not optional):
             raise ValueError(
-                f"Joiner: actions need the column {name!r}, {kinds[0]}{'' if optional else ' without nulls'}; got {actions.schema}"
+                f"Joiner: actions need the column {name!r}, {kinds[0]}{', no nulls' * (not optional)}; got {actions.schema}"
             )
     column = actions.column("action")
     if pa.types.is_dictionary(column.type):
