@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     asked, overrides = cli.parse_gin(_parser(), argv, FLAGS)
     # Imported late: --help answers at once.
-    from launch.run import open_source
+    from launch.readers import open_source
     from monolith_jax.experiment import load
 
     try:

@@ -310,6 +310,8 @@ class LiveReading:
     def _poll(self) -> list[tuple[Read, list[Message]]]:
         """Returns what is there, waiting no longer than the examples that wait for their batch."""
         config = self.config
+        if self.ends and all(self.next[partition] >= end for partition, end in self.ends.items()):
+            return []
         wait_s = min(max(self.waiting_s + config.max_wait_s - time.monotonic(), 0.0), config.max_wait_s)
         found = self.log.poll(config.poll_messages, config.poll_bytes, wait_s)
         num_bytes = sum(len(message.payload) for messages in found.values() for message in messages)
