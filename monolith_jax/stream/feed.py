@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,15 @@ class Pace:
             raise ValueError(
                 f"speed is {self.speed} and rate {self.rate}: give one of them; a rate needs no time of the source"
             )
+
+
+def _ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yields chunks, the next of which is made in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = pool.submit(next, chunks, None)
+            yield chunk
 
 
 class Outlet:
@@ -175,7 +185,7 @@ class Feed:
             OSError: The log does not take them.
         """
         whole = True
-        for chunk in chunks:
+        for chunk in _ahead(chunks):
             if chunk.epoch or self.examples >= max_examples:
                 break
             whole = self._send_until(self._take(chunk.examples.slice(0, max_examples - self.examples)), wait, told)
