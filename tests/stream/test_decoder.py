@@ -116,11 +116,20 @@ def test_damaged_arrow_messages_are_set_aside() -> None:
         (dumped(user_id=2**63), "schema: column 'user_id' is double, was int64"),
         (dumped(user_id=2)[:-1] + b', "user_id": 3}', "not JSON events of these types"),
         (b'{"user_id": "\xff"}', "not JSON"),
+        (dumped()[:-1] + b', "place": "\xff"}', "not JSON"),
         (b"{}", "event_time_ms is missing"),
     ],
 )
 def test_bad_json_is_set_aside(payload: bytes, reason: str) -> None:
     assert Topic("json").refused(payload) == reason
+
+
+def test_messages_that_are_events_only_together_are_none() -> None:
+    topic = Topic("json")
+    two = dumped()[:-1] + b'}}\n{"p":' + dumped()
+    for halves in ((dumped()[:-1], b"}"), (dumped()[:-1] + b',"x":"', b'"}'), (dumped()[:-1] + b',"x":', b"1}")):
+        rows, rejected = topic.decode([topic.message(one) for one in (two, *halves, dumped(author_id=9))])
+        assert [row["author_id"] for row in rows] == [9] and len(rejected) == 3
 
 
 def test_brackets_within_text_are_no_nesting() -> None:
