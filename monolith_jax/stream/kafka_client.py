@@ -94,10 +94,12 @@ class Broker:
 
     def hear(self, error: KafkaError) -> None:
         """Keeps an error."""
-        self.last = error.str()
-        # A broker that is starting may break off a handshake; one that has never made one does not speak TLS, or not with us.
-        if error.fatal() or error.code() in REFUSALS or (error.code() == KafkaError._SSL and not self.answered):
-            self.refused = self.last
+        if error.code() != KafkaError._ALL_BROKERS_DOWN or not self.last:  # which says less than what came before it
+            self.last = error.str()
+        # A broker that has answered may break off a handshake as it ends; one that never has does not speak TLS with us.
+        no_tls = not self.answered and (error.code() == KafkaError._SSL or "SSL handshake failed" in error.str())
+        if error.fatal() or error.code() in REFUSALS or no_tls:
+            self.refused = error.str()
 
     def check(self) -> None:
         """Passes on a refusal.

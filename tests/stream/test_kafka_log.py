@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("confluent_kafka")
+from confluent_kafka.cimpl import NewPartitions
+
 from monolith_jax.stream import kafka_client
-from monolith_jax.stream.kafka_client import AdminClient, Consumer, NewTopic, Producer
+from monolith_jax.stream.kafka_client import AdminClient, Consumer, Producer
 from monolith_jax.stream.kafka_log import KafkaLog
 from monolith_jax.stream.kafka_producer import KafkaProducer
 from monolith_jax.stream.log import LogPartition, Message
@@ -62,7 +64,10 @@ def test_a_schema_stands_in_a_header(kafka_url: str, topic: str) -> None:
     raw = consumer.poll(20)
     consumer.close()
     assert raw is not None and raw.headers() == [("schema", bytes(range(1, 9)))]
-    right: list[list[tuple[str, str | bytes | None]]] = [[("schema", "00000000000000ff")], [("other", b"1"), ("schema", bytes(7) + b"\t")]]
+    right: list[list[tuple[str, str | bytes | None]]] = [
+        [("schema", "00000000000000ff")],
+        [("other", b"1"), ("schema", bytes(7) + b"\t")],
+    ]
     wrong: list[list[tuple[str, str | bytes | None]]] = [[("schema", b"5")], [("schema", None)], [("schema", b"g" * 16)]]
     produce(kafka_url, topic, [*right, *wrong, []])
     with closing(KafkaLog(kafka_url)) as log:
@@ -77,7 +82,8 @@ def test_an_offset_that_retention_took_is_refused(kafka_url: str, topic: str) ->
     with closing(KafkaProducer(kafka_url)) as producer:
         for _ in range(10):
             producer.append(partition, b"x")
-    (done,) = admin(kafka_url).delete_records([kafka_client.TopicPartition(topic, 0, 6)]).values()
+    client = admin(kafka_url)
+    (done,) = client.delete_records([kafka_client.TopicPartition(topic, 0, 6)]).values()
     done.result(20)
     with closing(KafkaLog(kafka_url)) as log:
         assert log.bounds(partition) == (6, 10)
@@ -95,7 +101,8 @@ def test_partitions_that_are_added_are_seen(kafka_url: str, topic: str) -> None:
         assert log.num_partitions(topic) == 1
         with pytest.raises(ValueError, match="0 to 0"):
             log.seek(LogPartition(topic, 2), 0)
-        (done,) = admin(kafka_url).create_partitions([kafka_client_partitions(topic, 3)]).values()
+        client = admin(kafka_url)
+        (done,) = client.create_partitions([NewPartitions(topic, 3)]).values()
         done.result(20)
         with closing(KafkaLog(kafka_url)) as second:
             until = time.monotonic() + 20
@@ -106,12 +113,6 @@ def test_partitions_that_are_added_are_seen(kafka_url: str, topic: str) -> None:
         with closing(KafkaProducer(kafka_url)) as producer:
             producer.append(LogPartition(topic, 2), b"new")
         assert [message.payload for message in log.read_to(LogPartition(topic, 2), 1)] == [b"new"]
-
-
-def kafka_client_partitions(topic: str, count: int):  # noqa: ANN201
-    from confluent_kafka.admin import NewPartitions
-
-    return NewPartitions(topic, count)
 
 
 def test_offsets_of_transactions_are_passed(kafka_url: str, topic: str) -> None:
@@ -129,19 +130,19 @@ def test_offsets_of_transactions_are_passed(kafka_url: str, topic: str) -> None:
 def test_what_is_held_stays_small(kafka_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     topic = f"topic-{uuid.uuid4().hex}"
     first, second = LogPartition(topic, 0), LogPartition(topic, 1)
-    count = 400
+    count = 200
     with closing(KafkaProducer(kafka_url)) as producer:
         producer.create(topic, 2)
         for i in range(count):
             producer.append(first, b"%d" % i * 2000)
             producer.append(second, b"%d" % i)
-    monkeypatch.setattr("monolith_jax.stream.kafka_log._HELD_BYTES", 100_000)
-    monkeypatch.setattr("monolith_jax.stream.kafka_log._BATCH", 10)
+    monkeypatch.setattr("monolith_jax.stream.kafka_log._HELD_BYTES", 150_000)
+    monkeypatch.setattr("monolith_jax.stream.kafka_log._FETCH_BYTES", 20_000)
     with closing(KafkaLog(kafka_url, {"queued.max.messages.kbytes": "100", "fetch.message.max.bytes": "20000"})) as log:
         for partition in (first, second):
             log.seek(partition, 0)
         assert offsets(log.read_to(second, count)) == list(range(count))
-        assert sum(held.size for held in log._held.values()) < 200_000
+        assert sum(held.size for held in log._held.values()) < 250_000
         log.pause({second})
         got = [message for _ in range(count) for message in log.poll(1, 1, 20.0)[first]]
         assert [(message.offset, message.payload) for message in got] == [(i, b"%d" % i * 2000) for i in range(count)]
@@ -195,7 +196,11 @@ def test_a_broker_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_client, "PATIENCE_S", 1.0)
     url = f"kafka://127.0.0.1:{free_port()}"
     with closing(KafkaLog(url)) as log:
-        for ask in (lambda: log.bounds(LogPartition("t", 0)), lambda: log.num_partitions("t"), lambda: log.offset_at(LogPartition("t", 0), 5)):
+        for ask in (
+            lambda: log.bounds(LogPartition("t", 0)),
+            lambda: log.num_partitions("t"),
+            lambda: log.offset_at(LogPartition("t", 0), 5),
+        ):
             with pytest.raises(OSError, match=r"has not answered.*(refused|down|timed out)"):
                 ask()
     with closing(KafkaProducer(url)) as producer, pytest.raises(OSError, match="has not answered"):
@@ -221,7 +226,11 @@ def test_what_no_broker_took_is_told(broker: Broker) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"security.protocol": "ssl"}, {"security.protocol": "sasl_plaintext", "sasl.mechanism": "PLAIN", "sasl.username": "a", "sasl.password": "b"}]
+    "options",
+    [
+        {"security.protocol": "ssl"},
+        {"security.protocol": "sasl_plaintext", "sasl.mechanism": "PLAIN", "sasl.username": "a", "sasl.password": "b"},
+    ],
 )
 def test_a_login_that_does_not_match_is_refused(kafka_url: str, options: dict[str, str]) -> None:
     with closing(KafkaLog(kafka_url, options)) as log, pytest.raises(ValueError, match="refuses"):
