@@ -1,9 +1,12 @@
 """Runs the tests on eight CPU devices with strict dtype promotion, here and in every process that a test starts."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.kafka_broker import REQUIRED, Broker, missing, shared_broker
 
 # Before anything imports jax, which reads these once.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -27,3 +30,28 @@ def _eight_devices() -> None:
     import jax
 
     assert len(jax.devices()) == 8
+
+
+@pytest.fixture(scope="session")
+def kafka_jars() -> None:
+    """Skips where no broker can be started; fails there where one is required."""
+    if why := missing():
+        assert not os.environ.get(REQUIRED), why
+        pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def kafka_url(kafka_jars: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Returns the address of the one broker that all processes of a test run share."""
+    folder = tmp_path_factory.getbasetemp()
+    with shared_broker(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) as broker:
+        yield broker.url
+
+
+@pytest.fixture
+def broker(kafka_jars: None, tmp_path: Path) -> Iterator[Broker]:
+    """Returns a broker of its own, for a test that kills it."""
+    one = Broker(tmp_path / "broker")
+    one.start()
+    yield one
+    one.stop()

@@ -12,7 +12,13 @@ FILES = sorted(path for folder in ("monolith_jax", "launch", "tests") for path i
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SAYS_NOTHING = {"utils", "util", "common", "helpers", "helper", "base", "core", "lib", "misc"}
 STARTS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
-OWNERS = {"gin": "experiment.py", "orbax": "snapshot.py", "grain": "stream/batcher.py", "tensorstore": "snapshot.py"}
+OWNERS = {
+    "confluent_kafka": "stream/kafka_client.py",
+    "gin": "experiment.py",
+    "grain": "stream/batcher.py",
+    "orbax": "snapshot.py",
+    "tensorstore": "snapshot.py",
+}
 FORBIDDEN = {"train": {"serve", "stream", "evaluate"}, "serve": {"train"}, "evaluate": {"train"}}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
 
-from monolith_jax.stream.log import LogPartition, Message
+from monolith_jax.stream.log import LogPartition, Message, take_turns
 from monolith_jax.stream.log_segments import Segment, list_segments
 
 OPTIONS = {
@@ -178,16 +178,10 @@ class FileLog:
         if not names:
             return {}
         self._turn = (self._turn + 1) % len(names)
-        names = names[self._turn :] + names[: self._turn]
-        found: dict[LogPartition, list[Message]] = {}
-        # First each partition may take its share, then whoever has more takes what is left.
-        for shares in (range(len(names), 0, -1), [1] * len(names)):
-            for share, name in zip(shares, names, strict=True):
-                into = found.setdefault(name, [])
-                before = len(into)
-                room -= self._cursors[name].read(-(-most // share), -(-room // share), not any(found.values()), into)
-                most -= len(into) - before
-        return {name: messages for name, messages in found.items() if messages}
+        return take_turns(names[self._turn :] + names[: self._turn], most, room, self._read_one)
+
+    def _read_one(self, name: LogPartition, most: int, room: int, any_size: bool, into: list[Message]) -> int:
+        return self._cursors[name].read(most, room, any_size, into)
 
     def read_to(self, partition: LogPartition, end: int) -> list[Message]:
         """Returns the messages up to offset `end`, exclusive; waits until they are there. See `Log.read_to`."""

@@ -7,7 +7,7 @@ files in a folder (`file:///folder`; `file_log`, `file_producer`), and Kafka (`k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -114,6 +114,30 @@ class Producer(Protocol):
     def close(self) -> None:
         """Flushes, and lets go."""
         ...
+
+
+def take_turns(
+    names: Sequence[LogPartition], most: int, room: int, read: Callable[[LogPartition, int, int, bool, list[Message]], int]
+) -> dict[LogPartition, list[Message]]:
+    """Shares the limits of one `poll` among partitions: each may take its part, then whoever has more takes what is left.
+
+    Args:
+        names: The partitions, in the order in which they are asked.
+        most: At most so many messages in all.
+        room: But for the first message, at most so many payload bytes in all.
+        read: Appends messages of a partition to a list and returns their bytes, given the most messages, the most bytes, and
+            whether the first message may be larger.
+    """
+    found: dict[LogPartition, list[Message]] = {}
+    for shares in (range(len(names), 0, -1), [1] * len(names)):
+        for share, name in zip(shares, names, strict=True):
+            into = found.get(name, [])
+            before = len(into)
+            room -= read(name, -(-most // share), -(-room // share), not found, into)
+            most -= len(into) - before
+            if into:
+                found[name] = into
+    return found
 
 
 def open_log(url: str, options: Mapping[str, str] | Sequence[tuple[str, str]] = ()) -> Log:
