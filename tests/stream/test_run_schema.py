@@ -70,6 +70,16 @@ def test_a_type_that_changes_within_a_poll_is_refused_from_there_on() -> None:
     assert [one.reason for one in rejected] == ["schema: column 'x' is string, was int64"] * 2
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_impression_cannot_bring_its_own_label(format: str) -> None:
+    for name in ("like", "play_time_ms", "weight", "sample_rate"):
+        topic = Topic(format)
+        rows, rejected = topic.decode([*topic.messages(batch_of({**ROW, name: 1})), *topic.messages(batch_of(ROW))])
+        assert len(rows) == 1 and [one.reason for one in rejected] == [
+            f"schema: column {name!r} is reserved for what a join makes"
+        ]
+
+
 def test_values_that_do_not_fit_refuse_their_message_alone() -> None:
     topic = Topic()
     batches = [batch_of({**ROW, "x": value}, x=pa.uint64()) for value in (1, 2**63, 3)]
