@@ -78,7 +78,7 @@ class Segment:
         self._data_start = 0
         self._size = 0
         self._time = 0
-        self._searched = (-1, -1, -1)
+        self._searched = (-1, -1)
 
     def close(self) -> None:
         """Closes the file."""
@@ -178,9 +178,8 @@ class Segment:
 
     def _resync(self) -> Found | None:
         """Returns the stretch up to the next whole header, as one message; the other offsets lost in it follow it."""
-        fact = os.fstat(self._file)
-        state = (self.place, fact.st_size, fact.st_mtime_ns)
-        if self._searched == state:  # a tail of damage is searched again only when a producer has written
+        state = (self.place, os.fstat(self._file).st_size)
+        if self._searched == state:  # a tail of damage is searched again only when it has grown
             return self._end()
         at = self._find_header(self.place)
         self._data = b""
