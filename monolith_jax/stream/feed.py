@@ -9,6 +9,7 @@ rate, or with times of now, a clock of its own takes the place of the source's.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -157,6 +158,8 @@ class Feed:
         self._first_request = time.time_ns() // 1_000_000 << 20 if pace.restamp else 0
         self.examples = 0
         """Examples taken apart."""
+        self.set_aside: Counter[str] = Counter()
+        """Rows that the source set aside, by reason."""
 
     @property
     def events(self) -> int:
@@ -188,6 +191,7 @@ class Feed:
         for chunk in _ahead(chunks):
             if chunk.epoch or self.examples >= max_examples:
                 break
+            self.set_aside.update(one.reason for one in chunk.rejected)
             whole = self._send_until(self._take(chunk.examples.slice(0, max_examples - self.examples)), wait, told)
             if not whole:
                 break
