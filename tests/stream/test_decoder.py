@@ -166,6 +166,13 @@ def test_bad_debezium_is_set_aside(payload: bytes, reason: str) -> None:
     assert Topic("debezium").refused(payload) == reason
 
 
+def test_protobuf_columns_come_in_the_order_of_their_names() -> None:
+    topic = Topic("protobuf")
+    further = [f"x{number:02}" for number in range(40)]
+    topic.read(batch_of({**ROW, **dict.fromkeys(reversed(further), 1)}))
+    assert topic.decoder.schema.names == [*IMPRESSION.names, *further]
+
+
 def test_bad_protobuf_is_set_aside() -> None:
     topic = Topic("protobuf")
     make = message_class("Impression")
