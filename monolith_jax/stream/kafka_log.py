@@ -166,14 +166,14 @@ class KafkaLog:
             if self._lacks(names, max_messages):
                 self._fetch(wait_s)
             self._broker.check()
+            for name in names:
+                self._check(name)
             if names:
                 self._turn = (self._turn + 1) % len(names)
                 found = take_turns(names[self._turn :] + names[: self._turn], max_messages, max_bytes, self._read_one)
                 if found:
                     self._resume()
                     return found
-                for name in names:
-                    self._check(name)
             left_s = until - time.monotonic()
             if left_s <= 0:
                 return {}
