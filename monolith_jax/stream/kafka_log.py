@@ -28,6 +28,7 @@ from monolith_jax.stream.log import LogPartition, Message, take_turns
 _DEFAULTS = {
     "group.id": "monolith_jax",  # the client asks for one; no broker is told
     "fetch.wait.max.ms": "100",  # a seek waits for the fetch that is under way
+    "fetch.queue.backoff.ms": "10",  # else it rests for a second once it holds enough
     "reconnect.backoff.max.ms": "2000",
     "allow.auto.create.topics": "false",
 }
