@@ -28,6 +28,7 @@ from monolith_jax.stream.log import LogPartition, Message, take_turns
 _DEFAULTS = {
     "group.id": "monolith_jax",  # the client asks for one; no broker is told
     "fetch.wait.max.ms": "100",  # a seek waits for the fetch that is under way
+    "fetch.queue.backoff.ms": "10",  # else it rests for a second once it holds enough
     "reconnect.backoff.max.ms": "2000",
     "allow.auto.create.topics": "false",
 }
@@ -166,14 +167,14 @@ class KafkaLog:
             if self._lacks(names, max_messages):
                 self._fetch(wait_s)
             self._broker.check()
+            for name in names:
+                self._check(name)
             if names:
                 self._turn = (self._turn + 1) % len(names)
                 found = take_turns(names[self._turn :] + names[: self._turn], max_messages, max_bytes, self._read_one)
                 if found:
                     self._resume()
                     return found
-                for name in names:
-                    self._check(name)
             left_s = until - time.monotonic()
             if left_s <= 0:
                 return {}

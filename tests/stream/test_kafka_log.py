@@ -96,6 +96,20 @@ def test_an_offset_that_retention_took_is_refused(kafka_url: str, topic: str) ->
         assert offsets(log.read_to(partition, 10)) == [6, 7, 8, 9]
 
 
+def test_a_lost_offset_is_told_while_other_partitions_go_on(kafka_url: str) -> None:
+    topic = f"topic-{uuid.uuid4().hex}"
+    with closing(KafkaProducer(kafka_url)) as producer, closing(KafkaLog(kafka_url)) as log:
+        producer.create(topic, 2)
+        for _ in range(5000):
+            producer.append(LogPartition(topic, 1), b"x")
+        producer.flush()
+        log.seek(LogPartition(topic, 0), 7)
+        log.seek(LogPartition(topic, 1), 0)
+        with pytest.raises(ValueError, match="offset 7"):
+            for _ in range(4000):
+                assert log.poll(1, 1000, 1.0)
+
+
 def test_partitions_that_are_added_are_seen(kafka_url: str, topic: str) -> None:
     with closing(KafkaLog(kafka_url)) as log:
         assert log.num_partitions(topic) == 1
@@ -161,10 +175,10 @@ def test_nothing_old_comes_after_a_seek(kafka_url: str, topic: str, seed: int) -
             assert offsets(log.poll(10, 1 << 20, 20.0)[partition])[0] == start
 
 
-def test_a_killed_broker_loses_and_repeats_nothing(broker: Broker) -> None:
+def test_a_killed_broker_loses_and_repeats_nothing(mortal_broker: Broker) -> None:
     partition = LogPartition("events", 0)
     count = 3000
-    with closing(KafkaProducer(broker.url)) as producer, closing(KafkaLog(broker.url)) as log:
+    with closing(KafkaProducer(mortal_broker.url)) as producer, closing(KafkaLog(mortal_broker.url)) as log:
         producer.create("events", 1)
         log.seek(partition, 0)
 
@@ -182,9 +196,9 @@ def test_a_killed_broker_loses_and_repeats_nothing(broker: Broker) -> None:
         while len(got) < count and time.monotonic() < until:
             got += log.poll(100, 1 << 20, 0.1).get(partition, [])
             if len(got) > count // 3 and not restarted:
-                broker.kill()
+                mortal_broker.kill()
                 assert log.poll(10_000, 1 << 20, 0.3) is not None
-                broker.start()
+                mortal_broker.start()
                 restarted = True
         thread.join()
         got += log.poll(100, 1 << 20, 0.5).get(partition, [])
@@ -207,20 +221,20 @@ def test_a_broker_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         producer.create("t", 1)
 
 
-def test_what_no_broker_took_is_told(broker: Broker) -> None:
-    partition = LogPartition("events", 0)
-    producer = KafkaProducer(broker.url, {"delivery.timeout.ms": "1500", "linger.ms": "0"})
-    producer.create("events", 1)
+def test_what_no_broker_took_is_told(mortal_broker: Broker) -> None:
+    partition = LogPartition("others", 0)
+    producer = KafkaProducer(mortal_broker.url, {"delivery.timeout.ms": "1500", "linger.ms": "0"})
+    producer.create("others", 1)
     producer.append(partition, b"one")
     producer.flush()
-    broker.kill()
+    mortal_broker.kill()
     producer.append(partition, b"two")
     with pytest.raises(OSError, match="1 messages are not in the log"):
         producer.close()
     with pytest.raises(ValueError, match="closed"):
         producer.append(partition, b"three")
-    broker.start()
-    with closing(KafkaLog(broker.url)) as log:
+    mortal_broker.start()
+    with closing(KafkaLog(mortal_broker.url)) as log:
         log.seek(partition, 0)
         assert [message.payload for message in log.read_to(partition, 1)] == [b"one"]
 
@@ -235,6 +249,8 @@ def test_what_no_broker_took_is_told(broker: Broker) -> None:
 def test_a_login_that_does_not_match_is_refused(kafka_url: str, options: dict[str, str]) -> None:
     with closing(KafkaLog(kafka_url, options)) as log, pytest.raises(ValueError, match="refuses"):
         log.num_partitions("t")
+    with closing(KafkaProducer(kafka_url, options)) as producer, pytest.raises(ValueError, match="refuses"):
+        producer.create("t", 1)
 
 
 def test_a_payload_that_is_too_large_is_refused(kafka_url: str, topic: str) -> None:
