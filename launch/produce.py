@@ -146,6 +146,8 @@ def _tell(feed: Feed, impressions: Outlet, actions: Outlet, seconds: float, why:
         f"{impressions.messages + actions.messages:,} messages, {size:,.1f} MB, {seconds:.1f} s, "
         f"{feed.events / max(seconds, 1e-9):,.0f} events/s{left}"
     )
+    for reason, count in feed.set_aside.most_common():
+        print(f"set aside by the source: {count:,} {reason}")
 
 
 @contextmanager

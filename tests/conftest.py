@@ -48,10 +48,10 @@ def kafka_url(kafka_jars: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield broker.url
 
 
-@pytest.fixture
-def broker(kafka_jars: None, tmp_path: Path) -> Iterator[Broker]:
-    """Returns a broker of its own, for a test that kills it."""
-    one = Broker(tmp_path / "broker")
+@pytest.fixture(scope="module")
+def mortal_broker(kafka_jars: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """Returns a broker for tests that kill it; they leave it running."""
+    one = Broker(tmp_path_factory.mktemp("broker"))
     one.start()
     yield one
     one.stop()

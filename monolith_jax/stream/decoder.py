@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from monolith_jax.stream import validate
-from monolith_jax.stream.events import ACTION, ACTIONS, IMPRESSION, valid_mask
+from monolith_jax.stream.events import ACTION, ACTIONS, IMPRESSION, OUTCOME, valid_mask
 from monolith_jax.stream.formats import Schemas, check_format
 from monolith_jax.stream.log import LogPartition, Message
 from monolith_jax.stream.payloads import BadPayload, read_arrow
@@ -35,6 +35,8 @@ _REQUIRED = {
     "impression": ("event_time_ms", "request_id", "user_id", "video_id"),
     "action": ("event_time_ms", "request_id", "user_id", "video_id", "action"),
 }
+_RESERVED = {"impression": frozenset([*OUTCOME.names, "sample_rate"]), "action": frozenset()}
+"""What a join adds to impressions: their own would be taken for it."""
 _NAMES = pa.array([*ACTIONS, *TIMED_ACTIONS])
 
 
@@ -146,7 +148,7 @@ class Decoder:
             elif not message.payload and self._format != "debezium":
                 bad[index] = "empty message"
         good = [index for index in range(len(messages)) if index not in bad]
-        work = Work(self._schema, messages, bad)
+        work = Work(self._schema, messages, bad, _RESERVED[self._kind])
         if self._format == "arrow":
             self._arrow(work, good)
         else:
@@ -197,7 +199,7 @@ class Decoder:
             if name not in schema.names:
                 return f"schema: column {name!r} is missing"
         try:
-            work.schema = extended(work.schema, schema)
+            work.schema = extended(work.schema, schema, work.reserved)
         except SchemaFault as fault:
             return str(fault)
         return schema

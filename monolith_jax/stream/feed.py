@@ -9,7 +9,9 @@ rate, or with times of now, a clock of its own takes the place of the source's.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +52,15 @@ class Pace:
             raise ValueError(
                 f"speed is {self.speed} and rate {self.rate}: give one of them; a rate needs no time of the source"
             )
+
+
+def _ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yields chunks, the next of which is made in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = pool.submit(next, chunks, None)
+            yield chunk
 
 
 class Outlet:
@@ -147,6 +158,8 @@ class Feed:
         self._first_request = time.time_ns() // 1_000_000 << 20 if pace.restamp else 0
         self.examples = 0
         """Examples taken apart."""
+        self.set_aside: Counter[str] = Counter()
+        """Rows that the source set aside, by reason."""
 
     @property
     def events(self) -> int:
@@ -175,9 +188,10 @@ class Feed:
             OSError: The log does not take them.
         """
         whole = True
-        for chunk in chunks:
+        for chunk in _ahead(chunks):
             if chunk.epoch or self.examples >= max_examples:
                 break
+            self.set_aside.update(one.reason for one in chunk.rejected)
             whole = self._send_until(self._take(chunk.examples.slice(0, max_examples - self.examples)), wait, told)
             if not whole:
                 break

@@ -223,7 +223,7 @@ class _Tail:
             del self._parts[:done]
             if written:  # the disk took fewer bytes than it was given: the next write goes on in the middle of a frame
                 self._parts[0] = self._parts[0][written:]
-            self._written = self.offset - (len(self._parts) + 1) // 2
+            self._written = self.offset - len(self._parts) // 2
             self._torn = written > 0 or len(self._parts) % 2 == 1
 
     def _retain(self) -> None:

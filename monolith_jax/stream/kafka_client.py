@@ -26,7 +26,7 @@ LOGGER = logging.getLogger("monolith_jax.kafka")
 LOGGER.addHandler(logging.NullHandler())  # else Python prints its warnings where nothing is set up
 PATIENCE_S = 30.0
 """A question is asked again for so long while no broker answers."""
-_SHORT_S = 5.0
+_FIRST_S, _LONGEST_S = 0.5, 10.0  # a question may take this long: the first times little, for errors to be seen soon
 _PAUSE_S = 0.1
 Answer = TypeVar("Answer")
 # By name: an error that a version of the client does not know is none that it gives.
@@ -94,10 +94,12 @@ class Broker:
 
     def hear(self, error: KafkaError) -> None:
         """Keeps an error."""
-        self.last = error.str()
-        # A broker that is starting may break off a handshake; one that has never made one does not speak TLS, or not with us.
-        if error.fatal() or error.code() in REFUSALS or (error.code() == KafkaError._SSL and not self.answered):
-            self.refused = self.last
+        if error.code() != KafkaError._ALL_BROKERS_DOWN or not self.last:  # which says less than what came before it
+            self.last = error.str()
+        # A broker that has answered may break off a handshake as it ends; one that never has does not speak TLS with us.
+        no_tls = not self.answered and (error.code() == KafkaError._SSL or "SSL handshake failed" in error.str())
+        if error.fatal() or error.code() in REFUSALS or no_tls:
+            self.refused = error.str()
 
     def check(self) -> None:
         """Passes on a refusal.
@@ -124,9 +126,10 @@ class Broker:
             OSError: No broker has answered.
         """
         until = time.monotonic() + PATIENCE_S
+        patience_s = _FIRST_S
         while True:
             try:
-                answer = question(max(_PAUSE_S, min(_SHORT_S, until - time.monotonic())))
+                answer = question(max(_PAUSE_S, min(patience_s, until - time.monotonic())))
             except KafkaException as error:
                 fault = error.args[0]
                 if fault.code() in UNKNOWN:
@@ -143,6 +146,7 @@ class Broker:
                         f"{self.url} has not answered for {PATIENCE_S:.0f} s, asked about {what}: {self.last}"
                     ) from None
                 time.sleep(_PAUSE_S)
+                patience_s = min(2 * patience_s, _LONGEST_S)
             else:
                 self.answered = True
                 return answer

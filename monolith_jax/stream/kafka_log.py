@@ -28,14 +28,16 @@ from monolith_jax.stream.log import LogPartition, Message, take_turns
 _DEFAULTS = {
     "group.id": "monolith_jax",  # the client asks for one; no broker is told
     "fetch.wait.max.ms": "100",  # a seek waits for the fetch that is under way
+    "fetch.queue.backoff.ms": "10",  # else it rests for a second once it holds enough
     "reconnect.backoff.max.ms": "2000",
     "allow.auto.create.topics": "false",
 }
 _FIXED = {"enable.auto.commit": "false", "auto.offset.reset": "error", "enable.partition.eof": "true"}
 _STEP_S = 0.1  # within the client no signal is seen
-_BATCH = 1000
-_HELD_BYTES = 64 << 20  # of all partitions together, beyond what the client itself keeps (queued.max.messages.kbytes)
-_HELD_MESSAGES = 20_000
+_BATCH = 32
+_FETCH_BYTES, _FETCH_MESSAGES = 8 << 20, 5000  # taken from the client at a time, and held while one partition waits for others
+# A partition of which more is held, as one that is paused, is stopped in the client: to go on with it then costs a fetch.
+_HELD_BYTES, _HELD_MESSAGES = 32 << 20, 20_000
 
 
 class _Held:
@@ -160,18 +162,19 @@ class KafkaLog:
         """Returns the next messages of the partitions that are not paused; see `Log.poll`."""
         until = time.monotonic() + timeout_s
         wait_s = 0.0
+        names = [name for name in self._held if name not in self._paused]
         while True:
-            self._fetch(wait_s)
+            if self._lacks(names, max_messages):
+                self._fetch(wait_s)
             self._broker.check()
-            names = [name for name in self._held if name not in self._paused]
+            for name in names:
+                self._check(name)
             if names:
                 self._turn = (self._turn + 1) % len(names)
                 found = take_turns(names[self._turn :] + names[: self._turn], max_messages, max_bytes, self._read_one)
                 if found:
                     self._resume()
                     return found
-                for name in names:
-                    self._check(name)
             left_s = until - time.monotonic()
             if left_s <= 0:
                 return {}
@@ -215,28 +218,45 @@ class KafkaLog:
     def _serve(self) -> None:
         self._fetch(0.0)
 
+    def _lacks(self, names: Sequence[LogPartition], most: int) -> bool:
+        """Says whether there is need of more: less than is asked for, or a partition that would miss its turn."""
+        held = [self._held[name] for name in names]
+        count = sum(len(one.messages) for one in held)
+        if count >= _FETCH_MESSAGES or sum(one.size for one in held) >= _FETCH_BYTES:
+            return False
+        return count < most or any(not one.messages for one in held)
+
     def _fetch(self, wait_s: float) -> None:
         """Takes in what the client has; waits for the first message of it."""
         first = self._consumer.poll(wait_s)
-        if first is None:
-            return
-        limit = _HELD_BYTES // max(1, len(self._held))
-        for raw in (first, *self._consumer.consume(_BATCH, 0.0)):
-            name = LogPartition(raw.topic() or "", raw.partition() or 0)
-            held = self._held.get(name)
-            fault = raw.error()
-            offset = raw.offset()
-            if fault is not None:
-                self._hear(name, held, offset, fault)
-            elif held is not None and offset is not None and offset >= held.fetched:
-                message = _message(raw, offset)
-                held.messages.append(message)
-                held.size += len(message.payload)
-                held.fetched = offset + 1
-                if not held.stopped and (held.size > limit or len(held.messages) > _HELD_MESSAGES):
-                    held.stopped = True
-                    self._consumer.pause([TopicPartition(*name)])
+        count, size = 0, 0
+        batch = [] if first is None else [first]
+        while batch:
+            count += len(batch)
+            size += sum(self._take_in(raw) for raw in batch)
+            full = count >= _FETCH_MESSAGES or size >= _FETCH_BYTES
+            batch = [] if full else self._consumer.consume(_BATCH, 0.0)
+
+    def _take_in(self, raw: Any) -> int:
+        """Puts a message to those that are held, and returns its bytes."""
+        name = LogPartition(raw.topic() or "", raw.partition() or 0)
+        held = self._held.get(name)
+        fault = raw.error()
+        offset = raw.offset()
+        if fault is not None:
+            self._hear(name, held, offset, fault)
+            return 0
         self._broker.answered = True
+        if held is None or offset < held.fetched:
+            return 0
+        message = _message(raw, offset)
+        held.messages.append(message)
+        held.size += len(message.payload)
+        held.fetched = offset + 1
+        if not held.stopped and (held.size > _HELD_BYTES or len(held.messages) > _HELD_MESSAGES):
+            held.stopped = True
+            self._consumer.pause([TopicPartition(*name)])
+        return len(message.payload)
 
     def _hear(self, name: LogPartition, held: _Held | None, offset: int | None, fault: KafkaError) -> None:
         """Takes in an error that came in the place of a message."""
@@ -262,9 +282,8 @@ class KafkaLog:
 
     def _resume(self) -> None:
         """Lets the client go on with partitions of which little is held."""
-        limit = _HELD_BYTES // max(1, len(self._held)) // 2
         for name, held in self._held.items():
-            if held.stopped and held.size <= limit and len(held.messages) <= _HELD_MESSAGES // 2:
+            if held.stopped and held.size <= _HELD_BYTES // 2 and len(held.messages) <= _HELD_MESSAGES // 2:
                 held.stopped = False
                 self._consumer.resume([TopicPartition(*name)])
 

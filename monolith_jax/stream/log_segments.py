@@ -169,6 +169,7 @@ class Segment:
 
     def _end(self) -> Found | None:
         """Returns the lost message that stands where whole frames end; none if that may still be written."""
+        self._data = b""  # a producer may put something else here
         if self.sealed is None or self.offset >= self.sealed:
             return None
         end = max(self.place, os.fstat(self._file).st_size)
@@ -177,13 +178,13 @@ class Segment:
 
     def _resync(self) -> Found | None:
         """Returns the stretch up to the next whole header, as one message; the other offsets lost in it follow it."""
-        size = os.fstat(self._file).st_size
-        if self._searched == (self.place, size):  # a tail of damage is searched again only when it has grown
+        state = (self.place, os.fstat(self._file).st_size)
+        if self._searched == state:  # a tail of damage is searched again only when it has grown
             return self._end()
         at = self._find_header(self.place)
         self._data = b""
         if at is None:
-            self._searched = (self.place, size)
+            self._searched = state
             return self._end()
         place, offset = at
         if offset == self.offset:  # no message was lost: a producer has replaced what stood here, or someone put bytes in

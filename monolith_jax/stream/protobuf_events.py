@@ -99,7 +99,7 @@ def parse(name: str, payload: bytes) -> Any | None:
 
 
 def columns_of(name: str, messages: Sequence[Any]) -> pa.RecordBatch:
-    """Returns messages as a batch: the columns of the schema, then those of the maps by their names.
+    """Returns messages as a batch: the columns of the schema, then those of each map in the order of their names.
 
     A key that stands in several maps, or is a column of the schema, is a column for each: the caller refuses them.
     """
@@ -111,8 +111,7 @@ def columns_of(name: str, messages: Sequence[Any]) -> pa.RecordBatch:
         fields.append(pa.field(field.name, field.type))
     for of, kind in MAPS.items():
         found = [dict(getattr(message, of)) for message in messages]
-        keys = dict.fromkeys(key for one in found for key in one)
-        for key in keys:
+        for key in sorted({key for one in found for key in one}):  # a protobuf map has no order of its own
             columns.append(pa.array([one.get(key) for one in found], kind))
             fields.append(pa.field(key, kind))
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))

@@ -8,11 +8,14 @@ batches brought into the run's schema. The rules:
 * a known column may come in a type that says the same: a narrower or unsigned whole number if it fits int64, a whole number or
   a narrower float for a float64 (if exact), large strings and dictionaries for strings, null for anything, and lists likewise;
 * any other type is refused, and with it the whole message: guessing would train on wrong values without a word;
+* a reserved name is refused: an impression with a column `like` would bring its own label;
 * a struct, map, union or the like is refused, as no feature could read it.
 """
 
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import pyarrow as pa
 
@@ -65,15 +68,17 @@ def _goes_with(given: pa.DataType, known: pa.DataType) -> bool:
     return _is_text(given) and _is_text(known)
 
 
-def extended(known: pa.Schema, given: pa.Schema) -> pa.Schema:
+def extended(known: pa.Schema, given: pa.Schema, reserved: Collection[str] = ()) -> pa.Schema:
     """Returns the run's schema with the further columns of another.
 
     Args:
         known: The run's.
         given: Of further events.
+        reserved: Names that no further column may have.
 
     Raises:
-        SchemaFault: A column has changed its type, is there twice or of a type that is not carried, or there are too many.
+        SchemaFault: A column has changed its type, is there twice, reserved or of a type that is not carried; or there are too
+            many.
     """
     kinds = dict(zip(known.names, known.types, strict=True))
     further: list[pa.Field] = []
@@ -86,6 +91,8 @@ def extended(known: pa.Schema, given: pa.Schema) -> pa.Schema:
             if not _goes_with(kind, kinds[name]):
                 raise SchemaFault(f"schema: column {name!r} is {str(kind)[:100]}, was {kinds[name]}")
         elif not says_nothing(kind):
+            if name in reserved:
+                raise SchemaFault(f"schema: column {name!r} is reserved for what a join makes")
             if not _is_carried(kind):
                 raise SchemaFault(f"schema: column {name[:50]!r} is {str(kind)[:100]}, which is not carried")
             further.append(pa.field(name, native_kind(kind)))

@@ -8,7 +8,7 @@ that what a message adds to the schema is there for the next.
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,15 +44,18 @@ class _Piece(NamedTuple):
 class Work:
     """What one call of a decoder has found so far."""
 
-    def __init__(self, schema: pa.Schema, messages: Sequence[Message], bad: dict[int, str]) -> None:
+    def __init__(
+        self, schema: pa.Schema, messages: Sequence[Message], bad: dict[int, str], reserved: Collection[str] = ()
+    ) -> None:
         """Begins.
 
         Args:
             schema: The run's, which grows.
             messages: All of the call.
             bad: Why a message is set aside, by its index; more are added.
+            reserved: Names that no further column may have.
         """
-        self.schema, self.messages, self.bad = schema, messages, bad
+        self.schema, self.messages, self.bad, self.reserved = schema, messages, bad, reserved
         self._pieces: list[_Piece] = []
 
     def add(self, batches: list[pa.RecordBatch], members: Sequence[int]) -> None:
@@ -72,7 +75,7 @@ class Work:
         Raises:
             SchemaFault: The rows do not go with the run's schema.
         """
-        schema = extended(self.schema, batch.schema)
+        schema = extended(self.schema, batch.schema, self.reserved)
         self._add(conform(batch, schema), members, np.ones(len(members), np.int64))
         self.schema = schema
 

@@ -14,7 +14,7 @@ from monolith_jax.stream.partitions import partitions_of
 from monolith_jax.stream.replayed import actions_of, impressions_of
 from monolith_jax.stream.run_schema import conform
 from monolith_jax.stream.synthetic import SyntheticConfig, SyntheticSource
-from monolith_jax.types import Chunk
+from monolith_jax.types import Chunk, Rejected
 from tests.stream.memory_log import MemoryLog
 
 TOPICS = ("impressions", "actions")
@@ -135,8 +135,10 @@ def test_it_stops_when_told() -> None:
 
 def test_so_many_examples_of_the_first_pass() -> None:
     assert Fed(Pace(), chunks_of(), most=300).feed.examples == 300
-    chunks = (Chunk(chunk.examples, (), {}, number // 2) for number, chunk in enumerate(chunks_of()))
-    assert Fed(Pace(), chunks).feed.examples == 512
+    bad = (Rejected("a.csv:2", "user_id is missing", ""),)
+    chunks = (Chunk(chunk.examples, bad, {}, number // 2) for number, chunk in enumerate(chunks_of()))
+    fed = Fed(Pace(), chunks)
+    assert fed.feed.examples == 512 and fed.feed.set_aside == {"user_id is missing": 2}
 
 
 def test_a_format_without_place_for_a_column_is_refused() -> None:

@@ -144,6 +144,32 @@ def test_a_fault_has_what_was_read(tmp_path: Path) -> None:
     assert (four.offset, four.payload, four.fault) == (3, b"jkl", "")
 
 
+@pytest.mark.parametrize("lacks", [1, HEADER, HEADER + 5])
+def test_a_header_on_the_edge_of_a_read_is_found(tmp_path: Path, lacks: int) -> None:
+    # The search after a damaged header reads 2 MiB at a time; the next header starts so many bytes before the end of the first.
+    write(tmp_path, [bytes((2 << 20) - HEADER - lacks), b"found"])
+    (path,) = segments(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[8] ^= 1
+    path.write_bytes(data)
+    assert [(message.offset, message.fault != "") for message in read(tmp_path)] == [(0, True), (1, False)]
+
+
+def test_a_reader_at_a_damaged_tail_goes_on(tmp_path: Path) -> None:
+    write(tmp_path, [b"one", b"two"])
+    (path,) = segments(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[HEADER + 3] ^= 1
+    path.write_bytes(data)
+    with closing(FileLog(tmp_path)) as log:
+        log.seek(EVENTS, 0)
+        assert len(log.poll(10, 1000, 0.0)[EVENTS]) == 1 and log.poll(10, 1000, 0.01) == {}
+        # The tail is as long as before, or longer, and has other bytes.
+        for payload in (b"new", b"newer"):
+            write(tmp_path, [payload])
+            assert [message.payload for message in log.poll(10, 1000, 1.0)[EVENTS]] == [payload]
+
+
 def test_damage_larger_than_a_read_is_passed(tmp_path: Path) -> None:
     write(tmp_path, [b"a", *[bytes(1 << 20)] * 5, b"z"])
     (path,) = segments(tmp_path)

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("confluent_kafka")
+from confluent_kafka.cimpl import NewPartitions
+
 from monolith_jax.stream import kafka_client
-from monolith_jax.stream.kafka_client import AdminClient, Consumer, NewTopic, Producer
+from monolith_jax.stream.kafka_client import AdminClient, Consumer, Producer
 from monolith_jax.stream.kafka_log import KafkaLog
 from monolith_jax.stream.kafka_producer import KafkaProducer
 from monolith_jax.stream.log import LogPartition, Message
@@ -62,7 +64,10 @@ def test_a_schema_stands_in_a_header(kafka_url: str, topic: str) -> None:
     raw = consumer.poll(20)
     consumer.close()
     assert raw is not None and raw.headers() == [("schema", bytes(range(1, 9)))]
-    right: list[list[tuple[str, str | bytes | None]]] = [[("schema", "00000000000000ff")], [("other", b"1"), ("schema", bytes(7) + b"\t")]]
+    right: list[list[tuple[str, str | bytes | None]]] = [
+        [("schema", "00000000000000ff")],
+        [("other", b"1"), ("schema", bytes(7) + b"\t")],
+    ]
     wrong: list[list[tuple[str, str | bytes | None]]] = [[("schema", b"5")], [("schema", None)], [("schema", b"g" * 16)]]
     produce(kafka_url, topic, [*right, *wrong, []])
     with closing(KafkaLog(kafka_url)) as log:
@@ -77,7 +82,8 @@ def test_an_offset_that_retention_took_is_refused(kafka_url: str, topic: str) ->
     with closing(KafkaProducer(kafka_url)) as producer:
         for _ in range(10):
             producer.append(partition, b"x")
-    (done,) = admin(kafka_url).delete_records([kafka_client.TopicPartition(topic, 0, 6)]).values()
+    client = admin(kafka_url)
+    (done,) = client.delete_records([kafka_client.TopicPartition(topic, 0, 6)]).values()
     done.result(20)
     with closing(KafkaLog(kafka_url)) as log:
         assert log.bounds(partition) == (6, 10)
@@ -90,12 +96,27 @@ def test_an_offset_that_retention_took_is_refused(kafka_url: str, topic: str) ->
         assert offsets(log.read_to(partition, 10)) == [6, 7, 8, 9]
 
 
+def test_a_lost_offset_is_told_while_other_partitions_go_on(kafka_url: str) -> None:
+    topic = f"topic-{uuid.uuid4().hex}"
+    with closing(KafkaProducer(kafka_url)) as producer, closing(KafkaLog(kafka_url)) as log:
+        producer.create(topic, 2)
+        for _ in range(5000):
+            producer.append(LogPartition(topic, 1), b"x")
+        producer.flush()
+        log.seek(LogPartition(topic, 0), 7)
+        log.seek(LogPartition(topic, 1), 0)
+        with pytest.raises(ValueError, match="offset 7"):
+            for _ in range(4000):
+                assert log.poll(1, 1000, 1.0)
+
+
 def test_partitions_that_are_added_are_seen(kafka_url: str, topic: str) -> None:
     with closing(KafkaLog(kafka_url)) as log:
         assert log.num_partitions(topic) == 1
         with pytest.raises(ValueError, match="0 to 0"):
             log.seek(LogPartition(topic, 2), 0)
-        (done,) = admin(kafka_url).create_partitions([kafka_client_partitions(topic, 3)]).values()
+        client = admin(kafka_url)
+        (done,) = client.create_partitions([NewPartitions(topic, 3)]).values()
         done.result(20)
         with closing(KafkaLog(kafka_url)) as second:
             until = time.monotonic() + 20
@@ -106,12 +127,6 @@ def test_partitions_that_are_added_are_seen(kafka_url: str, topic: str) -> None:
         with closing(KafkaProducer(kafka_url)) as producer:
             producer.append(LogPartition(topic, 2), b"new")
         assert [message.payload for message in log.read_to(LogPartition(topic, 2), 1)] == [b"new"]
-
-
-def kafka_client_partitions(topic: str, count: int):  # noqa: ANN201
-    from confluent_kafka.admin import NewPartitions
-
-    return NewPartitions(topic, count)
 
 
 def test_offsets_of_transactions_are_passed(kafka_url: str, topic: str) -> None:
@@ -129,19 +144,19 @@ def test_offsets_of_transactions_are_passed(kafka_url: str, topic: str) -> None:
 def test_what_is_held_stays_small(kafka_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     topic = f"topic-{uuid.uuid4().hex}"
     first, second = LogPartition(topic, 0), LogPartition(topic, 1)
-    count = 400
+    count = 200
     with closing(KafkaProducer(kafka_url)) as producer:
         producer.create(topic, 2)
         for i in range(count):
             producer.append(first, b"%d" % i * 2000)
             producer.append(second, b"%d" % i)
-    monkeypatch.setattr("monolith_jax.stream.kafka_log._HELD_BYTES", 100_000)
-    monkeypatch.setattr("monolith_jax.stream.kafka_log._BATCH", 10)
+    monkeypatch.setattr("monolith_jax.stream.kafka_log._HELD_BYTES", 150_000)
+    monkeypatch.setattr("monolith_jax.stream.kafka_log._FETCH_BYTES", 20_000)
     with closing(KafkaLog(kafka_url, {"queued.max.messages.kbytes": "100", "fetch.message.max.bytes": "20000"})) as log:
         for partition in (first, second):
             log.seek(partition, 0)
         assert offsets(log.read_to(second, count)) == list(range(count))
-        assert sum(held.size for held in log._held.values()) < 200_000
+        assert sum(held.size for held in log._held.values()) < 250_000
         log.pause({second})
         got = [message for _ in range(count) for message in log.poll(1, 1, 20.0)[first]]
         assert [(message.offset, message.payload) for message in got] == [(i, b"%d" % i * 2000) for i in range(count)]
@@ -160,10 +175,10 @@ def test_nothing_old_comes_after_a_seek(kafka_url: str, topic: str, seed: int) -
             assert offsets(log.poll(10, 1 << 20, 20.0)[partition])[0] == start
 
 
-def test_a_killed_broker_loses_and_repeats_nothing(broker: Broker) -> None:
+def test_a_killed_broker_loses_and_repeats_nothing(mortal_broker: Broker) -> None:
     partition = LogPartition("events", 0)
     count = 3000
-    with closing(KafkaProducer(broker.url)) as producer, closing(KafkaLog(broker.url)) as log:
+    with closing(KafkaProducer(mortal_broker.url)) as producer, closing(KafkaLog(mortal_broker.url)) as log:
         producer.create("events", 1)
         log.seek(partition, 0)
 
@@ -181,9 +196,9 @@ def test_a_killed_broker_loses_and_repeats_nothing(broker: Broker) -> None:
         while len(got) < count and time.monotonic() < until:
             got += log.poll(100, 1 << 20, 0.1).get(partition, [])
             if len(got) > count // 3 and not restarted:
-                broker.kill()
+                mortal_broker.kill()
                 assert log.poll(10_000, 1 << 20, 0.3) is not None
-                broker.start()
+                mortal_broker.start()
                 restarted = True
         thread.join()
         got += log.poll(100, 1 << 20, 0.5).get(partition, [])
@@ -195,37 +210,47 @@ def test_a_broker_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_client, "PATIENCE_S", 1.0)
     url = f"kafka://127.0.0.1:{free_port()}"
     with closing(KafkaLog(url)) as log:
-        for ask in (lambda: log.bounds(LogPartition("t", 0)), lambda: log.num_partitions("t"), lambda: log.offset_at(LogPartition("t", 0), 5)):
+        for ask in (
+            lambda: log.bounds(LogPartition("t", 0)),
+            lambda: log.num_partitions("t"),
+            lambda: log.offset_at(LogPartition("t", 0), 5),
+        ):
             with pytest.raises(OSError, match=r"has not answered.*(refused|down|timed out)"):
                 ask()
     with closing(KafkaProducer(url)) as producer, pytest.raises(OSError, match="has not answered"):
         producer.create("t", 1)
 
 
-def test_what_no_broker_took_is_told(broker: Broker) -> None:
-    partition = LogPartition("events", 0)
-    producer = KafkaProducer(broker.url, {"delivery.timeout.ms": "1500", "linger.ms": "0"})
-    producer.create("events", 1)
+def test_what_no_broker_took_is_told(mortal_broker: Broker) -> None:
+    partition = LogPartition("others", 0)
+    producer = KafkaProducer(mortal_broker.url, {"delivery.timeout.ms": "1500", "linger.ms": "0"})
+    producer.create("others", 1)
     producer.append(partition, b"one")
     producer.flush()
-    broker.kill()
+    mortal_broker.kill()
     producer.append(partition, b"two")
     with pytest.raises(OSError, match="1 messages are not in the log"):
         producer.close()
     with pytest.raises(ValueError, match="closed"):
         producer.append(partition, b"three")
-    broker.start()
-    with closing(KafkaLog(broker.url)) as log:
+    mortal_broker.start()
+    with closing(KafkaLog(mortal_broker.url)) as log:
         log.seek(partition, 0)
         assert [message.payload for message in log.read_to(partition, 1)] == [b"one"]
 
 
 @pytest.mark.parametrize(
-    "options", [{"security.protocol": "ssl"}, {"security.protocol": "sasl_plaintext", "sasl.mechanism": "PLAIN", "sasl.username": "a", "sasl.password": "b"}]
+    "options",
+    [
+        {"security.protocol": "ssl"},
+        {"security.protocol": "sasl_plaintext", "sasl.mechanism": "PLAIN", "sasl.username": "a", "sasl.password": "b"},
+    ],
 )
 def test_a_login_that_does_not_match_is_refused(kafka_url: str, options: dict[str, str]) -> None:
     with closing(KafkaLog(kafka_url, options)) as log, pytest.raises(ValueError, match="refuses"):
         log.num_partitions("t")
+    with closing(KafkaProducer(kafka_url, options)) as producer, pytest.raises(ValueError, match="refuses"):
+        producer.create("t", 1)
 
 
 def test_a_payload_that_is_too_large_is_refused(kafka_url: str, topic: str) -> None:
