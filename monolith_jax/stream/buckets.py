@@ -9,6 +9,7 @@ disk first, then those that have pieces, the oldest first, as fewest actions sti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -207,12 +208,16 @@ class Bucket:
 
     def _wake(self) -> None:
         keys, (times, play, dwell, came), (rows, ids), (closed, gone) = self._state()
-        piece = Piece(keys, times, lambda: self._spill.rows(self._file("features"))[0])
+        piece = Piece(keys, times, partial(_first_batch, self._spill, self._file("features")))
         piece.play, piece.dwell, piece.came = play, dwell, came.astype(np.uint16)
         piece.closed, piece.gone = closed, gone
         piece.see(rows, ids)
         self._asleep, self._stored = False, piece
         self._pieces = [piece, *self._pieces]
+
+
+def _first_batch(spill: Spill, name: str) -> pa.RecordBatch:
+    return spill.rows(name)[0]
 
 
 def _pairs(rows: pa.RecordBatch) -> np.ndarray:
@@ -342,7 +347,7 @@ class Buckets:
                 held += bucket.num_bytes
         for number in numbers:
             bucket = self._buckets[number]
-            if held > target and bucket.num_bytes:
+            if held > self._budget and bucket.num_bytes:
                 held -= bucket.num_bytes
                 bucket.sleep(schema)
                 held += bucket.num_bytes

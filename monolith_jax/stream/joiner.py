@@ -27,7 +27,7 @@ import pyarrow as pa
 from monolith_jax.stream.buckets import Bucket, Buckets
 from monolith_jax.stream.cut_ledger import CutLedger
 from monolith_jax.stream.events import ACTIONS
-from monolith_jax.stream.join_input import action_rows, impression_rows, keys_of_actions
+from monolith_jax.stream.join_input import NO_ACTIONS, action_rows, impression_rows, keys_of_actions
 from monolith_jax.stream.join_kernels import BITS, TIME, VALUE
 from monolith_jax.stream.open_rows import (
     OUTCOMES,
@@ -180,12 +180,21 @@ class Joiner:
         """
         if watermark_ms < self._watermark:
             raise ValueError(f"Joiner.join: the watermark goes back from {self._watermark} to {watermark_ms} in cut {cut}")
-        self._ledger.begin(cut, self._watermark)
-        self._out = []
+        rows, done = None, NO_ACTIONS
         if impressions is not None and impressions.num_rows:
-            self._take_impressions(impressions)
+            rows = impression_rows(impressions, self._schema, self._example_schema(pa.schema([])).names)
         if actions is not None and actions.num_rows:
-            self._take_actions(actions)
+            done = action_rows(actions)
+        # Nothing is refused from here on, so that a refused cut has changed nothing.
+        self._ledger.begin(cut, self._watermark)
+        if rows is not None:
+            self._schema = rows.schema
+            self._take_impressions(rows)
+        if actions is not None:
+            self._counts["actions"] += actions.num_rows
+            self._counts["unknown_actions"] += actions.num_rows - len(done)
+        if len(done):
+            self._take_actions(done)
         due = [number for number in self._buckets.numbers() if self._is_due(number, watermark_ms)]
         self._read_in(due)
         for number in due:
@@ -218,9 +227,7 @@ class Joiner:
             fields.append(pa.field("sample_rate", pa.float32()))
         return pa.schema(fields)
 
-    def _take_impressions(self, impressions: pa.RecordBatch) -> None:
-        rows = impression_rows(impressions, self._schema, self._example_schema(pa.schema([])).names)
-        self._schema = rows.schema
+    def _take_impressions(self, rows: pa.RecordBatch) -> None:
         times = column_i64(rows, "event_time_ms")
         self._counts["impressions"] += times.size
         self._ledger.add(int(times.max()) + self._hold)
@@ -263,12 +270,7 @@ class Joiner:
             else:
                 bucket.add_rows(mine)
 
-    def _take_actions(self, batch: pa.RecordBatch) -> None:
-        actions = action_rows(batch)
-        self._counts["actions"] += batch.num_rows
-        self._counts["unknown_actions"] += batch.num_rows - len(actions)
-        if not len(actions):
-            return
+    def _take_actions(self, actions: np.ndarray) -> None:
         self._ledger.add(int(actions[:, TIME].max()) + self._window)
         keys = keys_of_actions(actions)
         classes = self._buckets.classes(keys, self._watermark - self._hold)

@@ -12,11 +12,11 @@ may be removed for any.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from monolith_jax.ids.cuckoo import aligned_lines
 from monolith_jax.ids.lines import inline, jit, prefetch
 
 BUCKETS = 1024
@@ -148,6 +148,17 @@ def _remove(hashes, buckets, lines, tag_mask):
     return removed
 
 
+def _empty_lines(number: int) -> np.ndarray:
+    """Returns uint32 [number, 16] of zeros, in pages of their own: lines that are dropped go back to the system at once."""
+    align = 2**21 if number * 64 > 2**22 else 64
+    pages = mmap.mmap(-1, number * 64 + align)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    raw = np.frombuffer(pages, np.uint8)
+    start = -raw.ctypes.data % align
+    return raw[start : start + number * 64].view(np.uint32).reshape(number, _WIDTH)
+
+
 class Router:
     """The lines. One caller at a time."""
 
@@ -159,8 +170,7 @@ class Router:
             tag_bits: Bits of the tag; fewer than 22 only to see what false matches do.
             growth: By which factor lines become more.
         """
-        self._lines = aligned_lines(min_lines)
-        self._lines[:] = 0
+        self._lines = _empty_lines(min_lines)
         self._mask = np.uint64(2**tag_bits - 1)
         self._growth = growth
         self.num_entries = 0
@@ -200,8 +210,7 @@ class Router:
         while not placed:
             number = int(max(self._lines.shape[0] * self._growth, self.num_entries / (FULL * _WIDTH) * 1.05)) + 1
             del self._lines  # The keys are read anew, so that old and new lines never stand side by side.
-            self._lines = aligned_lines(number)
-            self._lines[:] = 0
+            self._lines = _empty_lines(number)
             placed = all(_insert(*part, self._lines, self._mask) == part[0].size for part in everything())
 
     def remove(self, hashes: np.ndarray, buckets: np.ndarray) -> None:

@@ -73,7 +73,9 @@ def digest(examples: pa.RecordBatch | None) -> str:
         if pa.types.is_list(column.type):
             found.update(np.diff(column.offsets.to_numpy()).tobytes())
             column = column.flatten()
-        found.update(column.fill_null(False if pa.types.is_boolean(column.type) else 0).to_numpy(zero_copy_only=False).tobytes())
+        found.update(
+            column.fill_null(False if pa.types.is_boolean(column.type) else 0).to_numpy(zero_copy_only=False).tobytes()
+        )
     return found.hexdigest()
 
 

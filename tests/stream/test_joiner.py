@@ -1,5 +1,9 @@
 import dataclasses
+import json
 import random
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 from monolith_jax.stream.events import ACTIONS
 from monolith_jax.stream.joiner import Joiner, JoinerConfig
 from monolith_jax.stream.router import Router
+from tests.stream.joiner_load import WINDOW_S, run
 from tests.stream.joiner_oracle import Cut, Done, Shown, actions, impressions, run_oracle
 
 CONFIGS = {
@@ -110,3 +115,114 @@ def test_an_example_has_every_outcome(tmp_path: Path) -> None:
     row = batch.to_pylist()[0]
     assert row["play_time_ms"] == 40 and row["dwell_ms"] is None and row["tags"] == [5, 5]
     assert [name for name in ACTIONS if row[name]] == ["like"]
+
+
+def test_impressions_may_gain_columns(tmp_path: Path) -> None:
+    for memory_mb in (1e-6, 256):
+        joiner = Joiner(JoinerConfig(window_s=1.0, memory_mb=memory_mb), tmp_path / "spill")
+        joiner.join(1, impressions([Shown(1, 1, 100, 5)]), None, 0)
+        joiner.join(2, impressions([Shown(1, 2, 150, 6), Shown(1, 3, 100, 7)], further=True), None, 0)
+        joiner.join(3, impressions([Shown(1, 4, 100, 8)]), None, 0)
+        batch = joiner.join(4, None, None, 5000)
+        assert batch is not None
+        assert [(row["user_id"], row["gained"]) for row in batch.to_pylist()] == [(35, None), (49, 7), (56, None), (42, 6)]
+        joiner.close()
+
+
+def test_keeps_a_share_of_the_negatives(tmp_path: Path) -> None:
+    config = JoinerConfig(window_s=1.0, positive="like", negative_rate=0.25)
+    joiner = Joiner(config, tmp_path / "spill")
+    shown = [Shown(at, 1, 100, at) for at in range(4000)]
+    done = [Done(at, 1, 100, "like" if at % 2 else "click", None, None) for at in range(0, 4000, 5)]
+    joiner.join(1, impressions(shown), actions(done), 0)
+    batch = joiner.join(2, None, None, 5000)
+    assert batch is not None
+    kept = batch.to_pylist()
+    assert all(row["sample_rate"] == (1 if row["like"] else 0.25) for row in kept)
+    assert sum(row["like"] for row in kept) == 400
+    assert 800 < len(kept) - 400 < 1000
+    assert joiner.counts["negatives_dropped"] == 4000 - len(kept)
+    joiner.close()
+
+
+def test_holds_what_its_budget_allows(tmp_path: Path) -> None:
+    # 300,000 open impressions of about 90 bytes, and as many actions of 48, in 4 MB, of which the router has 1.9.
+    out = []
+    for memory_mb in (4, 1024):
+        joiner = Joiner(JoinerConfig(window_s=WINDOW_S, memory_mb=memory_mb), tmp_path / "spill")
+        told = list(run(joiner, 0, 50, 10_000, 30))
+        assert max(float(one["memory_mb"]) for one in told) < memory_mb
+        assert max(int(one["num_open"]) for one in told) > 300_000
+        assert (joiner.counts["spilled_bytes"] > 40e6) == (memory_mb == 4)
+        out.append([one["digest"] for one in told])
+        joiner.close()
+    assert out[0] == out[1]
+
+
+@pytest.mark.slow
+def test_ten_million_open_impressions_survive_a_kill(tmp_path: Path) -> None:
+    cuts, stop = 540, 520
+    whole = list(run_apart(tmp_path / "whole", 0, cuts))
+    assert len(whole) == cuts and max(one["num_open"] for one in whole) > 10_000_000
+    assert max(one["memory_mb"] for one in whole) < 64
+    # What is in hand during a call, and what the allocators keep, comes on top.
+    assert max(one["anon_mb"] for one in whole) < 160
+    killed = list(run_apart(tmp_path / "killed", 0, stop, kill=True))
+    again = list(run_apart(tmp_path / "killed", killed[-1]["oldest_cut"], cuts))
+    assert [one["digest"] for one in again if one["cut"] >= stop] == [one["digest"] for one in whole[stop:]]
+
+
+def run_apart(folder: Path, first: int, last: int, kill: bool = False) -> Iterator[dict[str, Any]]:
+    """Runs `joiner_load` in another process; with `kill` it is killed behind the last cut, in the midst of the next ones."""
+    command = [sys.executable, "-m", "tests.stream.joiner_load", str(folder), "64", str(first), str(last + 100 * kill)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            told = json.loads(line)
+            yield told
+            if kill and told["cut"] == last - 1:
+                process.kill()
+                return
+        assert process.wait() == 0
+
+
+def test_refuses_what_it_cannot_join(tmp_path: Path) -> None:
+    joiner = Joiner(JoinerConfig(window_s=1.0), tmp_path / "spill")
+    batch = impressions([Shown(1, 1, 100, 5)])
+    assert batch is not None
+    joiner.join(1, batch, None, 50)
+    with pytest.raises(ValueError, match="numbers must ascend"):
+        joiner.join(1, None, None, 50)
+    with pytest.raises(ValueError, match="watermark goes back"):
+        joiner.join(2, None, None, 49)
+    with pytest.raises(ValueError, match="rename"):
+        joiner.join(3, batch.append_column("like", pa.array([True])), None, 50)
+    with pytest.raises(ValueError, match="'request_id', int64 without nulls"):
+        joiner.join(4, batch.drop_columns(["request_id"]), None, 50)
+    with pytest.raises(ValueError, match="'score' was float before"):
+        joiner.join(5, batch.set_column(6, "score", pa.array([1])), None, 50)
+    with pytest.raises(ValueError, match="actions need the column 'value'"):
+        joiner.join(6, batch, batch, 50)
+    # A refused cut has changed nothing.
+    assert joiner.counts["impressions"] == 1
+    assert joiner.join(2, batch, None, 50) is None
+    assert joiner.counts["duplicates"] == 1
+    joiner.close()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"window_s": 0},
+        {"emit": "never"},
+        {"late_s": -1},
+        {"negative_rate": 0, "positive": "like"},
+        {"negative_rate": 0.5},
+        {"positive": "love"},
+        {"emit": "at_once", "late_s": 1},
+        {"memory_mb": 0},
+    ],
+)
+def test_config_is_checked(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="JoinerConfig"):
+        JoinerConfig(**fields)
