@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kafka_broker import REQUIRED, Broker, missing, shared_broker
+from launch.bench.kafka_broker import REQUIRED, Broker, missing, shared_broker
 
 # Before anything imports jax, which reads these once.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from launch.bench.kafka_broker import free_port
 from monolith_jax.ids.exchange import Exchange
 from monolith_jax.models.mmoe import MMoEConfig
 from monolith_jax.tables.update import OptimizerConfig
 from monolith_jax.train.step import make_train_step
-from tests.launch.processes import free_port
 from tests.small_model import TABLES, make_examples, make_small
 
 OPTIMIZERS = {

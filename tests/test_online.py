@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from launch.bench import kill
+from launch.bench.kafka_broker import free_port
 from tests import test_flow
-from tests.launch.processes import finish, free_port, start
+from tests.launch.processes import finish, start
 from tests.stream.event_log import Feed, make_world
 
 compile_cache = test_flow.compile_cache

@@ -248,8 +248,8 @@ class LiveReading:
         if number % self.number:
             raise ValueError(
                 f"TrainConfig.partitions is {self.number}, which does not divide the {number} partitions of "
-                f"{config.impressions!r}; use a divisor of them (for a new run: it stays for the run's life), or give the topics "
-                "a multiple"
+                f"{config.impressions!r}; use a divisor of them (for a new run: it stays for the run's life), or give the "
+                "topics a multiple"
             )
         partitions = [LogPartition(topic, one) for topic in numbers for one in range(self.index, number, self.number)]
         if gone := [one for one in self.next if one not in partitions]:

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from tests.launch.processes import finish, free_port, start
+from launch.bench.kafka_broker import free_port
+from tests.launch.processes import finish, start
 
 
 @pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,15 +12,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 MEMBER = str(Path(__file__).parent / "member.py")
 CONFIG = ["--gin_file=configs/quickstart.gin", "--gin.Experiment.mesh=@MeshConfig()", "--gin.MeshConfig.cpu_devices=2"]
-
-
-def free_port() -> int:
-    """Returns a port below the ephemeral ones that nobody listens at."""
-    while True:
-        port = 15000 + int.from_bytes(os.urandom(2)) % 12000
-        with socket.socket() as one:
-            if one.connect_ex(("127.0.0.1", port)):
-                return port
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.launch.processes import CONFIG, MEMBER, ROOT, finish, free_port, joined, start
+from launch.bench.kafka_broker import free_port
+from tests.launch.processes import CONFIG, MEMBER, ROOT, finish, joined, start
 
 CLUSTER = ROOT / "launch" / "cluster"
 LOCAL = str(CLUSTER / "local.sh")

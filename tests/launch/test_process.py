@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from launch.bench.kafka_broker import free_port
 from launch.cli import ProcessFlags
 from launch.members import Members, find_members
 from launch.roll_call import Watch, call_roll
-from tests.launch.processes import finish, free_port, joined, start, start_member, wait_for_joined
+from tests.launch.processes import finish, joined, start, start_member, wait_for_joined
 
 SLURM = {
     "SLURM_JOB_ID": "1234567", "SLURM_STEP_NODELIST": "node[001-004]", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "4",

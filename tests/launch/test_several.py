@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from launch.bench import kill
+from launch.bench.kafka_broker import free_port
 from launch.run import newest_snapshot
 from monolith_jax.ids.messages import everyone
 from monolith_jax.rounds import Go, may_go_on
 from monolith_jax.snapshot import SnapshotConfig, Snapshots
 from tests import test_flow
 from tests.ids.threads_exchange import together
-from tests.launch.processes import finish, free_port, start
+from tests.launch.processes import finish, start
 
 FOUR = (
     "TrainConfig.partitions = 4",

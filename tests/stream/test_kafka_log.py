@@ -14,13 +14,12 @@ import pytest
 pytest.importorskip("confluent_kafka")
 from confluent_kafka.cimpl import NewPartitions
 
+from launch.bench.kafka_broker import Broker, free_port
 from monolith_jax.stream import kafka_client
 from monolith_jax.stream.kafka_client import AdminClient, Consumer, Producer
 from monolith_jax.stream.kafka_log import KafkaLog
 from monolith_jax.stream.kafka_producer import KafkaProducer
 from monolith_jax.stream.log import LogPartition, Message
-from tests.kafka_broker import Broker
-from tests.launch.processes import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 

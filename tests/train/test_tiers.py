@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from launch.bench.kafka_broker import free_port
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.group import GroupMapper, Rule
 from monolith_jax.ids.mapper import Mapper
@@ -26,7 +27,6 @@ from monolith_jax.train.loop import predict, run
 from monolith_jax.train.state import TrainState
 from monolith_jax.train.step import make_predict_step, make_train_step
 from monolith_jax.train.tiers import Tiers
-from tests.launch.processes import free_port
 from tests.small_model import ADAGRAD, SGD, Small, make_examples, make_small
 
 BATCH = 16

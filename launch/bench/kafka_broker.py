@@ -1,6 +1,6 @@
-"""Starts the Kafka broker that tests talk to: Apache's own, one node, everything on 127.0.0.1.
+"""Starts the Kafka broker that benchmarks and tests talk to: Apache's own, one node, everything on 127.0.0.1.
 
-In: a folder. Out: a `Broker` with an address. The jars are fetched once by Maven, into `tests/kafka/jars`.
+In: a folder. Out: a `Broker` with an address. The jars are fetched once by Maven, into `launch/bench/kafka_jars`.
 """
 
 import base64
@@ -16,10 +16,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.launch.processes import free_port
-
-HERE = Path(__file__).parent / "kafka"
-JARS = HERE / "jars"
+HERE = Path(__file__).parent
+POM, JARS = HERE / "kafka_broker.pom.xml", HERE / "kafka_jars"
 REQUIRED = "MONOLITH_JAX_REQUIRE_KAFKA"
 _JAVA = ["java", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{JARS}/*"]
 # The broker ends when it is told to, or with the tests: also when these are killed.
@@ -30,6 +28,15 @@ while kill -0 $TESTS 2>/dev/null && kill -0 $broker 2>/dev/null; do sleep 0.5; d
 kill $broker 2>/dev/null
 wait $broker
 """
+
+
+def free_port() -> int:
+    """Returns a port below the ephemeral ones that nobody listens at."""
+    while True:
+        port = 15000 + int.from_bytes(os.urandom(2)) % 12000
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 @contextlib.contextmanager
@@ -44,16 +51,16 @@ def missing() -> str:
     """Fetches the jars unless they are there; returns why there can be no broker, '' if there can."""
     for command in ("java", "mvn"):
         if not shutil.which(command):
-            return f"no broker for tests: there is no {command}"
-    with locked(HERE / "jars.lock"):
+            return f"no broker: there is no {command}"
+    with locked(HERE / "kafka_jars.lock"):
         if JARS.is_dir():
             return ""
-        new = HERE / "jars.new"
+        new = HERE / "kafka_jars.new"
         shutil.rmtree(new, ignore_errors=True)
-        command = ["mvn", "-q", "-B", "-f", str(HERE / "pom.xml"), "dependency:copy-dependencies", f"-DoutputDirectory={new}"]
+        command = ["mvn", "-q", "-B", "-f", str(POM), "dependency:copy-dependencies", f"-DoutputDirectory={new}"]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode or not any(new.glob("kafka_*.jar")):
-            return f"no broker for tests: Maven cannot fetch it: {(done.stdout + done.stderr)[-500:]}"
+            return f"no broker: Maven cannot fetch it: {(done.stdout + done.stderr)[-500:]}"
         new.rename(JARS)
     return ""
 
