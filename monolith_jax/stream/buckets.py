@@ -2,8 +2,8 @@
 
 In: impressions with the numbers of their classes, actions laid beside them, keys to look for. Out: what a bucket holds, read
 back when it is needed; which bucket a key is in. A bucket is *cold* until its first row closes: batches as they came, and
-actions that are not yet joined. Then it is read in and has pieces. Past the budget the cold buckets that are needed last go to
-disk first, then those that have pieces, the oldest first, as fewest actions still come for them.
+actions that are not yet joined. Then it is read in and has pieces. Past the budget cold buckets go to disk, the largest first,
+and if that is not enough those that have pieces, the oldest first, as fewest actions still come for them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Bucket:
         self._asleep = False
         self._stored: Piece | None = None
         self._on_disk = False
-        self._cold_bytes = 0
+        self.cold_bytes = 0
+        """Bytes in memory of what was not read in."""
         self.shadows: list[tuple[Keys, np.ndarray]] = []
         """Keys and times of duplicates: dropped, but as long as one of them would be kept no other of its key is taken."""
 
@@ -51,7 +52,7 @@ class Bucket:
     def num_bytes(self) -> int:
         """Bytes in memory."""
         shadows = sum(32 * times.size for _, times in self.shadows)
-        return self._cold_bytes + shadows + sum(piece.num_bytes for piece in self._pieces)
+        return self.cold_bytes + shadows + sum(piece.num_bytes for piece in self._pieces)
 
     @property
     def has_pieces(self) -> bool:
@@ -68,12 +69,12 @@ class Bucket:
     def add_rows(self, rows: pa.RecordBatch) -> None:
         """Adds impressions as they came."""
         self._chunks.append(rows)
-        self._cold_bytes += rows.nbytes
+        self.cold_bytes += rows.nbytes
 
     def add_actions(self, actions: np.ndarray) -> None:
         """Lays actions, int64 [N, 6], beside the rows."""
         self._actions.append(actions)
-        self._cold_bytes += actions.nbytes
+        self.cold_bytes += actions.nbytes
 
     def add_piece(self, piece: Piece, schema: pa.Schema) -> None:
         """Adds rows that are read in."""
@@ -86,7 +87,7 @@ class Bucket:
         chunks = [*(self._spill.rows(self._file("rows")) if self._on_disk else ()), *self._chunks]
         piece = Piece.of(stacked(chunks, schema))
         actions = np.concatenate([NO_ACTIONS, *self._all_actions()])
-        self._chunks, self._actions, self._cold_bytes = [], [], 0
+        self._chunks, self._actions, self.cold_bytes = [], [], 0
         if self._on_disk:
             self._on_disk = False
             for kind in ("rows", "keys", "actions"):
@@ -111,10 +112,10 @@ class Bucket:
         mine = [wanted(keys_of_actions(actions)) for actions in everything]
         if not any(one.any() for one in mine):
             return NO_ACTIONS
-        self._cold_bytes -= sum(actions.nbytes for actions in self._actions)
+        self.cold_bytes -= sum(actions.nbytes for actions in self._actions)
         self._spill.remove(self._file("actions"))
         self._actions = [actions[~one] for actions, one in zip(everything, mine, strict=True)]
-        self._cold_bytes += sum(actions.nbytes for actions in self._actions)
+        self.cold_bytes += sum(actions.nbytes for actions in self._actions)
         return np.concatenate([actions[one] for actions, one in zip(everything, mine, strict=True)])
 
     def shadowed(self, keys: Keys, after_ms: int) -> np.ndarray:
@@ -158,7 +159,7 @@ class Bucket:
             self._spill.append(self._file("keys"), [_pairs(rows)])
         self._spill.append(self._file("actions"), self._actions)
         self._on_disk |= bool(self._chunks)
-        self._chunks, self._actions, self._cold_bytes = [], [], 0
+        self._chunks, self._actions, self.cold_bytes = [], [], 0
 
     def sleep(self, schema: pa.Schema) -> None:
         """Moves what was read in to disk."""
@@ -336,16 +337,14 @@ class Buckets:
         held = self.num_bytes + further_bytes
         if held <= self._budget:
             return
-        # Some more than needed, so that not every call has to.
+        # Some more than needed, so that not every call has to; the largest first, which takes the fewest files.
         target = self._budget - self._budget // 8
-        numbers = self.numbers()
-        for number in reversed(numbers):
-            bucket = self._buckets[number]
-            if held > target and bucket.is_cold:
-                held -= bucket.num_bytes
-                bucket.spill_cold()
-                held += bucket.num_bytes
-        for number in numbers:
+        for bucket in sorted(self._buckets.values(), key=lambda bucket: bucket.cold_bytes, reverse=True):
+            if held <= target or not bucket.cold_bytes:
+                break
+            held -= bucket.cold_bytes
+            bucket.spill_cold()
+        for number in self.numbers():
             bucket = self._buckets[number]
             if held > self._budget and bucket.num_bytes:
                 held -= bucket.num_bytes

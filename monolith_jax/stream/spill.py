@@ -76,6 +76,8 @@ class Spill:
         return len(self._schemas) - 1
 
     def _append(self, name: str, parts: Sequence[pa.Buffer | bytes | memoryview]) -> None:
+        if not parts:
+            return
         with open(self.folder / name, "ab", buffering=0) as file:
             for part in parts:
                 view = memoryview(part).cast("B")
