@@ -8,6 +8,7 @@ and if that is not enough those that have pieces, the oldest first, as fewest ac
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,16 +22,21 @@ from monolith_jax.stream.router import BUCKETS, NOWHERE, SEVERAL, Router
 from monolith_jax.stream.spill import Spill
 
 _MOST_PIECES = 8
+_FEW = 4096
+"""Neighbouring classes share a bucket up to so many rows: a bucket has its price, however few it holds."""
 _STATE = 6
 """Columns of int64 that a piece on disk has a row, its features apart."""
 
 
 class Bucket:
-    """The impressions of one class of times."""
+    """The impressions of one class of times, or of a few neighbours."""
 
     def __init__(self, number: int, spill: Spill) -> None:
         """Makes an empty one."""
-        self.number = number
+        self.number, self.last = number, number
+        """First and last of the neighbouring classes that share it."""
+        self.num_placed = 0
+        """Rows that were ever placed in it."""
         self._spill = spill
         self._chunks: list[pa.RecordBatch] = []
         self._actions: list[np.ndarray] = []
@@ -233,6 +239,8 @@ class Buckets:
         self.spill = Spill(folder)
         self._budget = budget_bytes
         self._buckets: dict[int, Bucket] = {}
+        self._slots: dict[int, int] = {}
+        self._last_slot = -1
         self._classes_of: dict[int, list[int]] = {}
         self.router = Router()
         self._strays: list[np.ndarray] = []
@@ -241,8 +249,37 @@ class Buckets:
         """Returns the bucket of a class, a new one if there was none."""
         if number not in self._buckets:
             self._buckets[number] = Bucket(number, self.spill)
-            self._classes_of.setdefault(number % BUCKETS, []).append(number)
+            turns = (slot % BUCKETS for slot in range(self._last_slot + 1, self._last_slot + 1 + BUCKETS))
+            self._last_slot = next((slot for slot in turns if slot not in self._classes_of), (self._last_slot + 1) % BUCKETS)
+            self._slots[number] = self._last_slot
+            self._classes_of.setdefault(self._last_slot, []).append(number)
         return self._buckets[number]
+
+    def place(self, classes: np.ndarray, hot: bool) -> np.ndarray:
+        """Returns the bucket of each class, int64 [N]; neighbours share one while it has few rows.
+
+        Args:
+            classes: int64 [N], of rows that are about to be added.
+            hot: Whether a bucket that was read in may take further classes.
+        """
+        found, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
+        numbers, placed = self.numbers(), np.empty(found.size, np.int64)
+        for index, (one, count) in enumerate(zip(found.tolist(), counts.tolist(), strict=True)):
+            below = bisect.bisect_right(numbers, one) - 1
+            bucket = self._buckets[numbers[below]] if below >= 0 else None
+            if bucket is None or (
+                one > bucket.last and (bucket.num_placed + count > _FEW or (bucket.has_pieces and not hot))
+            ):
+                numbers.insert(below + 1, one)
+                bucket = self[one]
+            bucket.last = max(bucket.last, one)
+            bucket.num_placed += count
+            placed[index] = bucket.number
+        return placed[inverse]
+
+    def _slots_of(self, numbers: np.ndarray) -> np.ndarray:
+        found, inverse = np.unique(numbers, return_inverse=True)
+        return np.array([self._slots[one] for one in found.tolist()], np.int32)[inverse]
 
     def numbers(self) -> list[int]:
         """Returns the classes that have a bucket, ascending."""
@@ -255,7 +292,8 @@ class Buckets:
 
     def insert(self, keys: Keys, classes: np.ndarray) -> None:
         """Tells the router of keys; they are in their buckets already."""
-        self.router.insert(keys.hashes, (classes % BUCKETS).astype(np.int32), self._everything)
+        if classes.size:
+            self.router.insert(keys.hashes, self._slots_of(classes), self._everything)
 
     def take_strays(self) -> np.ndarray:
         """Returns actions, int64 [N, 6], that lay beside rows of other keys until the router grew."""
@@ -264,14 +302,15 @@ class Buckets:
 
     def remove(self, hashes: np.ndarray, number: int) -> None:
         """Tells the router that keys of a class are gone."""
-        self.router.remove(hashes, np.full(hashes.size, number % BUCKETS, np.int32))
+        self.router.remove(hashes, np.full(hashes.size, self._slots[number], np.int32))
 
     def drop(self, number: int) -> None:
         """Drops a bucket that holds no rows."""
-        bucket, slot = self._buckets.pop(number), number % BUCKETS
+        bucket = self._buckets.pop(number)
         for keys, _ in bucket.shadows:
             self.remove(keys.hashes, number)
         bucket.remove()
+        slot = self._slots.pop(number)
         self._classes_of[slot].remove(number)
         if not self._classes_of[slot]:
             del self._classes_of[slot]
@@ -356,4 +395,4 @@ class Buckets:
             # The impression of a stray would not be taken for these rows any more, and not look for it here.
             self._strays.append(bucket.pull_strays())
             for keys in bucket.all_keys():
-                yield keys.hashes, np.full(keys.hashes.size, number % BUCKETS, np.int32)
+                yield keys.hashes, np.full(keys.hashes.size, self._slots[number], np.int32)

@@ -217,7 +217,7 @@ class Joiner:
 
     def _is_due(self, number: int, watermark_ms: int) -> bool:
         """Whether rows of a class may have to be emitted or forgotten."""
-        start, end = number * self._span, (number + 1) * self._span
+        start, end = number * self._span, (self._buckets[number].last + 1) * self._span
         may_close = start + self._window <= watermark_ms and end + self._window > self._watermark
         return may_close or start + self._hold <= watermark_ms
 
@@ -239,7 +239,7 @@ class Joiner:
         keys = keys_of(column_i64(rows, "request_id"), column_i64(rows, "video_id"))
         taken = Index(keys).first == np.arange(times.size)
         pulled = self._buckets.drop_held(keys, taken, self._watermark - self._hold)
-        classes = times // self._span
+        classes = self._buckets.place(times // self._span, self._at_once)
         if not taken.all():
             self._counts["duplicates"] += int((~taken).sum())
             self._buckets.add_shadows(keys.at(~taken), times[~taken], classes[~taken])
@@ -391,5 +391,5 @@ class Joiner:
             self._buckets.remove(piece.keys.hashes[piece.gone : gone], number)
             piece.gone = max(gone, piece.gone)
         bucket.drop_gone()
-        if not bucket.has_pieces and not (bucket.shadows and (number + 1) * self._span + self._hold > watermark_ms):
+        if not bucket.has_pieces and not (bucket.shadows and (bucket.last + 1) * self._span + self._hold > watermark_ms):
             self._buckets.drop(number)
