@@ -4,7 +4,7 @@ In: int64 columns of keys (request, video), and actions as rows of int64 [N, 6].
 the actions make of a row. The GIL is released.
 
 A row of actions: request, video, value, event id, event time, and bits: the kind in the low eight (0: play, 1: dwell, then
-`ACTIONS`), then whether there is a value and whether there is an event id.
+`ACTIONS`), then whether there is a value, whether there is an event id, and from bit `ARRIVAL` on the number of the arrival.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from monolith_jax.ids.lines import jit, mix, prefetch
 REQUEST, VIDEO, VALUE, EVENT, TIME, BITS = range(6)
 HAS_VALUE = 256
 HAS_EVENT = 512
+ARRIVAL = 10
 NONE = np.iinfo(np.int64).min
 """A time that was not told."""
 

@@ -28,7 +28,7 @@ from monolith_jax.stream.buckets import Bucket, Buckets
 from monolith_jax.stream.cut_ledger import CutLedger
 from monolith_jax.stream.events import ACTIONS
 from monolith_jax.stream.join_input import NO_ACTIONS, action_rows, impression_rows, keys_of_actions
-from monolith_jax.stream.join_kernels import BITS, TIME, VALUE
+from monolith_jax.stream.join_kernels import ARRIVAL, BITS, TIME, VALUE
 from monolith_jax.stream.open_rows import (
     OUTCOMES,
     Hit,
@@ -128,7 +128,7 @@ class Joiner:
         self._watermark = _BEFORE_ALL
         self._ledger = CutLedger()
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
-        self._num_open = 0
+        self._num_open, self._num_actions = 0, 0
         self._spilled_before = 0
         self._out: list[pa.RecordBatch] = []
 
@@ -272,6 +272,8 @@ class Joiner:
 
     def _take_actions(self, actions: np.ndarray) -> None:
         self._ledger.add(int(actions[:, TIME].max()) + self._window)
+        actions[:, BITS] |= np.arange(self._num_actions, self._num_actions + len(actions)) << ARRIVAL
+        self._num_actions += len(actions)
         keys = keys_of_actions(actions)
         classes = self._buckets.classes(keys, self._watermark - self._hold)
         self._waiting.add(actions[classes == NOWHERE])

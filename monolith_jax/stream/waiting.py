@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from monolith_jax.stream.join_input import NO_ACTIONS, keys_of_actions
-from monolith_jax.stream.join_kernels import TIME
+from monolith_jax.stream.join_kernels import ARRIVAL, BITS, TIME
 from monolith_jax.stream.open_rows import Index, Keys
 
 
@@ -39,8 +39,10 @@ class Waiting:
         claimed = owners >= 0
         if not claimed.any():
             return NO_ACTIONS, np.empty(0, np.int32)
-        actions, self._actions = self._actions[claimed], self._actions[~claimed]
-        return actions, owners[claimed]
+        actions, owners, self._actions = self._actions[claimed], owners[claimed], self._actions[~claimed]
+        # Some came here late, because the router had taken them for others.
+        order = np.argsort(actions[:, BITS] >> ARRIVAL)
+        return actions[order], owners[order]
 
     def expire(self, watermark_ms: int) -> int:
         """Drops the actions that are not to wait longer; returns how many."""

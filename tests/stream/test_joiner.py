@@ -102,6 +102,7 @@ def test_goes_on_from_the_oldest_cut(seed: int, keys: int, mode: str, tmp_path: 
             assert batch is None or batch.equals(out[at])
             assert (again.oldest_cut, again.counts, again.num_open) == states[at]
         again.close()
+    joiner.close()
 
 
 def test_an_example_has_every_outcome(tmp_path: Path) -> None:
