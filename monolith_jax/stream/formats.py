@@ -10,6 +10,7 @@ In: record batches of impressions or actions. Out: payloads, and the other way r
 * `debezium`: an event a message, the envelope of a change of a table (debezium.io), bare or as `{"schema":..., "payload":...}`.
 
 Schemas of Arrow travel in the log itself: topic `<topic>-schemas`, one partition, each a message with its number in the header.
+They must stay as long as messages that use them: a topic in Kafka needs `retention.ms=-1`.
 """
 
 from __future__ import annotations

@@ -3,23 +3,24 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 
 from launch import produce
 from monolith_jax.stream.decoder import Decoder
-from monolith_jax.stream.formats import Schemas
+from monolith_jax.stream.formats import Schemas, schemas_topic
 from monolith_jax.stream.log import LogPartition, open_log
 
 ROOT = Path(__file__).parents[2]
 GIN = str(ROOT / "configs/quickstart.gin")
 
 
-def count(folder: Path, topic: str, partitions: int) -> int:
+def count(url: str, topic: str, partitions: int) -> int:
     """Returns how many good events a topic holds."""
-    log = open_log(f"file://{folder}")
-    decoder = Decoder("impression" if topic == "impressions" else "action", topic, "arrow", Schemas(log, topic))
+    log = open_log(url)
+    decoder = Decoder("impression" if topic.startswith("impressions") else "action", topic, "arrow", Schemas(log, topic))
     found = 0
     assert log.num_partitions(topic) == partitions
     for number in range(partitions):
@@ -43,7 +44,19 @@ def test_a_log_is_fed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert produce.main([f"--gin_file={GIN}", f"--log=file://{folder}", *flags]) == 0
     line = capsys.readouterr().out
     assert line.startswith("the source ended: 5,000 examples, 5,000 impressions and")
-    assert numbers(line)[1:] == [count(folder, topic, 2) for topic in ("impressions", "actions")]
+    assert numbers(line)[1:] == [count(f"file://{folder}", topic, 2) for topic in ("impressions", "actions")]
+
+
+def test_kafka_is_fed(kafka_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown, done = (f"{name}-{uuid.uuid4().hex}" for name in ("impressions", "actions"))
+    flags = ["--max_examples=500", "--partitions=2", f"--impressions={shown}", f"--actions={done}", "--option", "linger.ms=5"]
+    for times in (1, 2):  # the second finds topics and schemas
+        assert produce.main([f"--gin_file={GIN}", f"--log={kafka_url}", *flags]) == 0
+        found = numbers(capsys.readouterr().out)[1:]
+        assert [times * one for one in found] == [count(kafka_url, topic, 2) for topic in (shown, done)]
+        log = open_log(kafka_url)
+        assert log.bounds(LogPartition(schemas_topic(shown), 0)) == (0, 1)
+        log.close()
 
 
 @pytest.mark.parametrize(
@@ -93,4 +106,4 @@ def test_a_signal_ends_it_with_a_count(number: signal.Signals, tmp_path: Path) -
         out, error = process.communicate(timeout=30)
     assert process.returncode == 0, error
     assert out.startswith("stopped: ") and "were not due yet" in out
-    assert numbers(out)[1:] == [count(folder, topic, 4) for topic in ("impressions", "actions")]
+    assert numbers(out)[1:] == [count(f"file://{folder}", topic, 4) for topic in ("impressions", "actions")]
