@@ -56,7 +56,7 @@ class FileProducer:
             # Under another name first: nobody sees a topic with some of its partitions.
             new = self._folder / f".{topic}.{os.getpid()}"
             for number in range(partitions):
-                (new / str(number)).mkdir(parents=True)
+                (new / str(number)).mkdir(parents=True, exist_ok=True)
             try:
                 new.rename(where)
                 return

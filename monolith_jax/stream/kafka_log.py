@@ -154,6 +154,8 @@ class KafkaLog:
                 )
         # After an offset that was not there the client takes no seek, so the partition is assigned anew.
         if partition in self._held:
+            if self._held[partition].stopped:
+                self._consumer.resume([TopicPartition(*partition)])
             self._consumer.incremental_unassign([TopicPartition(*partition)])
         self._consumer.incremental_assign([TopicPartition(*partition, offset)])
         self._held[partition] = _Held(offset)

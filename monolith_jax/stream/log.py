@@ -129,14 +129,16 @@ def take_turns(
             whether the first message may be larger.
     """
     found: dict[LogPartition, list[Message]] = {}
-    for shares in (range(len(names), 0, -1), [1] * len(names)):
-        for share, name in zip(shares, names, strict=True):
-            into = found.get(name, [])
-            before = len(into)
-            room -= read(name, -(-most // share), -(-room // share), not found, into)
-            most -= len(into) - before
-            if into:
-                found[name] = into
+    for share, name in zip(range(len(names), 0, -1), names, strict=True):
+        into: list[Message] = []
+        room -= read(name, -(-most // share), -(-room // share), not found, into)
+        most -= len(into)
+        if into:
+            found[name] = into
+    for name, into in found.items():
+        before = len(into)
+        room -= read(name, most, room, False, into)
+        most -= len(into) - before
     return found
 
 

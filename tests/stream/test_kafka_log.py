@@ -156,6 +156,9 @@ def test_what_is_held_stays_small(kafka_url: str, monkeypatch: pytest.MonkeyPatc
             log.seek(partition, 0)
         assert offsets(log.read_to(second, count)) == list(range(count))
         assert sum(held.size for held in log._held.values()) < 250_000
+        log.seek(first, 10)
+        assert offsets(log.read_to(first, 20)) == list(range(10, 20))
+        log.seek(first, 0)
         log.pause({second})
         got = [message for _ in range(count) for message in log.poll(1, 1, 20.0)[first]]
         assert [(message.offset, message.payload) for message in got] == [(i, b"%d" % i * 2000) for i in range(count)]
