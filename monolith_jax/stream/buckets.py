@@ -267,9 +267,7 @@ class Buckets:
         for index, (one, count) in enumerate(zip(found.tolist(), counts.tolist(), strict=True)):
             below = bisect.bisect_right(numbers, one) - 1
             bucket = self._buckets[numbers[below]] if below >= 0 else None
-            if bucket is None or (
-                one > bucket.last and (bucket.num_placed + count > _FEW or (bucket.has_pieces and not hot))
-            ):
+            if bucket is None or (one > bucket.last and (bucket.num_placed + count > _FEW or (bucket.has_pieces and not hot))):
                 numbers.insert(below + 1, one)
                 bucket = self[one]
             bucket.last = max(bucket.last, one)

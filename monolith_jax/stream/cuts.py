@@ -59,7 +59,8 @@ class CutLog:
         """
         self._producer = FileProducer(folder, {"retention_s": str(KEEP_S), "fsync_s": "inf"})
         self._producer.create(_CUTS.topic, 1)
-        self._producer.claim(_CUTS)
+        # Takes the partition, so that a second process is refused now, and cuts a torn tail.
+        self._producer.next_offset(_CUTS)
         self._log = FileLog(folder)
 
     @property

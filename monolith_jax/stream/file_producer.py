@@ -110,14 +110,6 @@ class FileProducer:
                 tail.close()
             self._tails = {}
 
-    def claim(self, partition: LogPartition) -> None:
-        """Takes a partition for this producer before its first append, and cuts a torn tail.
-
-        Raises:
-            ValueError: Another producer has it, or there is no such partition.
-        """
-        self._tail(partition)
-
     def _tail(self, partition: LogPartition) -> _Tail:
         tail = self._tails.get(partition)
         if tail is None:
