@@ -116,11 +116,14 @@ class LiveReading:
         _, written = self.cuts.bounds
         for cut in self.cuts.read(self.cut, written):
             yield self._take(cut, self._events(self._messages(cut)))
-        if self.done:
-            return
+        if self.done or not self.config.ends:
+            self.ends = {}  # A log that has grown since is read on.
         partitions, starts = self._assigned()
         for read in starts:
             self._start(read)
+        if self.done and self._at_the_end():
+            return
+        self.done = False
         for partition in partitions:
             self._seek(partition, self.next[partition])
         watermarks = Watermarks(partitions, self.newest_ms, time.monotonic())
@@ -231,7 +234,7 @@ class LiveReading:
         return max(time.time() - min(late) / 1000, 0.0) if late else 0.0
 
     def _assigned(self) -> tuple[list[LogPartition], tuple[Read, ...]]:
-        """Returns the log's partitions that belong to this partition of the run, and where those begin that are new to it.
+        """Returns the log's partitions that belong to this partition of the run, and where those begin or end that are new.
 
         Raises:
             ValueError: The topics are not divided alike, or not into a multiple of the run's partitions; or what was read of a
@@ -262,7 +265,10 @@ class LiveReading:
             if partition not in self.next:
                 begin = end if config.begin == "latest" and not self.cut else first
                 starts.append(Read(partition, begin, end if config.ends else -1))
-            elif not first <= self.next[partition] <= end:
+            elif first <= self.next[partition] <= end:
+                if config.ends and partition not in self.ends:
+                    starts.append(Read(partition, self.next[partition], end))
+            else:
                 raise ValueError(
                     f"{config.url}: the run goes on from message {self.next[partition]} of {_key(partition)}, but it holds "
                     f"{first} to {end}: was the topic made anew, or has retention taken what was not read? Start a new run "
@@ -310,7 +316,7 @@ class LiveReading:
     def _poll(self) -> list[tuple[Read, list[Message]]]:
         """Returns what is there, waiting no longer than the examples that wait for their batch."""
         config = self.config
-        if self.ends and all(self.next[partition] >= end for partition, end in self.ends.items()):
+        if self._at_the_end():
             return []
         wait_s = min(max(self.waiting_s + config.max_wait_s - time.monotonic(), 0.0), config.max_wait_s)
         found = self.log.poll(config.poll_messages, config.poll_bytes, wait_s)
@@ -326,6 +332,9 @@ class LiveReading:
                 self.at[partition] = messages[-1].offset + 1
                 read.append((Read(partition, self.next[partition], self.at[partition]), messages))
         return read
+
+    def _at_the_end(self) -> bool:
+        return all(self.next[partition] >= self.ends.get(partition, 1 << 62) for partition in self.next)
 
     def _watermark(self, watermarks: Watermarks) -> tuple[int, bool]:
         """Returns how far time has gone, and whether this is the end of the stream."""

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -168,10 +167,11 @@ def test_what_is_no_event_is_set_aside_with_its_offset(tmp_path: Path) -> None:
 def test_a_run_that_is_too_far_behind_skips_ahead_and_says_so(tmp_path: Path) -> None:
     old_ms = int(1000 * (time.time() - 600))
     with closing(feed(tmp_path, partitions=1)) as events:
-        append, times = events.producer.append, iter(range(old_ms, old_ms + 10**9, 1000))
-        events.producer.append = lambda where, payload, schema=0: append(where, payload, schema, next(times))
+        producer: Any = events.producer
+        append, times = producer.append, iter(range(old_ms, old_ms + 10**9, 1000))
+        producer.append = lambda where, payload, schema=0: append(where, payload, schema, next(times))
         events.send_world(make_world(1000))
-        events.producer.append = append
+        producer.append = append
         events.send_world(make_world(1000, seed=1))
     chunks = chunks_of(source(tmp_path, max_lag_s=60.0))
     skipped = chunks[-1].position["skipped"]
@@ -186,7 +186,7 @@ def test_partitions_that_are_added_are_read_from_their_start(tmp_path: Path) -> 
         events.send_world(first)
     one = source(tmp_path, number=2)
     before = chunks_of(one)
-    position = {**before[-1].position, "done": False}
+    position = before[-1].position
     assert not [key for key in position["next"] if not key.endswith("/0")]
     for topic in ("impressions", "actions"):
         for number in (2, 3):
@@ -194,12 +194,28 @@ def test_partitions_that_are_added_are_read_from_their_start(tmp_path: Path) -> 
     with closing(feed(tmp_path, partitions=4)) as events:
         rows = [dict(row, request_id=row["request_id"] + 10**6) for row in second.impressions]
         events.send("impressions", rows)
-    after: Iterator[Chunk] = source(tmp_path, number=2, ends=False).read(json.loads(json.dumps(position)))
+    after: Any = source(tmp_path, number=2, ends=False).read(json.loads(json.dumps(position)))
     with closing(after):
         for chunk in after:
             if chunk.position["next"].get("impressions/2"):
                 break
         assert sorted(chunk.position["next"]) == ["actions/0", "actions/2", "impressions/0", "impressions/2"]
+
+
+def test_a_log_that_has_grown_is_read_on(tmp_path: Path) -> None:
+    first, second = make_world(100), make_world(100, seed=1)
+    with closing(feed(tmp_path)) as events:
+        events.send_world(first)
+        before = chunks_of(source(tmp_path))
+        assert chunks_of(source(tmp_path), before[-1].position) == []
+        # A day later, of other requests.
+        for rows in (second.impressions, second.actions):
+            for row in rows:
+                row.update(event_time_ms=row["event_time_ms"] + 86_400_000, request_id=row["request_id"] + 1000)
+        events.send_world(second)
+    after = chunks_of(source(tmp_path), before[-1].position)
+    assert len(found_in([chunk.examples for chunk in (*before, *after)])) == 200
+    assert plain(chunks_of(source(tmp_path), before[3].position)) == plain([*before[4:], *after])
 
 
 @pytest.mark.parametrize(
@@ -213,7 +229,7 @@ def test_topics_that_cannot_be_divided_are_refused(tmp_path: Path, partitions: A
     with closing(feed(tmp_path)) as events:
         for topic, many in zip(("impressions", "actions"), partitions, strict=True):
             events.producer.create(topic + "2", many)
-    topics = {"impressions": "impressions2", "actions": "actions2"}
+    topics: dict[str, Any] = {"impressions": "impressions2", "actions": "actions2"}
     with pytest.raises(ValueError, match=told):
         chunks_of(source(tmp_path, number=number, **topics))
 
