@@ -19,6 +19,7 @@ from monolith_jax.stream.join_input import NO_ACTIONS, keys_of_actions
 from monolith_jax.stream.open_rows import Index, Keys, Piece, column_i64, grouped, keys_of, stacked
 from monolith_jax.stream.router import BUCKETS, NOWHERE, SEVERAL, Router
 from monolith_jax.stream.spill import Spill
+from monolith_jax.stream.waiting import Waiting
 
 _MOST_PIECES = 8
 _STATE = 6
@@ -332,9 +333,9 @@ class Buckets:
             for number in self._classes_of.get(int(slot), ()):
                 yield self._buckets[number], which[slots == slot]
 
-    def shrink(self, further_bytes: int, schema: pa.Schema) -> None:
-        """Moves buckets to disk if more than the budget is held; `further_bytes` are held elsewhere."""
-        held = self.num_bytes + further_bytes
+    def shrink(self, waiting: Waiting, schema: pa.Schema) -> None:
+        """Moves buckets, then waiting actions, to disk if more than the budget is held."""
+        held = self.num_bytes + waiting.num_bytes
         if held <= self._budget:
             return
         # Some more than needed, so that not every call has to; the largest first, which takes the fewest files.
@@ -344,6 +345,9 @@ class Buckets:
                 break
             held -= bucket.cold_bytes
             bucket.spill_cold()
+        if held > target:
+            held -= waiting.part_bytes
+            waiting.spill()
         for number in self.numbers():
             bucket = self._buckets[number]
             if held > self._budget and bucket.num_bytes:

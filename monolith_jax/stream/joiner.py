@@ -124,7 +124,7 @@ class Joiner:
         self._span = -(-self._hold // CLASSES)
         self._schema: pa.Schema | None = None
         self._buckets = Buckets(folder, int(config.memory_mb * 2**20))
-        self._waiting = Waiting(self._window)
+        self._waiting = Waiting(self._window, self._span, self._buckets.spill)
         self._watermark = _BEFORE_ALL
         self._ledger = CutLedger()
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
@@ -203,7 +203,7 @@ class Joiner:
         self._counts["late_or_orphan_actions"] += self._waiting.expire(watermark_ms)
         self._watermark = watermark_ms
         if self._schema is not None:
-            self._buckets.shrink(self._waiting.num_bytes, self._schema)
+            self._buckets.shrink(self._waiting, self._schema)
             self._counts["spilled_bytes"] += self._buckets.spill.num_bytes - self._spilled_before
             self._spilled_before = self._buckets.spill.num_bytes
         out = [rows for rows in self._out if rows.num_rows]
