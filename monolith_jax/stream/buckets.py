@@ -105,19 +105,20 @@ class Bucket:
         """Removes the actions that lie beside rows of which none has their key, and returns them; int64 [N, 6]."""
         if not self._actions and not self._on_disk:
             return NO_ACTIONS
-        rows = [Index(keys) for keys in (*self._cold_keys(), *(keys for keys, _ in self.shadows))]
-        return self._pull(lambda actions: np.all([index.find(actions) < 0 for index in rows], axis=0))
+        everything = zip(*self._cold_keys(), *(keys for keys, _ in self.shadows), strict=True)
+        index = Index(Keys(*(np.concatenate(arrays) for arrays in everything)))
+        return self._pull(lambda actions: index.find(actions) < 0)
 
     def _pull(self, wanted: Callable[[Keys], np.ndarray]) -> np.ndarray:
-        everything = [actions for actions in self._all_actions() if len(actions)]
-        mine = [wanted(keys_of_actions(actions)) for actions in everything]
-        if not any(one.any() for one in mine):
+        actions = np.concatenate([NO_ACTIONS, *self._all_actions()])
+        mine = wanted(keys_of_actions(actions))
+        if not mine.any():
             return NO_ACTIONS
-        self.cold_bytes -= sum(actions.nbytes for actions in self._actions)
+        self.cold_bytes -= sum(one.nbytes for one in self._actions)
         self._spill.remove(self._file("actions"))
-        self._actions = [actions[~one] for actions, one in zip(everything, mine, strict=True)]
-        self.cold_bytes += sum(actions.nbytes for actions in self._actions)
-        return np.concatenate([actions[one] for actions, one in zip(everything, mine, strict=True)])
+        self._actions = [actions[~mine]]
+        self.cold_bytes += self._actions[0].nbytes
+        return actions[mine]
 
     def shadowed(self, keys: Keys, after_ms: int) -> np.ndarray:
         """Returns which keys have a duplicate whose time is later than `after_ms`; bool [N]."""
