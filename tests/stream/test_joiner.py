@@ -57,7 +57,7 @@ def rows(batch: pa.RecordBatch | None) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("mode", CONFIGS)
 @pytest.mark.parametrize("tag_bits", [22, 2])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), keys=st.sampled_from([3, 8, 200]))
 def test_joins_as_the_rules_say(seed: int, keys: int, mode: str, tag_bits: int, tmp_path: Path) -> None:
     cuts = random_cuts(seed, keys=keys)
@@ -79,7 +79,7 @@ def test_joins_as_the_rules_say(seed: int, keys: int, mode: str, tag_bits: int, 
 
 
 @pytest.mark.parametrize("mode", CONFIGS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), keys=st.sampled_from([2, 8, 200]))
 def test_goes_on_from_the_oldest_cut(seed: int, keys: int, mode: str, tmp_path: Path) -> None:
     cuts = random_cuts(seed, keys=keys, number=12)
