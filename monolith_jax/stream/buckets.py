@@ -175,12 +175,11 @@ class Bucket:
             rows = piece.rows
             self._spill.remove(self._file("features"))
             self._spill.append_rows(self._file("features"), [rows])
-        self._spill.remove(self._file("state"))
         rows, ids = piece.seen()
         head = np.array([piece.times.size, ids.size, piece.closed, piece.gone])
         keys = (piece.keys.requests, piece.keys.videos)
         columns = (*keys, piece.times, piece.play, piece.dwell, piece.came.astype(np.int64))
-        self._spill.append(self._file("state"), [head, *columns, rows.astype(np.int64), ids])
+        self._spill.replace(self._file("state"), [head, *columns, rows.astype(np.int64), ids])
         self._pieces, self._asleep, self._stored = [], True, None
 
     def remove(self) -> None:

@@ -261,7 +261,9 @@ class Joiner:
 
     def _add_rows(self, rows: pa.RecordBatch, classes: np.ndarray) -> None:
         for number, part in grouped(classes):
-            mine = rows if part.size == rows.num_rows else rows.take(pa.array(part))
+            # Rows that are part of something larger would keep all of it in memory.
+            alone = part.size == rows.num_rows and rows.get_total_buffer_size() < 2 * rows.nbytes
+            mine = rows if alone else rows.take(pa.array(part))
             bucket = self._buckets[number]
             if bucket.has_pieces or self._at_once:
                 piece = Piece.of(mine)

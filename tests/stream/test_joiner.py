@@ -130,6 +130,21 @@ def test_impressions_may_gain_columns(tmp_path: Path) -> None:
         joiner.close()
 
 
+@pytest.mark.parametrize("memory_mb", [1e-6, 256])
+def test_takes_dictionaries_slices_and_metadata(memory_mb: float, tmp_path: Path) -> None:
+    joiner = Joiner(JoinerConfig(window_s=1.0, memory_mb=memory_mb), tmp_path / "spill")
+    for cut in range(3):
+        batch = impressions([Shown(at, cut, 100 + cut, at) for at in range(100)])
+        assert batch is not None
+        batch = batch.append_column("country", pa.array([f"c{cut}", "d"] * 50).dictionary_encode())
+        joiner.join(cut, batch.replace_schema_metadata({"cut": str(cut)}).slice(10 * cut, 2), None, 0)
+    examples = joiner.join(3, None, None, 5000)
+    assert examples is not None
+    assert examples.column("country").to_pylist() == ["c0", "d", "c1", "d", "c2", "d"]
+    assert examples.column("request_id").to_pylist() == [0, 1, 10, 11, 20, 21]
+    joiner.close()
+
+
 def test_keeps_a_share_of_the_negatives(tmp_path: Path) -> None:
     config = JoinerConfig(window_s=1.0, positive="like", negative_rate=0.25)
     joiner = Joiner(config, tmp_path / "spill")
