@@ -20,6 +20,7 @@ from monolith_jax.stream.join_input import NO_ACTIONS, keys_of_actions
 from monolith_jax.stream.open_rows import Index, Keys, Piece, column_i64, grouped, keys_of, stacked
 from monolith_jax.stream.router import BUCKETS, NOWHERE, SEVERAL, Router
 from monolith_jax.stream.spill import Spill
+from monolith_jax.stream.waiting import Waiting
 
 _MOST_PIECES = 8
 _FEW = 4096
@@ -110,19 +111,20 @@ class Bucket:
         """Removes the actions that lie beside rows of which none has their key, and returns them; int64 [N, 6]."""
         if not self._actions and not self._on_disk:
             return NO_ACTIONS
-        rows = [Index(keys) for keys in (*self._cold_keys(), *(keys for keys, _ in self.shadows))]
-        return self._pull(lambda actions: np.all([index.find(actions) < 0 for index in rows], axis=0))
+        everything = zip(*self._cold_keys(), *(keys for keys, _ in self.shadows), strict=True)
+        index = Index(Keys(*(np.concatenate(arrays) for arrays in everything)))
+        return self._pull(lambda actions: index.find(actions) < 0)
 
     def _pull(self, wanted: Callable[[Keys], np.ndarray]) -> np.ndarray:
-        everything = [actions for actions in self._all_actions() if len(actions)]
-        mine = [wanted(keys_of_actions(actions)) for actions in everything]
-        if not any(one.any() for one in mine):
+        actions = np.concatenate([NO_ACTIONS, *self._all_actions()])
+        mine = wanted(keys_of_actions(actions))
+        if not mine.any():
             return NO_ACTIONS
-        self.cold_bytes -= sum(actions.nbytes for actions in self._actions)
+        self.cold_bytes -= sum(one.nbytes for one in self._actions)
         self._spill.remove(self._file("actions"))
-        self._actions = [actions[~one] for actions, one in zip(everything, mine, strict=True)]
-        self.cold_bytes += sum(actions.nbytes for actions in self._actions)
-        return np.concatenate([actions[one] for actions, one in zip(everything, mine, strict=True)])
+        self._actions = [actions[~mine]]
+        self.cold_bytes += self._actions[0].nbytes
+        return actions[mine]
 
     def shadowed(self, keys: Keys, after_ms: int) -> np.ndarray:
         """Returns which keys have a duplicate whose time is later than `after_ms`; bool [N]."""
@@ -179,12 +181,11 @@ class Bucket:
             rows = piece.rows
             self._spill.remove(self._file("features"))
             self._spill.append_rows(self._file("features"), [rows])
-        self._spill.remove(self._file("state"))
         rows, ids = piece.seen()
         head = np.array([piece.times.size, ids.size, piece.closed, piece.gone])
         keys = (piece.keys.requests, piece.keys.videos)
         columns = (*keys, piece.times, piece.play, piece.dwell, piece.came.astype(np.int64))
-        self._spill.append(self._file("state"), [head, *columns, rows.astype(np.int64), ids])
+        self._spill.replace(self._file("state"), [head, *columns, rows.astype(np.int64), ids])
         self._pieces, self._asleep, self._stored = [], True, None
 
     def remove(self) -> None:
@@ -369,9 +370,9 @@ class Buckets:
             for number in self._classes_of.get(int(slot), ()):
                 yield self._buckets[number], which[slots == slot]
 
-    def shrink(self, further_bytes: int, schema: pa.Schema) -> None:
-        """Moves buckets to disk if more than the budget is held; `further_bytes` are held elsewhere."""
-        held = self.num_bytes + further_bytes
+    def shrink(self, waiting: Waiting, schema: pa.Schema) -> None:
+        """Moves buckets, then waiting actions, to disk if more than the budget is held."""
+        held = self.num_bytes + waiting.num_bytes
         if held <= self._budget:
             return
         # Some more than needed, so that not every call has to; the largest first, which takes the fewest files.
@@ -381,6 +382,9 @@ class Buckets:
                 break
             held -= bucket.cold_bytes
             bucket.spill_cold()
+        if held > target:
+            held -= waiting.part_bytes
+            waiting.spill()
         for number in self.numbers():
             bucket = self._buckets[number]
             if held > self._budget and bucket.num_bytes:

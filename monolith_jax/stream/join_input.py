@@ -24,10 +24,15 @@ NO_ACTIONS = np.empty((0, 6), np.int64)
 def impression_rows(rows: pa.RecordBatch, schema: pa.Schema | None, reserved: Sequence[str]) -> pa.RecordBatch:
     """Returns impressions in the schema so far, which grows by their further columns; what they lack is null.
 
+    Dictionaries are decoded.
+
     Raises:
         ValueError: A column is missing, of another type than before, null where it must not be, or has one of the `reserved`
             names.
     """
+    for at, one in enumerate(rows.schema):
+        if pa.types.is_dictionary(one.type):  # whose batches could not be told apart from their dictionaries
+            rows = rows.set_column(at, one.name, rows.column(at).dictionary_decode())
     taken = {*reserved} & {*rows.schema.names}
     if taken:
         raise ValueError(f"Joiner: impressions have the columns {sorted(taken)}, which the joiner makes; rename them")
@@ -40,7 +45,7 @@ def impression_rows(rows: pa.RecordBatch, schema: pa.Schema | None, reserved: Se
             raise ValueError(f"Joiner: column {one.name!r} was {known[one.name]} before and is now {one.type}; keep its type")
     fields = [*(schema or ()), *(one for one in rows.schema if one.name not in known)]
     # Any other column may be lacking in another cut.
-    grown = pa.schema([one.with_nullable(one.name not in REQUIRED) for one in fields])
+    grown = pa.schema([one if one.name in REQUIRED else one.with_nullable(True) for one in fields])
     return conform(rows, schema if schema is not None and grown.equals(schema) else grown)
 
 

@@ -59,6 +59,8 @@ COUNTS = (
     "negatives_dropped",
     "spilled_bytes",
 )
+"""What is counted. late_or_orphan_actions: none was open for them until the watermark reached their event time + window.
+duplicates: impressions of a key that is held, event ids that the impression has had, with `at_once` kinds that it has had."""
 _BEFORE_ALL = -(2**62)
 
 
@@ -79,7 +81,7 @@ class JoinerConfig:
     negative_rate: float = 1.0
     """Share of negatives that is kept. Below 1 examples have a column `sample_rate`: the chance with which it was kept."""
     memory_mb: float = 256.0
-    """Budget of what is held in memory; what is beyond goes to disk."""
+    """Budget of what is held in memory; what is beyond goes to disk, but for 5 bytes an impression and a waiting action."""
 
     def __post_init__(self) -> None:
         """Checks the fields.
@@ -124,12 +126,11 @@ class Joiner:
         self._span = -(-self._hold // CLASSES)
         self._schema: pa.Schema | None = None
         self._buckets = Buckets(folder, int(config.memory_mb * 2**20))
-        self._waiting = Waiting(self._window)
+        self._waiting = Waiting(self._window, self._span, self._buckets.spill)
         self._watermark = _BEFORE_ALL
         self._ledger = CutLedger()
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
-        self._num_open, self._num_actions = 0, 0
-        self._spilled_before = 0
+        self._num_open, self._num_actions, self._spilled_before = 0, 0, 0
         self._out: list[pa.RecordBatch] = []
 
     @property
@@ -203,7 +204,7 @@ class Joiner:
         self._counts["late_or_orphan_actions"] += self._waiting.expire(watermark_ms)
         self._watermark = watermark_ms
         if self._schema is not None:
-            self._buckets.shrink(self._waiting.num_bytes, self._schema)
+            self._buckets.shrink(self._waiting, self._schema)
             self._counts["spilled_bytes"] += self._buckets.spill.num_bytes - self._spilled_before
             self._spilled_before = self._buckets.spill.num_bytes
         out = [rows for rows in self._out if rows.num_rows]
@@ -261,7 +262,9 @@ class Joiner:
 
     def _add_rows(self, rows: pa.RecordBatch, classes: np.ndarray) -> None:
         for number, part in grouped(classes):
-            mine = rows if part.size == rows.num_rows else rows.take(pa.array(part))
+            # A part of something larger would keep all of it in memory.
+            alone = part.size == rows.num_rows and rows.get_total_buffer_size() < 2 * rows.nbytes
+            mine = rows if alone else rows.take(pa.array(part))
             bucket = self._buckets[number]
             if bucket.has_pieces or self._at_once:
                 piece = Piece.of(mine)

@@ -197,7 +197,7 @@ def column_i64(rows: pa.RecordBatch, name: str) -> np.ndarray:
 
 def conform(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """Returns rows in a schema that may have further columns, which are null."""
-    if rows.schema.equals(schema):
+    if rows.schema.equals(schema, check_metadata=True):
         return rows
     there = set(rows.schema.names)
     columns = [

@@ -7,7 +7,7 @@ An entry is uint32: a tag of 22 bits of the hash, never 0, above ten bits of the
 cache line. An entry stands in the emptier one of two lines (Mitzenmacher 2001, "The power of two choices in randomized load
 balancing"), so that lines fill evenly and few are full before nine tenths of all entries are taken. The other line follows from
 line and tag (Fan et al. 2014, "Cuckoo Filter"): keys that are taken for one another share both lines, and of their entries any
-may be removed for any.
+may be removed for any. What finds both lines full, as a key does that came in very many buckets, goes to a sorted list.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from monolith_jax.ids.lines import inline, jit, prefetch
+from monolith_jax.ids.lines import inline, jit, places_of, prefetch
 
 BUCKETS = 1024
 NOWHERE = -1
@@ -32,7 +32,7 @@ _WIDTH = 16
 _AHEAD = 12
 _M = np.uint64(0x9E3779B97F4A7C15)
 _S32 = np.uint64(32)
-_TAG = np.uint64(0x3FFFFF)
+_S10 = np.uint64(10)
 
 
 @inline
@@ -105,8 +105,9 @@ def _candidates(hashes, lines, tag_mask, which, buckets):
 
 
 @jit
-def _insert(hashes, buckets, lines, tag_mask):
-    """Returns how many were inserted before one found both of its lines full."""
+def _insert(hashes, buckets, lines, tag_mask, crowded):
+    """Writes the places of those that found both of their lines full; returns how many."""
+    number = 0
     for i in range(hashes.size):
         if i + _AHEAD < hashes.size:
             _ask(lines, hashes[i + _AHEAD], tag_mask)
@@ -120,32 +121,46 @@ def _insert(hashes, buckets, lines, tag_mask):
             taken_b += lines[b, k] != 0
         line, taken = (a, taken_a) if taken_a <= taken_b else (b, taken_b)
         if taken == _WIDTH:
-            return i
-        lines[line, taken] = (_tag_of(h, tag_mask) << np.uint32(10)) | np.uint32(buckets[i])
-    return hashes.size
+            crowded[number] = i
+            number += 1
+        else:
+            lines[line, taken] = (_tag_of(h, tag_mask) << np.uint32(10)) | np.uint32(buckets[i])
+    return number
 
 
 @jit
-def _remove(hashes, buckets, lines, tag_mask):
-    """Returns how many were there."""
-    removed = 0
+def _remove(hashes, buckets, lines, tag_mask, missing):
+    """Writes the places of those that were not there; returns how many."""
+    number = 0
     for i in range(hashes.size):
         if i + _AHEAD < hashes.size:
             _ask(lines, hashes[i + _AHEAD], tag_mask)
         h = hashes[i]
         entry = (_tag_of(h, tag_mask) << np.uint32(10)) | np.uint32(buckets[i])
-        a = _first_line(h, lines.shape[0])
+        a, place = _first_line(h, lines.shape[0]), -1
         for line in (a, _other_line(a, _tag_of(h, tag_mask), lines.shape[0])):
-            place, last = -1, -1
+            last = -1
             for k in range(_WIDTH):
                 place = k if lines[line, k] == entry else place
                 last = k if lines[line, k] != 0 else last
             if place >= 0:
                 lines[line, place] = lines[line, last]
                 lines[line, last] = 0
-                removed += 1
                 break
-    return removed
+        if place < 0:
+            missing[number] = i
+            number += 1
+    return number
+
+
+@jit
+def _codes(hashes, lines, tag_mask, codes):
+    """Writes what is the same for keys that are taken for one another, above ten bits of zeros."""
+    for i in range(hashes.size):
+        tag = _tag_of(hashes[i], tag_mask)
+        a = _first_line(hashes[i], lines.shape[0])
+        b = _other_line(a, tag, lines.shape[0])
+        codes[i] = (np.uint64(min(a, b)) << _S32) | (np.uint64(tag) << _S10)
 
 
 def _empty_lines(number: int) -> np.ndarray:
@@ -173,24 +188,44 @@ class Router:
         self._lines = _empty_lines(min_lines)
         self._mask = np.uint64(2**tag_bits - 1)
         self._growth = growth
+        self._crowded = np.empty(0, np.uint64)
         self.num_entries = 0
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the lines."""
-        return self._lines.nbytes
+        """Bytes of all entries."""
+        return self._lines.nbytes + self._crowded.nbytes
 
     def route(self, hashes: np.ndarray) -> np.ndarray:
         """Returns the bucket that may have each key, NOWHERE or SEVERAL; int32 [N]."""
         buckets = np.empty(hashes.size, np.int32)
         _route(hashes, self._lines, self._mask, buckets)
+        if self._crowded.size:
+            first, last = self._crowded_of(hashes)
+            buckets[first < last] = SEVERAL
         return buckets
 
     def candidates(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns pairs: which of the hashes, int64 [P] ascending, and a bucket that may have it, int32 [P]."""
         which, buckets = np.empty(2 * _WIDTH * hashes.size, np.int64), np.empty(2 * _WIDTH * hashes.size, np.int32)
         number = _candidates(hashes, self._lines, self._mask, which, buckets)
-        return which[:number], buckets[:number]
+        which, buckets = which[:number], buckets[:number]
+        if self._crowded.size:
+            first, last = self._crowded_of(hashes)
+            further = np.repeat(np.arange(hashes.size), last - first)
+            there = self._crowded[places_of(first, last - first)] % BUCKETS
+            pairs = np.unique(np.concatenate([which * BUCKETS + buckets, further * BUCKETS + there.astype(np.int64)]))
+            which, buckets = pairs // BUCKETS, (pairs % BUCKETS).astype(np.int32)
+        return which, buckets
+
+    def _crowded_of(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        codes = self._codes(hashes)
+        return np.searchsorted(self._crowded, codes), np.searchsorted(self._crowded, codes + np.uint64(BUCKETS))
+
+    def _codes(self, hashes: np.ndarray) -> np.ndarray:
+        codes = np.empty(hashes.size, np.uint64)
+        _codes(hashes, self._lines, self._mask, codes)
+        return codes
 
     def insert(
         self, hashes: np.ndarray, buckets: np.ndarray, everything: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
@@ -204,17 +239,30 @@ class Router:
                 Which keys are taken for one another changes then.
         """
         self.num_entries += hashes.size
-        if self.num_entries <= FULL * self._lines.size and _insert(hashes, buckets, self._lines, self._mask) == hashes.size:
+        if self.num_entries <= FULL * self._lines.size:
+            self._place(hashes, buckets)
             return
-        placed = False
-        while not placed:
-            number = int(max(self._lines.shape[0] * self._growth, self.num_entries / (FULL * _WIDTH) * 1.05)) + 1
-            del self._lines  # The keys are read anew, so that old and new lines never stand side by side.
-            self._lines = _empty_lines(number)
-            placed = all(_insert(*part, self._lines, self._mask) == part[0].size for part in everything())
+        number = int(max(self._lines.shape[0] * self._growth, self.num_entries / (FULL * _WIDTH) * 1.05)) + 1
+        del self._lines  # The keys are read anew, so that old and new lines never stand side by side.
+        self._lines, self._crowded = _empty_lines(number), self._crowded[:0]
+        for part in everything():
+            self._place(*part)
 
     def remove(self, hashes: np.ndarray, buckets: np.ndarray) -> None:
         """Takes keys out that were inserted with these buckets."""
-        removed = _remove(hashes, buckets, self._lines, self._mask)
-        assert removed == hashes.size, f"{hashes.size - removed} keys were not in the router"
+        missing = np.empty(hashes.size, np.int64)
+        missing = missing[: _remove(hashes, buckets, self._lines, self._mask, missing)]
+        if missing.size:
+            codes, numbers = np.unique(self._codes(hashes[missing]) + buckets[missing].astype(np.uint64), return_counts=True)
+            places = places_of(np.searchsorted(self._crowded, codes), numbers)
+            there = self._crowded[np.minimum(places, self._crowded.size - 1)] if self._crowded.size else codes[:0]
+            assert np.array_equal(there, np.repeat(codes, numbers)), "keys are removed that were not in the router"
+            self._crowded = np.delete(self._crowded, places)
         self.num_entries -= hashes.size
+
+    def _place(self, hashes: np.ndarray, buckets: np.ndarray) -> None:
+        crowded = np.empty(hashes.size, np.int64)
+        crowded = crowded[: _insert(hashes, buckets, self._lines, self._mask, crowded)]
+        if crowded.size:
+            codes = self._codes(hashes[crowded]) + buckets[crowded].astype(np.uint64)
+            self._crowded = np.sort(np.concatenate([self._crowded, codes]))

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +57,10 @@ class Spill:
         """Appends arrays to a file."""
         self._append(name, [np.ascontiguousarray(array).data for array in arrays if array.size])
 
+    def replace(self, name: str, arrays: Sequence[np.ndarray]) -> None:
+        """Writes a file anew."""
+        self._append(name, [np.ascontiguousarray(array).data for array in arrays if array.size], "wb")
+
     def array(self, name: str, dtype: type = np.int64) -> np.ndarray:
         """Returns what was appended to a file, flat; nothing if there is no such file."""
         return self._content(name).view(dtype)
@@ -75,10 +80,10 @@ class Spill:
         self._schemas.append(schema)
         return len(self._schemas) - 1
 
-    def _append(self, name: str, parts: Sequence[pa.Buffer | bytes | memoryview]) -> None:
+    def _append(self, name: str, parts: Sequence[pa.Buffer | bytes | memoryview], mode: Literal["ab", "wb"] = "ab") -> None:
         if not parts:
             return
-        with open(self.folder / name, "ab", buffering=0) as file:
+        with open(self.folder / name, mode, buffering=0) as file:
             for part in parts:
                 view = memoryview(part).cast("B")
                 self.num_bytes += len(view)
@@ -86,12 +91,12 @@ class Spill:
                     view = view[file.write(view) :]
 
     def _content(self, name: str) -> np.ndarray:
-        path = self.folder / name
-        if not path.exists():
+        try:
+            file = open(self.folder / name, "rb", buffering=0)
+        except FileNotFoundError:
             return np.empty(0, np.uint8)
-        content = np.empty(os.path.getsize(path), np.uint8)
-        with open(path, "rb", buffering=0) as file:
-            at = 0
+        with file:
+            content, at = np.empty(os.fstat(file.fileno()).st_size, np.uint8), 0
             while at < content.size:
                 at += file.readinto(content[at:].data)
         return content

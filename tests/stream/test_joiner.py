@@ -57,7 +57,7 @@ def rows(batch: pa.RecordBatch | None) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("mode", CONFIGS)
 @pytest.mark.parametrize("tag_bits", [22, 2])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), keys=st.sampled_from([3, 8, 200]))
 def test_joins_as_the_rules_say(seed: int, keys: int, mode: str, tag_bits: int, tmp_path: Path) -> None:
     cuts = random_cuts(seed, keys=keys)
@@ -79,7 +79,7 @@ def test_joins_as_the_rules_say(seed: int, keys: int, mode: str, tag_bits: int, 
 
 
 @pytest.mark.parametrize("mode", CONFIGS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), keys=st.sampled_from([2, 8, 200]))
 def test_goes_on_from_the_oldest_cut(seed: int, keys: int, mode: str, tmp_path: Path) -> None:
     cuts = random_cuts(seed, keys=keys, number=12)
@@ -128,6 +128,21 @@ def test_impressions_may_gain_columns(tmp_path: Path) -> None:
         assert batch is not None
         assert [(row["user_id"], row["gained"]) for row in batch.to_pylist()] == [(35, None), (49, 7), (56, None), (42, 6)]
         joiner.close()
+
+
+@pytest.mark.parametrize("memory_mb", [1e-6, 256])
+def test_takes_dictionaries_slices_and_metadata(memory_mb: float, tmp_path: Path) -> None:
+    joiner = Joiner(JoinerConfig(window_s=1.0, memory_mb=memory_mb), tmp_path / "spill")
+    for cut in range(3):
+        batch = impressions([Shown(at, cut, 100 + cut, at) for at in range(100)])
+        assert batch is not None
+        batch = batch.append_column("country", pa.array([f"c{cut}", "d"] * 50).dictionary_encode())
+        joiner.join(cut, batch.replace_schema_metadata({"cut": str(cut)}).slice(10 * cut, 2), None, 0)
+    examples = joiner.join(3, None, None, 5000)
+    assert examples is not None
+    assert examples.column("country").to_pylist() == ["c0", "d", "c1", "d", "c2", "d"]
+    assert examples.column("request_id").to_pylist() == [0, 1, 10, 11, 20, 21]
+    joiner.close()
 
 
 def test_keeps_a_share_of_the_negatives(tmp_path: Path) -> None:

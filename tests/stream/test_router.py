@@ -55,3 +55,17 @@ def test_lines_fill_evenly() -> None:
     buckets = np.zeros(number, np.int32)
     router.insert(hashes, buckets, nothing_else(hashes, buckets))
     assert router.num_bytes == before
+
+
+def test_a_key_may_be_in_very_many_buckets() -> None:
+    router = Router(64)
+    hashes, buckets = np.repeat(hashes_of(0, 5), 100), np.tile(np.arange(100, dtype=np.int32), 5)
+    router.insert(hashes, buckets, nothing_else(hashes, buckets))
+    router.insert(hashes[:50], buckets[:50], nothing_else(np.tile(hashes, 2), np.tile(buckets, 2)))
+    assert (router.route(hashes_of(0, 5)) == SEVERAL).all() and (router.route(hashes_of(5, 50)) == NOWHERE).all()
+    which, found = router.candidates(hashes_of(0, 10))
+    assert which.tolist() == np.repeat(np.arange(5), 100).tolist() and found.tolist() == buckets.tolist()
+    router.remove(hashes[::2], buckets[::2])
+    router.remove(hashes[1::2], buckets[1::2])
+    router.remove(hashes[:50], buckets[:50])
+    assert (router.route(hashes_of(0, 5)) == NOWHERE).all() and router.num_entries == 0
