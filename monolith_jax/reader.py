@@ -96,6 +96,7 @@ class Reader:
         self._fetched: Batch | None = None
         self._position: dict[str, Any] = {}
         self._epoch = self._shift_ms = 0
+        self._told: Mapping[str, float] = {}
 
     def fetch(self) -> Fetched:
         """Reads the next batch, if none waits to be taken, past those of which all was set aside.
@@ -133,8 +134,10 @@ class Reader:
         batch, self._fetched = self._fetched, None
         if batch is not None:
             self.dead_letters.add(batch.rejected)
+            self._told = batch.told
         if batch is None or batch.is_idle:
-            return _empty_part(layout, len(label_names), self.num_rows)._replace(told=batch.told if batch else {})
+            # What it counted still counts when it has ended.
+            return _empty_part(layout, len(label_names), self.num_rows)._replace(told=self._told)
         if is_further_pass := batch.epoch != self._epoch:
             self._epoch = batch.epoch
             for memory in self.memories:
@@ -185,6 +188,9 @@ def observe(examples: pa.RecordBatch, names: Sequence[str], group_column: str) -
     if "weight" in columns:
         weight = examples.column("weight").fill_null(1.0).to_numpy(zero_copy_only=False)
         masks *= weight.astype(np.float32)[:, None]
+    if "sample_rate" in columns:
+        # Each negative that a joiner kept stands for those that it dropped.
+        masks /= examples.column("sample_rate").to_numpy(zero_copy_only=False)[:, None]
     optimal = None
     if any(f"optimal_{name}" in columns for name in names):
         optimal = np.full(values.shape, np.nan, np.float32)

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from monolith_jax.packing import pack, unpack
 from monolith_jax.planner import Planner
-from monolith_jax.reader import Reader
+from monolith_jax.reader import Reader, observe
 from monolith_jax.stream.batcher import batches
 from monolith_jax.stream.counters import Counters, CountersConfig
 from monolith_jax.stream.dead_letter import DeadLetters
@@ -118,7 +119,7 @@ def test_others_go_on_without_a_partition_to_which_nothing_came(tmp_path: Path) 
     whole.close()
     assert [plan.num_examples for plan in plans] == [12, 6, 6, 6, 6], "no plan where nothing came to any"
     assert [plan.told["lag_s"] for plan in plans] == [0, 1, 2, 4, 5]
-    assert [plan.told["unread"] for plan in plans] == [2, 2, 2, 2, 1]
+    assert [plan.told["unread"] for plan in plans] == [2, 2, 2, 2, 2], "what was counted before the end too"
     for step in range(1, 5):
         stopped = planner_of(tmp_path, *sources, max_steps=step)
         list(stopped)
@@ -184,3 +185,11 @@ def test_states_of_any_form_are_packed_and_unpacked() -> None:
     assert rows.dtype == np.uint8 and rows.shape == (4, 2**20)
     assert_same(unpack(rows), state)
     assert_same(unpack(np.concatenate([rows, rows])), state)
+
+
+def test_a_negative_stands_for_those_that_were_dropped() -> None:
+    columns = {"event_time_ms": [1, 2, 3], "like": [True, False, None], "sample_rate": pa.array([1, 0.25, 0.25], pa.float32())}
+    observed = observe(pa.RecordBatch.from_pydict(columns), ["like"], "user_id")
+    assert observed.masks.tolist() == [[1], [4], [0]]
+    weighted = pa.RecordBatch.from_pydict({**columns, "weight": [3.0, 2.0, None]})
+    assert observe(weighted, ["like"], "user_id").masks.tolist() == [[3], [8], [0]]
