@@ -170,9 +170,12 @@ class RunLog:
         """Returns lag and ages of a live stream; how old the events are in which the model is now trained, among them."""
         if not planned.told:
             return {}
-        half, most = np.quantile(np.concatenate(self._ages_s), [0.5, 0.99])
+        ages_s = np.concatenate(self._ages_s)
         self._ages_s.clear()
-        ages = {"event_age_p50_s": float(half), "event_age_p99_s": float(most)}
+        ages = {}
+        if ages_s.size:  # Else all examples since the last row were other processes'.
+            half, most = np.quantile(ages_s, [0.5, 0.99])
+            ages = {"event_age_p50_s": float(half), "event_age_p99_s": float(most)}
         return {name: round(value, 4) for name, value in {**planned.told, **ages}.items()}
 
     def _tell_skipped(self, skipped: float) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,13 @@ def test_tensorboard_files(tmp_path: Path) -> None:
     (file,) = (tmp_path / "tensorboard").iterdir()
     written = file.read_bytes()
     assert b"step/loss" in written and b"period/like/total" in written
+
+
+def test_a_process_to_which_nothing_came_tells_no_ages(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    for step, number in ((1, 0), (2, 0), (3, 1), (4, 0)):
+        one = planned(step)
+        log.step(replace(one, told={"lag_s": 0.5}, times_ms=np.zeros(number, np.int64)), 1.0, np.zeros((4, 1), np.float32))
+    first, second = (row for row in rows_of(tmp_path) if row["kind"] == "step")
+    assert first["lag_s"] == 0.5 and "event_age_p50_s" not in first
+    assert second["event_age_p50_s"] > 1e9
