@@ -42,8 +42,8 @@ class FileProducer:
         self._options = read_options(options)
         self._tails: dict[LogPartition, _Tail] = {}
 
-    def create(self, topic: str, partitions: int) -> None:
-        """Makes a topic unless it is there.
+    def create(self, topic: str, partitions: int, forever: bool = False) -> None:
+        """Makes a topic unless it is there. Retention is the producer's affair: `forever` changes nothing.
 
         Raises:
             ValueError: It is there with another number of partitions.

@@ -10,7 +10,8 @@ In: record batches of impressions or actions. Out: payloads, and the other way r
 * `debezium`: an event a message, the envelope of a change of a table (debezium.io), bare or as `{"schema":..., "payload":...}`.
 
 Schemas of Arrow travel in the log itself: topic `<topic>-schemas`, one partition, each a message with its number in the header.
-They must stay as long as messages that use them: a topic in Kafka needs `retention.ms=-1`.
+They must stay as long as messages that use them: `announce` makes the topic so; one made in Kafka by other means needs
+`retention.ms=-1`.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def announce(producer: Producer, schemas: Schemas, topic: str, schema: pa.Schema
     if schemas.find(number) is None:
         schemas.refresh()
     if schemas.find(number) is None:
-        producer.create(schemas_topic(topic), 1)
+        producer.create(schemas_topic(topic), 1, forever=True)
         producer.append(LogPartition(schemas_topic(topic), 0), sent.serialize().to_pybytes(), schema=number)
         producer.flush()
         schemas.refresh()

@@ -52,8 +52,10 @@ class KafkaProducer:
         self._counts: dict[str, int] = {}
         self._lost: list[str] = []
 
-    def create(self, topic: str, partitions: int) -> None:
+    def create(self, topic: str, partitions: int, forever: bool = False) -> None:
         """Makes a topic unless it is there, with the number of replicas that the brokers take by themselves.
+
+        With `forever` nothing of it goes by retention; one that is there stays as it is.
 
         Raises:
             ValueError: It is there with another number of partitions, or the brokers refuse.
@@ -64,9 +66,10 @@ class KafkaProducer:
         there = self._count(topic)
         if not there:
             admin: AdminClient = self._broker.make(AdminClient, self._settings)
+            kept = {"retention.ms": "-1", "retention.bytes": "-1", "cleanup.policy": "delete"} if forever else {}
 
             def make(timeout_s: float) -> None:
-                (made,) = admin.create_topics([NewTopic(topic, partitions, -1)], request_timeout=timeout_s).values()
+                (made,) = admin.create_topics([NewTopic(topic, partitions, -1, config=kept)], request_timeout=timeout_s).values()
                 try:
                     made.result()
                 except KafkaException as error:

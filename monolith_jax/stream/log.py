@@ -91,8 +91,8 @@ class Log(Protocol):
 class Producer(Protocol):
     """Appends to a log."""
 
-    def create(self, topic: str, partitions: int) -> None:
-        """Makes a topic unless it is there.
+    def create(self, topic: str, partitions: int, forever: bool = False) -> None:
+        """Makes a topic unless it is there; `forever`: with a retention of its own, which takes nothing.
 
         Raises:
             ValueError: It is there with another number of partitions.

@@ -12,7 +12,7 @@ class MemoryLog:
         self.topics: dict[str, list[list[Message]]] = {}
         self._at: dict[LogPartition, int] = {}
 
-    def create(self, topic: str, partitions: int) -> None:
+    def create(self, topic: str, partitions: int, forever: bool = False) -> None:
         self.topics.setdefault(topic, [[] for _ in range(partitions)])
 
     def append(self, partition: LogPartition, payload: bytes, schema: int = 0, timestamp_ms: int | None = None) -> None:

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 pytest.importorskip("confluent_kafka")
+from confluent_kafka.admin import ConfigResource
 from confluent_kafka.cimpl import NewPartitions
 
 from launch.bench.kafka_broker import Broker, free_port
 from monolith_jax.stream import kafka_client
+from monolith_jax.stream.formats import Schemas, announce, schemas_topic
 from monolith_jax.stream.kafka_client import AdminClient, Consumer, Producer
 from monolith_jax.stream.kafka_log import KafkaLog
 from monolith_jax.stream.kafka_producer import KafkaProducer
@@ -52,6 +55,16 @@ def produce(url: str, topic: str, headers: list[list[tuple[str, str | bytes | No
 
 def offsets(messages: list[Message]) -> list[int]:
     return [message.offset for message in messages]
+
+
+def test_schemas_stay_whatever_retention_takes(kafka_url: str) -> None:
+    name = f"topic-{uuid.uuid4().hex}"
+    with closing(KafkaProducer(kafka_url)) as producer, closing(KafkaLog(kafka_url)) as log:
+        announce(producer, Schemas(log, name), name, pa.schema([("user_id", pa.int64())]))
+    asked = ConfigResource(ConfigResource.Type.TOPIC, schemas_topic(name))
+    client = admin(kafka_url)
+    found = client.describe_configs([asked])[asked].result(20)
+    assert [found[key].value for key in ("retention.ms", "retention.bytes", "cleanup.policy")] == ["-1", "-1", "delete"]
 
 
 def test_a_schema_stands_in_a_header(kafka_url: str, topic: str) -> None:
