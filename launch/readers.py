@@ -67,6 +67,11 @@ def make_memories(experiment: Experiment) -> list[Memory]:
     return memories
 
 
+def stream_folder(workdir: Path, index: int, suffix: str = "") -> Path:
+    """Returns where the cuts of a partition of a live stream are."""
+    return workdir / f"stream{suffix}" / str(index)
+
+
 def make_readers(
     experiment: Experiment,
     config: SourceConfig,
@@ -92,7 +97,7 @@ def make_readers(
     readers = []
     for index, of_partition in zip(partitions, memories, strict=True):
         if isinstance(config, LogConfig):
-            folder = workdir / f"stream{suffix}" / str(index)
+            folder = stream_folder(workdir, index, suffix)
             source: Source = LogSource(config, folder, rows, index, train.partitions, train.max_lag_s)
         else:
             assert whole is not None

@@ -20,7 +20,7 @@ import jax
 from rich.console import Console
 
 from launch.process import prepare
-from launch.readers import corrected_heads, make_memories, make_readers, num_examples
+from launch.readers import corrected_heads, make_memories, make_readers, num_examples, stream_folder
 from monolith_jax.evaluate.prequential import Prequential
 from monolith_jax.evaluate.report import closing_table
 from monolith_jax.experiment import Experiment, to_gin
@@ -34,6 +34,7 @@ from monolith_jax.mesh import make_mesh, num_devices
 from monolith_jax.planner import Planner
 from monolith_jax.reader import Memory, Reader
 from monolith_jax.snapshot import Committed, SnapshotConfig, Snapshots, find
+from monolith_jax.stream.cuts import sync
 from monolith_jax.stream.dead_letter import set_aside
 from monolith_jax.stream.log_source import LogConfig
 from monolith_jax.tables.table import TableConfig, make_tier
@@ -60,7 +61,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         # Nor does where a log is reached, or how fast it is read.
         source = plain["source"]
         del source["joiner"]["memory_mb"]
-        plain["source"] = {name: source[name] for name in ("is", "impressions", "actions", "joiner")}
+        plain["source"] = {name: source[name] for name in ("is", "impressions", "actions", "format", "future_s", "joiner")}
     train = experiment.train
     numbers = {"batch_size": train.batch_size, "partitions": train.partitions, "seed": train.seed}
     return plain | {"num_shards": experiment.mesh.num_shards, **numbers}
@@ -165,6 +166,9 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
     who = identity(experiment)
 
     def save(state: TrainState, frozen: Mapping[str, Any]) -> None:
+        if isinstance(experiment.source, LogConfig):
+            for index in parts.partitions:
+                sync(stream_folder(workdir, index))
         snapshots.save(log.steps, parts.tiers.whole(state), frozen, log.get_state(), who)
         log.last_snapshot = f"step {log.steps} in {workdir / 'snapshots'}"
 
@@ -269,8 +273,10 @@ def _finish(
     tests = test(experiment, parts, state, workdir) if experiment.test_source else []
     rows = int(sum(group.maps.num_rows.sum() for group in parts.mapper.groups))
     mine = [rows, sum(memory.num_refused for reader in readers for memory in reader.memories)]
-    of_all = everyone(parts.exchange, [*mine, [reader.dead_letters.get_state()["counts"] for reader in readers]])
-    rejected = sum((Counter(counts) for _, _, of_process in of_all for counts in of_process), Counter[str]())
+    counts = [reader.dead_letters.get_state()["counts"] for reader in readers]
+    of_all = everyone(parts.exchange, [*mine, counts, dict(log.told)])
+    rejected = sum((Counter(counts) for _, _, of_process, _ in of_all for counts in of_process), Counter[str]())
+    told = [of_process[3] for of_process in of_all]
     summary = {
         "kind": "summary",
         "steps": log.steps,
@@ -280,13 +286,14 @@ def _finish(
         "rejected": dict(rejected.most_common()),
         "without_history_or_counters": sum(of_process[1] for of_process in of_all),
     }
-    if log.told:
-        summary["stream"] = {name: value for name, value in log.told.items() if not name.endswith("_s")}
+    if any(told):
+        names = dict.fromkeys(name for one in told for name in one if not name.endswith("_s"))
+        summary["stream"] = {name: sum(one.get(name, 0) for one in told) for name in names}
     log.write([*totals.values(), *tests, summary])
     console.print(closing_table(totals, tests))
     letters = set_aside(rejected, workdir / "dead_letters*.jsonl")
     console.print(f"{log.steps:,} steps, {log.examples:,} examples, {summary['rows']:,} ids in tables, {letters}")
-    if log.told:
+    if "stream" in summary:
         joined = ", ".join(f"{value:,.0f} {name.replace('_', ' ')}" for name, value in summary["stream"].items() if value)
         console.print(f"the stream: {joined or 'nothing late, nothing repeated'}", highlight=False)
     console.print(f"more: python -m launch.evaluate --workdir={workdir}", highlight=False, soft_wrap=True)

@@ -15,6 +15,8 @@ import pytest
 
 from launch.bench import kill
 from launch.bench.kafka_broker import free_port
+from launch.run import identity
+from monolith_jax.experiment import load
 from tests import test_flow
 from tests.launch.processes import finish, start
 from tests.stream.event_log import Feed, make_world
@@ -79,6 +81,15 @@ def assert_equals_replay(workdir: Path, replay: Path, log: str, number: int, *ov
     shutil.copytree(workdir / "stream", replay / "stream")
     done(launch(replay, log, number, *overrides))
     assert kill.compare(workdir, replay) == []
+
+
+def test_what_decides_what_messages_become_is_part_of_a_runs_identity() -> None:
+    def of(*overrides: str) -> Any:
+        return identity(load(["configs/online.gin"], overrides))
+
+    assert of("LOG = 'kafka://broker:9092'", "LogConfig.idle_s = 60.0", "JoinerConfig.memory_mb = 9.0") == of()
+    for override in ("LogConfig.future_s = 60.0", "LogConfig.format = 'json'", "JoinerConfig.window_s = 60.0"):
+        assert of(override) != of(), override
 
 
 @pytest.fixture

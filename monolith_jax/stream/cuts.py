@@ -9,6 +9,7 @@ learns the same. The number of a cut is its offset in a log of its own, in the r
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -100,6 +101,21 @@ class CutLog:
         """Lets go of the files."""
         self._producer.close()
         self._log.close()
+
+
+def sync(folder: Path) -> None:
+    """Returns when the cuts in a folder outlive the machine: before a snapshot that needs them is whole.
+
+    Args:
+        folder: That of a `CutLog`; any process or thread may have it open.
+    """
+    where = folder / _CUTS.topic / str(_CUTS.number)
+    for path in (*sorted(where.glob("*.log"))[-2:], where):  # A segment that was full long ago is on the disk by now.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def _to_bytes(cut: Cut) -> bytes:

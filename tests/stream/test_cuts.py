@@ -1,12 +1,13 @@
 """The cut log: what was cut is read again as it was, whatever ended the process."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from monolith_jax.stream.cuts import Cut, CutLog, Read
+from monolith_jax.stream.cuts import Cut, CutLog, Read, sync
 from monolith_jax.stream.log import LogPartition
 
 ONE, TWO = LogPartition("impressions", 0), LogPartition("actions-of.all", 11)
@@ -60,4 +61,14 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     log = CutLog(tmp_path)
     assert [cut.watermark_ms for cut in log.read(0, log.bounds[1])] == list(range(7))
+    log.close()
+
+
+def test_cuts_are_on_the_disk_when_they_must_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, synced = CutLog(tmp_path), []
+    log.append(CUTS[0])
+    assert not synced
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(os.readlink(f"/proc/self/fd/{file}"))))
+    sync(tmp_path)
+    assert synced == [tmp_path / "cuts" / "0" / f"{0:020d}.log", tmp_path / "cuts" / "0"]
     log.close()
