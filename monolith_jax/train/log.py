@@ -88,6 +88,7 @@ class RunLog:
         """What the live stream told of itself last; empty where there is none."""
         self._last_row: tuple[float, int] | None = None
         self._aucs = ""
+        self._skipped = 0.0
         self.last_snapshot = "none yet"
         """Named when a loss is not finite."""
 
@@ -179,7 +180,7 @@ class RunLog:
         return {name: round(value, 4) for name, value in {**planned.told, **ages}.items()}
 
     def _tell_skipped(self, skipped: float) -> None:
-        before = self.told.get("skipped_messages", 0.0)
+        before, self._skipped = self._skipped, max(skipped, self._skipped)
         if skipped > before:
             self._console.print(
                 f"step {self._step:,}: SKIPPED {skipped - before:,.0f} messages that were older than TrainConfig.max_lag_s; "
@@ -235,7 +236,7 @@ class RunLog:
         if self._writes and self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
-        state = {"bytes": self._bytes, "step": self._step, "examples": self._examples}
+        state = {"bytes": self._bytes, "step": self._step, "examples": self._examples, "skipped": self._skipped}
         return {**state, "arrays": self._measures.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -243,6 +244,7 @@ class RunLog:
         if self._writes:
             _cut(self.path, state["bytes"])
         self._bytes, self._step, self._examples = state["bytes"], state["step"], state["examples"]
+        self._skipped = state.get("skipped", 0.0)
         self._examples_at_start = self._examples
         self._measures.set_state(state["arrays"])
 

@@ -12,6 +12,7 @@ import pytest
 
 from monolith_jax.stream import live
 from monolith_jax.stream.events import IMPRESSION
+from monolith_jax.stream.joiner import JoinerConfig
 from monolith_jax.stream.log import LogPartition
 from tests.stream.event_log import START_MS, found_in, make_world, pieces
 from tests.stream.test_live import chunks_of, feed, plain, source
@@ -162,3 +163,20 @@ def test_a_partition_that_ends_with_a_marker_goes_idle(tmp_path: Path, monkeypat
         if found > 100 or time.monotonic() > until:
             break
     assert found > 100, f"the watermark stands still: {found} examples"
+
+
+@pytest.mark.xfail(strict=True, reason="one clock that is ahead drives the watermark, up to future_s")
+def test_one_event_that_is_ahead_makes_no_others_late(tmp_path: Path) -> None:
+    world, now_ms = make_world(1000), int(1000 * time.time())
+    ahead_ms = now_ms + 50 * 60_000
+    for row in (*world.impressions, *world.actions):
+        row["event_time_ms"] += now_ms - 1000 - START_MS  # As they happen.
+    with closing(feed(tmp_path, partitions=1)) as events:
+        for index, (impressions, actions) in enumerate(zip(pieces(world.impressions, 50), pieces(world.actions, 100))):
+            events.send("impressions", impressions)
+            events.send("actions", actions)
+            if index == 3:
+                events.send("impressions", [world.impressions[0] | {"request_id": 10**6, "event_time_ms": ahead_ms}])
+                events.send("actions", [world.actions[0] | {"request_id": 10**6, "event_time_ms": ahead_ms}])
+    live = source(tmp_path, joiner=JoinerConfig(window_s=60.0), ahead_s=1e6)
+    assert chunks_of(live)[-1].position["counts"]["late_impressions"] == 0

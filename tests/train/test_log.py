@@ -180,3 +180,16 @@ def test_a_process_to_which_nothing_came_tells_no_ages(tmp_path: Path) -> None:
     first, second = (row for row in rows_of(tmp_path) if row["kind"] == "step")
     assert first["lag_s"] == 0.5 and "event_age_p50_s" not in first
     assert second["event_age_p50_s"] > 1e9
+
+
+def test_what_was_skipped_is_told_once(tmp_path: Path) -> None:
+    def texts(log: RunLog, *skipped: float) -> str:
+        for step, many in enumerate(skipped, 1):
+            log.step(replace(planned(step), told={"skipped_messages": many}), 1.0, np.zeros((4, 1), np.float32))
+        return log._console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+    log = log_of(tmp_path)
+    assert texts(log, 0, 5, 5, 7).count("SKIPPED") == 2
+    resumed = log_of(tmp_path)
+    resumed.set_state(json.loads(json.dumps(log.get_state(), default=lambda array: array.tolist())))
+    assert "SKIPPED" not in texts(resumed, 7) and "SKIPPED 2 messages" in texts(resumed, 9)
