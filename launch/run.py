@@ -8,10 +8,11 @@ one folder; process 0 writes and prints.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,31 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
     prepare(experiment.mesh)
     parts = assemble(experiment)
     first = not parts.exchange or parts.exchange.process_id == 0
-    console = console or Console(quiet=not first)
     workdir.mkdir(parents=True, exist_ok=True)
+    with _alone(workdir) if first else nullcontext():
+        return _train(experiment, workdir, parts, first, console or Console(quiet=not first))
+
+
+@contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """Holds a run folder, which a second run would cut files of that the first still writes.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    with (workdir / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process trains in {workdir}. Wait for it or stop it, or take another --workdir"
+            ) from None
+        yield
+
+
+def _train(
+    experiment: Experiment, workdir: Path, parts: Parts, first: bool, console: Console
+) -> dict[str, dict[str, Any]]:
     tell = partial(_tell_committed, console) if first else None
     snapshots = Snapshots(experiment.snapshots, workdir / "snapshots", tell=tell, exchange=parts.exchange)
     config = experiment.train

@@ -1,5 +1,6 @@
 """The whole way from events to metrics and snapshots: it learns, stops, goes on and refuses as it should."""
 
+import fcntl
 import io
 import json
 import random
@@ -321,3 +322,12 @@ def test_killed_twice_at_random(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert kill.main(["--times", "2", "--workdir", str(tmp_path), "--steps", "60", "--seed", "1"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["kills"] == summary["equal"] == 2 and summary["uninterrupted_runs_equal"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("what the first has written\n")
+    with (tmp_path / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process trains in"):
+            run(tmp_path, steps=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == "what the first has written\n"
