@@ -171,9 +171,7 @@ def _alone(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _train(
-    experiment: Experiment, workdir: Path, parts: Parts, first: bool, console: Console
-) -> dict[str, dict[str, Any]]:
+def _train(experiment: Experiment, workdir: Path, parts: Parts, first: bool, console: Console) -> dict[str, dict[str, Any]]:
     tell = partial(_tell_committed, console) if first else None
     snapshots = Snapshots(experiment.snapshots, workdir / "snapshots", tell=tell, exchange=parts.exchange)
     config = experiment.train

@@ -69,7 +69,8 @@ class KafkaProducer:
             kept = {"retention.ms": "-1", "retention.bytes": "-1", "cleanup.policy": "delete"} if forever else {}
 
             def make(timeout_s: float) -> None:
-                (made,) = admin.create_topics([NewTopic(topic, partitions, -1, config=kept)], request_timeout=timeout_s).values()
+                new = NewTopic(topic, partitions, -1, config=kept)
+                (made,) = admin.create_topics([new], request_timeout=timeout_s).values()
                 try:
                     made.result()
                 except KafkaException as error:

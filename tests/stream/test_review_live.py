@@ -14,7 +14,7 @@ from monolith_jax.stream import live
 from monolith_jax.stream.events import IMPRESSION
 from monolith_jax.stream.joiner import JoinerConfig
 from monolith_jax.stream.log import LogPartition
-from tests.stream.event_log import START_MS, found_in, make_world, pieces
+from tests.stream.event_log import START_MS, found_in, make_world, pieces, zip_longest
 from tests.stream.test_live import chunks_of, feed, plain, source
 
 ACTIONS, IMPRESSIONS = LogPartition("actions", 0), LogPartition("impressions", 0)
@@ -68,7 +68,7 @@ def test_a_partition_that_brings_only_garbage_holds_nobody_up(tmp_path: Path) ->
         rows = [[row | {"user_id": 2 * row["user_id"]} for row in of] for of in (world.impressions, world.actions)]
 
         def send() -> None:
-            for impressions, actions in zip(pieces(rows[0], 10), itertools.chain(pieces(rows[1], 20), itertools.repeat([]))):
+            for impressions, actions in zip_longest(pieces(rows[0], 10), pieces(rows[1], 20)):
                 events.send("impressions", impressions)
                 events.send("actions", actions)
                 for topic in ("impressions", "actions"):
@@ -172,7 +172,7 @@ def test_one_event_that_is_ahead_makes_no_others_late(tmp_path: Path) -> None:
     for row in (*world.impressions, *world.actions):
         row["event_time_ms"] += now_ms - 1000 - START_MS  # As they happen.
     with closing(feed(tmp_path, partitions=1)) as events:
-        for index, (impressions, actions) in enumerate(zip(pieces(world.impressions, 50), pieces(world.actions, 100))):
+        for index, (impressions, actions) in enumerate(zip_longest(pieces(world.impressions, 50), pieces(world.actions, 100))):
             events.send("impressions", impressions)
             events.send("actions", actions)
             if index == 3:
