@@ -16,6 +16,10 @@ from typing import Any
 
 from monolith_jax.types import Rejected
 
+MAX_REASONS = 1000
+"""Reasons that are counted apart: some name what stood in the row, and the counts are in memory and in every snapshot."""
+FURTHER = "further reasons"
+
 
 class DeadLetters:
     """Appends rejected rows to a file, and counts them by reason.
@@ -54,7 +58,9 @@ class DeadLetters:
         with self.path.open("ab") as file:
             file.write(data)
         self._bytes += len(data)
-        self._counts.update(row.reason for row in rows)
+        for row in rows:
+            known = row.reason in self._counts or len(self._counts) < MAX_REASONS
+            self._counts[row.reason if known else FURTHER] += 1
 
     def get_state(self) -> dict[str, Any]:
         """Returns the JSON-able state: the file's length and the counts. What it speaks of is on disk when it returns."""

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from monolith_jax.stream.dead_letter import DeadLetters, set_aside
+from monolith_jax.stream.dead_letter import FURTHER, MAX_REASONS, DeadLetters, set_aside
 from monolith_jax.types import Rejected
 
 ROWS = [Rejected(f"log.csv:{i}", "duplicate" if i % 3 else "negative duration", f"{i},é,\udc80\n") for i in range(7)]
@@ -50,3 +50,11 @@ def test_a_lost_file_is_told(tmp_path: Path) -> None:
     letters = DeadLetters(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="the state has 10 bytes of set-aside rows, the file 0"):
         letters.set_state({"bytes": 10, "counts": {}})
+
+
+def test_reasons_without_end_are_counted_together(tmp_path: Path) -> None:
+    letters = DeadLetters(tmp_path / "set_aside.jsonl")
+    for number in range(MAX_REASONS + 5):
+        letters.add([Rejected("log", f"column 'user_{number}'", ""), Rejected("log", "column 'user_0'", "")])
+    assert len(letters.counts) == MAX_REASONS + 1
+    assert letters.counts[FURTHER] == 5 and letters.counts["column 'user_0'"] == MAX_REASONS + 6
