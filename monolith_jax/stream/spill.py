@@ -111,7 +111,7 @@ class Spill:
         if not number:
             return np.empty(0, np.uint8)
         with self._opened().begin(buffers=True) as transaction:
-            parts = [np.frombuffer(transaction.get(_key(name, part)), np.uint8) for part in range(number)]
+            parts = [np.frombuffer(transaction.get(_key(name, part), b""), np.uint8) for part in range(number)]
             # A copy: the pages may be written over when the transaction has ended.
             return np.concatenate(parts)
 
