@@ -1,5 +1,6 @@
 """Online training from a log: killed anywhere, it learns what a run that nobody interrupted learns from the same cuts."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from launch.bench import kill
 from launch.bench.kafka_broker import Broker, free_port
 from launch.readers import corrected_heads
-from launch.run import assemble
+from launch.run import assemble, train
 from monolith_jax.experiment import load
 from tests import test_flow
 from tests.launch.processes import finish, start
@@ -140,6 +142,74 @@ def test_a_run_without_events_ends_when_it_is_told(tmp_path: Path) -> None:
         feed.send_world(later)
     done(launch(tmp_path / "run", url, 1))
     assert summary(tmp_path / "run")["examples"] == 400
+
+
+PLAIN = """
+include 'configs/models/deepfm.gin'
+Experiment.source = @LogConfig()
+LogConfig.url = %LOG
+LogConfig.joiner = @JoinerConfig()
+LogConfig.ends = True
+LogConfig.idle_s = 1.0
+LogConfig.poll_bytes = 10_000
+JoinerConfig.window_s = 3.0
+Experiment.features = (@user/IdFeatureConfig(), @video/IdFeatureConfig())
+user/IdFeatureConfig.name = 'user'
+user/IdFeatureConfig.column = 'user_id'
+user/IdFeatureConfig.table = 'user'
+video/IdFeatureConfig.name = 'video'
+video/IdFeatureConfig.column = 'video_id'
+video/IdFeatureConfig.table = 'video'
+Experiment.tables = (@user/TableConfig(), @video/TableConfig())
+user/TableConfig.name = 'user'
+user/TableConfig.max_rows = 100
+video/TableConfig.name = 'video'
+video/TableConfig.max_rows = 4000
+TableConfig.dim = 4
+Experiment.heads = (@like/HeadConfig(), @skip/HeadConfig())
+like/HeadConfig.label = 'like'
+skip/HeadConfig.label = 'skip'
+Experiment.train = @TrainConfig()
+TrainConfig.batch_size = 64
+TrainConfig.log_every = 1
+Experiment.mesh = @MeshConfig()
+MeshConfig.num_devices = 1
+MeshConfig.num_shards = 8
+"""
+"""Features without histories."""
+
+
+def run_here(workdir: Path, log: str, *overrides: str) -> dict[str, Any]:
+    """Trains in this process; returns the summary."""
+    (file := workdir.parent / "plain.gin").write_text(PLAIN)
+    train(load([file], [f"LOG = '{log}'", *overrides]), workdir, Console(file=io.StringIO(), width=200))
+    return summary(workdir)
+
+
+def test_at_once_each_impression_is_learned_and_each_first_action_again(tmp_path: Path, log: str) -> None:
+    world = make_world(IMPRESSIONS)
+    kinds = {(row["request_id"], row["video_id"], row["action"]) for row in world.actions}
+    found = run_here(tmp_path / "run", log, "JoinerConfig.emit = 'at_once'")
+    assert found["examples"] == IMPRESSIONS + len(kinds)
+    likes = sum(row["like"] for row in world.examples.values()) / IMPRESSIONS
+    (row,) = (row for row in rows_of(tmp_path / "run") if row["kind"] == "total" and row["head"] == "like")
+    # Predictions are of the impressions, of which 40 % are liked; so are 28 % of the examples that tell whether.
+    assert abs(row["calibration"] * row["positives"] / row["examples"] - likes) < 0.06
+
+
+def test_sampled_negatives_leave_predictions_where_they_were(tmp_path: Path, log: str) -> None:
+    world = make_world(IMPRESSIONS)
+    likes = sum(row["like"] for row in world.examples.values())
+    found = run_here(tmp_path / "run", log, "JoinerConfig.positive = 'like'", "JoinerConfig.negative_rate = 0.25")
+    assert abs(found["examples"] - likes - 0.25 * (IMPRESSIONS - likes)) < 80
+    assert found["stream"]["negatives_dropped"] == IMPRESSIONS - found["examples"]
+    (row,) = (row for row in rows_of(tmp_path / "run") if row["kind"] == "total" and row["head"] == "like")
+    assert row["positives"] == likes
+    assert abs(row["calibration"] * row["positives"] / row["examples"] - likes / IMPRESSIONS) < 0.06
+
+
+def rows_of(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_impressions_shown_twice_go_with_neither_histories_nor_counters(tmp_path: Path, log: str) -> None:
