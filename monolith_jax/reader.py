@@ -188,9 +188,6 @@ def observe(examples: pa.RecordBatch, names: Sequence[str], group_column: str) -
     if "weight" in columns:
         weight = examples.column("weight").fill_null(1.0).to_numpy(zero_copy_only=False)
         masks *= weight.astype(np.float32)[:, None]
-    if "sample_rate" in columns:
-        # Each negative that a joiner kept stands for those that it dropped.
-        masks /= examples.column("sample_rate").to_numpy(zero_copy_only=False)[:, None]
     optimal = None
     if any(f"optimal_{name}" in columns for name in names):
         optimal = np.full(values.shape, np.nan, np.float32)

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from monolith_jax.packing import pack, unpack
 from monolith_jax.planner import Planner
-from monolith_jax.reader import Reader, observe
+from monolith_jax.reader import Reader
 from monolith_jax.stream.batcher import batches
 from monolith_jax.stream.counters import Counters, CountersConfig
 from monolith_jax.stream.dead_letter import DeadLetters
@@ -185,11 +184,3 @@ def test_states_of_any_form_are_packed_and_unpacked() -> None:
     assert rows.dtype == np.uint8 and rows.shape == (4, 2**20)
     assert_same(unpack(rows), state)
     assert_same(unpack(np.concatenate([rows, rows])), state)
-
-
-def test_a_negative_stands_for_those_that_were_dropped() -> None:
-    columns = {"event_time_ms": [1, 2, 3], "like": [True, False, None], "sample_rate": pa.array([1, 0.25, 0.25], pa.float32())}
-    observed = observe(pa.RecordBatch.from_pydict(columns), ["like"], "user_id")
-    assert observed.masks.tolist() == [[1], [4], [0]]
-    weighted = pa.RecordBatch.from_pydict({**columns, "weight": [3.0, 2.0, None]})
-    assert observe(weighted, ["like"], "user_id").masks.tolist() == [[3], [8], [0]]

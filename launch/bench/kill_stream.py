@@ -46,9 +46,9 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--workdir", type=Path, required=True, help="folder for logs and runs; its subfolders are replaced")
     parser.add_argument("--log", choices=("file", "kafka"), default="file", help="where the events are (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=5, help="runs that are killed on the way (default: %(default)s)")
-    parser.add_argument("--kills", type=int, default=10, help="kills of the trainer in each (default: %(default)s)")
-    parser.add_argument("--broker_kills", type=int, default=0, help="kills of the broker in each (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=50, help="kills of the trainer (default: %(default)s)")
+    parser.add_argument("--kills_a_run", type=int, default=10, help="of one run, at the most (default: %(default)s)")
+    parser.add_argument("--broker_kills", type=int, default=0, help="kills of the broker (default: %(default)s)")
     parser.add_argument("--events", type=int, default=150_000, help="events in the log (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: %(default)s)")
     asked = parser.parse_args(argv)
@@ -78,14 +78,16 @@ def opened(kind: str, folder: Path) -> Any:
         broker.stop()
 
 
-def run_to(folder: Path, url: str, cache: Path, after_s: float | None, broker: Broker | None, broker_after_s: float) -> bool:
-    """Starts or goes on with a run; kills it that long after it began to train (None: never); returns whether it was killed.
+def run_to(
+    folder: Path, url: str, cache: Path, after_s: float | None, broker: Broker | None, broker_after_s: float
+) -> float | None:
+    """Starts or goes on with a run; kills it that long after it began to train; returns how long it trained, None: killed.
 
     Args:
         folder: The run folder.
         url: The log.
         cache: Compiled programs.
-        after_s: Seconds.
+        after_s: Seconds; None: not killed.
         broker: Killed too, and started again a second later; None: not.
         broker_after_s: Seconds after which.
     """
@@ -101,14 +103,14 @@ def run_to(folder: Path, url: str, cache: Path, after_s: float | None, broker: B
     try:
         if after_s is None:
             kill.finish(process)
-            return False
+            return time.monotonic() - began
         process.wait(max(after_s - (time.monotonic() - began), 0.0))
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return True
+        return None
     kill.finish(process)
-    return False
+    return time.monotonic() - began
 
 
 def read_once(folder: Path, url: str) -> list[str]:
@@ -143,19 +145,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         fill(url, asked.events)
         for name in ("first", "whole"):  # The first one compiles.
             shutil.rmtree(workdir / name, ignore_errors=True)
-            started = time.monotonic()
-            run_to(workdir / name, url, cache, None, None, 0.0)
-        seconds = time.monotonic() - started
+            seconds = run_to(workdir / name, url, cache, None, None, 0.0) or 0.0
         examples = json.loads((workdir / "whole" / "metrics.jsonl").read_text().splitlines()[-1])["examples"]
-        print(f"uninterrupted: {examples:,} examples, {seconds:.1f} s with its start")
-        for run in range(asked.runs):
+        print(f"uninterrupted: {examples:,} examples, {seconds:.1f} s of training")
+        while (done := sum(one["kills"] for one in results)) < asked.kills:
             folder, replay = workdir / "killed", workdir / "replay"
             for one in (folder, replay):
                 shutil.rmtree(one, ignore_errors=True)
             kills, broker_kills = 0, 0
-            while kills < asked.kills:
-                with_broker = broker if broker_kills < asked.broker_kills else None
-                if not run_to(folder, url, cache, rng.random() * seconds / 2, with_broker, rng.random()):
+            while kills < min(asked.kills_a_run, asked.kills - done):
+                killed = sum(one["broker_kills"] for one in results) + broker_kills
+                with_broker = broker if killed < asked.broker_kills else None
+                if run_to(folder, url, cache, rng.random() * seconds / 2, with_broker, rng.random() * seconds / 2) is not None:
                     break
                 kills, broker_kills = kills + 1, broker_kills + (with_broker is not None)
             run_to(folder, url, cache, None, None, 0.0)
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.append({"kills": kills, "broker_kills": broker_kills, "wrong": wrong})
             text = "equal to the replay, each message once" if not wrong else "; ".join(wrong[:5])
             broke = f" and {broker_kills} of the broker" if broker_kills else ""
-            print(f"run {run + 1}: {kills} kills{broke}: {text}  ({time.monotonic() - began:.0f} s)", flush=True)
+            print(f"run {len(results)}: {kills} kills{broke}: {text}  ({time.monotonic() - began:.0f} s)", flush=True)
     good = sum(not one["wrong"] for one in results)
     summary = {"log": asked.log, "runs": len(results), "equal": good, "kills": sum(one["kills"] for one in results)}
     summary |= {"broker_kills": sum(one["broker_kills"] for one in results), "examples": examples}

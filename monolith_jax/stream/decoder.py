@@ -35,7 +35,7 @@ _REQUIRED = {
     "impression": ("event_time_ms", "request_id", "user_id", "video_id"),
     "action": ("event_time_ms", "request_id", "user_id", "video_id", "action"),
 }
-_RESERVED = {"impression": frozenset([*OUTCOME.names, "sample_rate"]), "action": frozenset()}
+_RESERVED = {"impression": frozenset(OUTCOME.names), "action": frozenset()}
 """What a join adds to impressions: their own would be taken for it."""
 _NAMES = pa.array([*ACTIONS, *TIMED_ACTIONS])
 

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from monolith_jax.stream.buckets import Bucket, Buckets
 from monolith_jax.stream.cut_ledger import CutLedger
-from monolith_jax.stream.events import ACTIONS
+from monolith_jax.stream.events import ACTIONS, OUTCOME
 from monolith_jax.stream.join_input import NO_ACTIONS, action_rows, impression_rows, keys_of_actions
 from monolith_jax.stream.join_kernels import ARRIVAL, BITS, TIME, VALUE
 from monolith_jax.stream.open_rows import (
@@ -79,7 +79,7 @@ class JoinerConfig:
     positive: str = ""
     """One of `ACTIONS`: an example without it is a negative, for `negative_rate`."""
     negative_rate: float = 1.0
-    """Share of negatives that is kept. Below 1 examples have a column `sample_rate`: the chance with which it was kept."""
+    """Share of negatives that is kept, each with weight 1 / it; the head of `positive` corrects its log-odds instead."""
     memory_mb: float = 256.0
     """Budget of what is held in memory; what is beyond goes to disk, but for 5 bytes an impression and a waiting action."""
 
@@ -225,7 +225,7 @@ class Joiner:
     def _example_schema(self, schema: pa.Schema) -> pa.Schema:
         fields = [*schema, *OUTCOMES]
         if self._config.negative_rate < 1:
-            fields.append(pa.field("sample_rate", pa.float32()))
+            fields.append(OUTCOME.field("weight"))
         return pa.schema(fields)
 
     def _take_impressions(self, rows: pa.RecordBatch) -> None:
@@ -335,7 +335,7 @@ class Joiner:
         if self._config.negative_rate == 1:
             return examples
         rates = np.ones(examples.num_rows, np.float32) if rates is None else rates
-        return examples.append_column(pa.field("sample_rate", pa.float32()), pa.array(rates))
+        return examples.append_column(OUTCOME.field("weight"), pa.array(1 / rates))
 
     def _read_in(self, due: list[int]) -> None:
         """Makes pieces of the chunks of buckets, and applies the actions that were laid beside them."""

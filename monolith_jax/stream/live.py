@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -67,8 +67,8 @@ class LiveReading:
         self.cuts = CutLog(folder)
         self.schema_log = open_log(config.url, config.options)
         self.decoders = {
-            topic: Decoder(kind, topic, config.format, Schemas(self.schema_log, topic), future_s=config.future_s)
-            for kind, topic in (("impression", config.impressions), ("action", config.actions))
+            config.impressions: self._decoder("impression", config.impressions),
+            config.actions: self._decoder("action", config.actions),
         }
         self.joiner = self._empty_joiner()
         self.cut: int = position.get("cut", 0)
@@ -136,6 +136,10 @@ class LiveReading:
             yield chunk
             # Who takes the chunks may be slow; a batch is not cut short for that.
             self.waiting_s += time.monotonic() - yielded_s
+
+    def _decoder(self, kind: Literal["impression", "action"], topic: str) -> Decoder:
+        config = self.config
+        return Decoder(kind, topic, config.format, Schemas(self.schema_log, topic), future_s=config.future_s)
 
     def _empty_joiner(self) -> Joiner:
         return Joiner(self.config.joiner, self.folder / "spill")

@@ -1,27 +1,28 @@
-"""Files for what the joiner holds and has no memory for.
+"""What the joiner holds and has no memory for, in an embedded key-value store (LMDB).
 
-In: record batches and arrays, with the name of a file. Out: the same, in order. Files are only ever appended to, read whole and
-removed whole, so nothing is ever looked for, and space is given back with the file. What the kernel keeps of them in its cache
-is no memory of the process. Nothing is synced: after a crash the folder is emptied.
+In: record batches and arrays, with a name. Out: the same, in order. What has a name is only ever appended to, read whole and
+removed whole; what was removed is written over. What the kernel keeps of the store in its cache is no memory of the process.
+Nothing is synced: after a crash the folder is emptied.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
+import lmdb
 import numpy as np
 import pyarrow as pa
 
 _HEADER = 64
 """Bytes before a batch: number of its schema and length, int64 each, and what aligns the batch."""
+_MOST_BYTES = 1 << 38
+"""Room in the address space; the file is as large as what it held at the most."""
 
 
 class Spill:
-    """The files."""
+    """The store."""
 
     def __init__(self, folder: Path) -> None:
         """Empties the folder."""
@@ -31,9 +32,11 @@ class Spill:
         self.num_bytes = 0
         """Bytes written so far."""
         self._schemas: list[pa.Schema] = []
+        self._num_parts: dict[str, int] = {}
+        self._store: lmdb.Environment | None = None
 
     def append_rows(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
-        """Appends batches to a file."""
+        """Appends batches."""
         parts: list[pa.Buffer | bytes] = []
         for batch in batches:
             number = self._number_of(batch.schema)
@@ -44,7 +47,7 @@ class Spill:
         self._append(name, parts)
 
     def rows(self, name: str) -> list[pa.RecordBatch]:
-        """Returns the batches of a file; none if there is no such file."""
+        """Returns the batches of a name; none if nothing was appended."""
         content = self._content(name)
         buffer, at, batches = pa.py_buffer(content), 0, []
         while at < content.size:
@@ -54,24 +57,37 @@ class Spill:
         return batches
 
     def append(self, name: str, arrays: Sequence[np.ndarray]) -> None:
-        """Appends arrays to a file."""
+        """Appends arrays."""
         self._append(name, [np.ascontiguousarray(array).data for array in arrays if array.size])
 
     def replace(self, name: str, arrays: Sequence[np.ndarray]) -> None:
-        """Writes a file anew."""
-        self._append(name, [np.ascontiguousarray(array).data for array in arrays if array.size], "wb")
+        """Writes a name anew."""
+        self.remove(name)
+        self.append(name, arrays)
 
     def array(self, name: str, dtype: type = np.int64) -> np.ndarray:
-        """Returns what was appended to a file, flat; nothing if there is no such file."""
+        """Returns what was appended, flat; nothing if nothing was."""
         return self._content(name).view(dtype)
 
     def remove(self, name: str) -> None:
-        """Removes a file if it is there."""
-        (self.folder / name).unlink(missing_ok=True)
+        """Removes a name if it is there."""
+        if number := self._num_parts.pop(name, 0):
+            with self._opened().begin(write=True) as transaction:
+                for part in range(number):
+                    transaction.delete(_key(name, part))
 
     def close(self) -> None:
         """Removes the folder."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _opened(self) -> lmdb.Environment:
+        if self._store is None:
+            flags = {"sync": False, "metasync": False, "lock": False, "meminit": False, "readahead": False, "writemap": True}
+            self._store = lmdb.open(str(self.folder), map_size=_MOST_BYTES, **flags)
+        return self._store
 
     def _number_of(self, schema: pa.Schema) -> int:
         for at in reversed(range(len(self._schemas))):
@@ -80,23 +96,25 @@ class Spill:
         self._schemas.append(schema)
         return len(self._schemas) - 1
 
-    def _append(self, name: str, parts: Sequence[pa.Buffer | bytes | memoryview], mode: Literal["ab", "wb"] = "ab") -> None:
+    def _append(self, name: str, parts: Sequence[pa.Buffer | bytes | memoryview]) -> None:
         if not parts:
             return
-        with open(self.folder / name, mode, buffering=0) as file:
-            for part in parts:
-                view = memoryview(part).cast("B")
-                self.num_bytes += len(view)
-                while view:
-                    view = view[file.write(view) :]
+        value = b"".join(memoryview(part).cast("B") for part in parts)
+        self.num_bytes += len(value)
+        number = self._num_parts.get(name, 0)
+        with self._opened().begin(write=True) as transaction:
+            transaction.put(_key(name, number), value)
+        self._num_parts[name] = number + 1
 
     def _content(self, name: str) -> np.ndarray:
-        try:
-            file = open(self.folder / name, "rb", buffering=0)
-        except FileNotFoundError:
+        number = self._num_parts.get(name, 0)
+        if not number:
             return np.empty(0, np.uint8)
-        with file:
-            content, at = np.empty(os.fstat(file.fileno()).st_size, np.uint8), 0
-            while at < content.size:
-                at += file.readinto(content[at:].data)
-        return content
+        with self._opened().begin(buffers=True) as transaction:
+            parts = [np.frombuffer(transaction.get(_key(name, part), b""), np.uint8) for part in range(number)]
+            # A copy: the pages may be written over when the transaction has ended.
+            return np.concatenate(parts)
+
+
+def _key(name: str, part: int) -> bytes:
+    return f"{name}/{part:08x}".encode()

@@ -7,10 +7,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from monolith_jax.stream.batcher import batches
+from monolith_jax.stream.dead_letter import DeadLetters
+from monolith_jax.stream.events import ACTION
+from monolith_jax.stream.formats import announce, encode
 from monolith_jax.stream.joiner import JoinerConfig
 from monolith_jax.stream.log import LogPartition
 from monolith_jax.stream.log_source import LogConfig, LogSource
@@ -162,6 +166,42 @@ def test_what_is_no_event_is_set_aside_with_its_offset(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert len(rejected) == 5 and all("@" in row.where for row in rejected)
     assert found_in([chunk.examples for chunk in chunks]) == world.examples
+
+
+@pytest.mark.parametrize("number", [3_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_mutated_messages_stop_nothing_and_are_all_in_the_dead_letters(tmp_path: Path, number: int) -> None:
+    world, rng = make_world(200), np.random.default_rng(0)
+    good = encode(pa.RecordBatch.from_pylist(world.actions[:50], ACTION), "arrow")[0]
+    texts = pa.schema([*(field for field in ACTION if field.name != "user_id"), pa.field("user_id", pa.string())])
+    wrong = encode(pa.RecordBatch.from_pylist([{**row, "user_id": "x"} for row in world.actions[:9]], texts), "arrow")[0]
+    with closing(feed(tmp_path)) as events:
+        events.send_world(world)
+        right, other = (announce(events.producer, events.schemas["actions"], "actions", one) for one in (ACTION, texts))
+        for index, kind in enumerate(rng.integers(0, 6, number).tolist()):
+            payload, schema = good, right
+            if kind == 0:
+                payload = good[: rng.integers(0, len(good))]
+            elif kind == 1:
+                at = int(rng.integers(0, len(good)))
+                payload = good[:at] + bytes([good[at] ^ (1 << int(rng.integers(0, 8)))]) + good[at + 1 :]
+            elif kind == 2:
+                payload = rng.bytes(int(rng.integers(1, 200)))
+            elif kind == 3:
+                payload, schema = wrong, other
+            elif kind == 4:
+                schema = int(rng.integers(1, 2**63))
+            else:
+                payload = b"\1" * (17 << 20) if index < 60 else b""
+            events.producer.append(LogPartition("actions", index % 4), payload, schema)
+    letters, examples = DeadLetters(tmp_path / "dead_letters.jsonl"), []
+    with closing(batches(source(tmp_path, poll_bytes=1 << 20), 32)) as found:
+        for batch in found:
+            letters.add(batch.rejected)
+            examples.append(batch.examples)
+    assert found_in([one for one in examples if one.num_rows]) == world.examples
+    rows = [json.loads(line) for line in (tmp_path / "dead_letters.jsonl").read_text().splitlines()]
+    assert len({row["where"] for row in rows}) == len(rows) == number and all("actions/" in row["where"] for row in rows)
+    assert {"unknown schema number", "empty message", "larger than 16777216 bytes"} < set(letters.counts)
 
 
 def test_a_run_that_is_too_far_behind_skips_ahead_and_says_so(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_type_that_changes_within_a_poll_is_refused_from_there_on() -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_impression_cannot_bring_its_own_label(format: str) -> None:
-    for name in ("like", "play_time_ms", "weight", "sample_rate"):
+    for name in ("like", "play_time_ms", "weight"):
         topic = Topic(format)
         rows, rejected = topic.decode([*topic.messages(batch_of({**ROW, name: 1})), *topic.messages(batch_of(ROW))])
         assert len(rows) == 1 and [one.reason for one in rejected] == [
