@@ -203,7 +203,7 @@ def test_at_once_each_impression_is_learned_and_each_first_action_again(tmp_path
     likes = sum(row["like"] for row in world.examples.values()) / IMPRESSIONS
     (row,) = (row for row in rows_of(tmp_path / "run") if row["kind"] == "total" and row["head"] == "like")
     # Predictions are of the impressions, of which 40 % are liked; so are 28 % of the examples that tell whether.
-    assert abs(row["calibration"] * row["positives"] / row["examples"] - likes) < 0.06
+    assert abs(row["calibration"] * row["positives"] / row["examples"] - likes) < 0.09
 
 
 def test_sampled_negatives_leave_predictions_where_they_were(tmp_path: Path, log: str) -> None:

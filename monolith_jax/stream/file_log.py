@@ -121,8 +121,8 @@ class FileLog:
             )
         return number
 
-    def bounds(self, partition: LogPartition) -> tuple[int, int]:
-        """Returns the first offset that is still there, and the one behind the last message."""
+    def bounds(self, partition: LogPartition, within_s: float = 0.0) -> tuple[int, int]:
+        """Returns the first offset that is still there, and the one behind the last message. Files answer at once."""
         where = self._where(partition)
         segments = list_segments(where)
         return (segments[0], self._end(partition, where)) if segments else (0, 0)
@@ -167,6 +167,10 @@ class FileLog:
         if partition in self._cursors:
             self._cursors[partition].close()
         self._cursors[partition] = _Cursor(partition, where, offset)
+
+    def at(self, partition: LogPartition) -> int:
+        """Returns where a partition is read."""
+        return self._cursors[partition].offset
 
     def poll(self, max_messages: int, max_bytes: int, timeout_s: float) -> dict[LogPartition, list[Message]]:
         """Returns the next messages of the partitions that are not paused; see `Log.poll`."""

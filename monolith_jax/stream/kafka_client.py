@@ -113,19 +113,22 @@ class Broker:
                 "what the broker allows"
             )
 
-    def ask(self, what: str, question: Callable[[float], Answer], serve: Callable[[], object]) -> Answer:
-        """Returns the answer to a question; asks again while no broker answers, for `PATIENCE_S` at most.
+    def ask(
+        self, what: str, question: Callable[[float], Answer], serve: Callable[[], object], within_s: float = PATIENCE_S
+    ) -> Answer:
+        """Returns the answer to a question; asks again while no broker answers, for `within_s` at most.
 
         Args:
             what: What is asked about, for errors.
             question: Called with seconds to wait.
             serve: Lets the client deliver errors.
+            within_s: Seconds.
 
         Raises:
             ValueError: There is no such topic or partition, or a broker refuses.
             OSError: No broker has answered.
         """
-        until = time.monotonic() + PATIENCE_S
+        until = time.monotonic() + within_s
         patience_s = _FIRST_S
         while True:
             try:
@@ -143,7 +146,7 @@ class Broker:
                 self.check()
                 if time.monotonic() >= until:
                     raise OSError(
-                        f"{self.url} has not answered for {PATIENCE_S:.0f} s, asked about {what}: {self.last}"
+                        f"{self.url} has not answered for {within_s:.0f} s, asked about {what}: {self.last}"
                     ) from None
                 time.sleep(_PAUSE_S)
                 patience_s = min(2 * patience_s, _LONGEST_S)

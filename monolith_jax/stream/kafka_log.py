@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from monolith_jax.stream.kafka_client import (
+    PATIENCE_S,
     REFUSALS,
     UNKNOWN,
     Broker,
@@ -108,7 +109,7 @@ class KafkaLog:
         self._counts[topic] = self._broker.ask(f"topic {topic!r}", count, self._serve)
         return self._counts[topic]
 
-    def bounds(self, partition: LogPartition) -> tuple[int, int]:
+    def bounds(self, partition: LogPartition, within_s: float = PATIENCE_S) -> tuple[int, int]:
         """Returns the first offset that is still there, and the one behind the last message.
 
         Raises:
@@ -122,7 +123,7 @@ class KafkaLog:
                 raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
             return found
 
-        return self._broker.ask(str(partition), watermarks, self._serve)
+        return self._broker.ask(str(partition), watermarks, self._serve, within_s)
 
     def offset_at(self, partition: LogPartition, timestamp_ms: int) -> int:
         """Returns the first offset appended at or after a time; the end if there is none. Raises what `bounds` does."""
@@ -159,6 +160,10 @@ class KafkaLog:
             self._consumer.incremental_unassign([TopicPartition(*partition)])
         self._consumer.incremental_assign([TopicPartition(*partition, offset)])
         self._held[partition] = _Held(offset)
+
+    def at(self, partition: LogPartition) -> int:
+        """Returns where a partition is read; behind the markers of transactions, once the client has told of them."""
+        return self._held[partition].next
 
     def poll(self, max_messages: int, max_bytes: int, timeout_s: float) -> dict[LogPartition, list[Message]]:
         """Returns the next messages of the partitions that are not paused; see `Log.poll`."""

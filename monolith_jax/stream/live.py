@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from monolith_jax.stream.assigned import assign
 from monolith_jax.stream.cuts import Cut, CutLog, Read
 from monolith_jax.stream.decoder import Decoder
 from monolith_jax.stream.formats import Schemas
@@ -30,11 +32,13 @@ from monolith_jax.types import Chunk, Position, Rejected
 if TYPE_CHECKING:
     from monolith_jax.stream.log_source import LogConfig  # Which imports this module.
 
-MIN_CUT_S = 0.01
+MIN_CUT_S = 0.02
 """A stream that has caught up is cut this often at most: the price of a cut hardly depends on its size."""
 IN_STEPS = 1 << 16
 """Where more impressions are open than this, a jump of the watermark closes their windows in steps, `STEPS` to a window."""
 STEPS = 64
+ASK_S = 1.0
+"""How long an answer of the log is waited for while it is read."""
 
 
 class Events(NamedTuple):
@@ -63,9 +67,11 @@ class LiveReading:
         """Opens the log and the cut log; nothing is read yet. Arguments as those of `LogSource`."""
         self.config, self.folder, self.batch_rows, self.max_lag_s = config, folder, batch_rows, max_lag_s
         self.index, self.number = index, number
-        self.log = open_log(config.url, config.options)
-        self.cuts = CutLog(folder)
-        self.schema_log = open_log(config.url, config.options)
+        with ExitStack() as opened:
+            self.cuts = opened.enter_context(closing(CutLog(folder)))
+            self.log = opened.enter_context(closing(open_log(config.url, config.options)))
+            self.schema_log = opened.enter_context(closing(open_log(config.url, config.options)))
+            self._opened = opened.pop_all()
         self.decoders = {
             config.impressions: self._decoder("impression", config.impressions),
             config.actions: self._decoder("action", config.actions),
@@ -81,25 +87,31 @@ class LiveReading:
         self.counts: dict[str, int] = dict(position.get("counts", {}))
         for topic, state in position.get("schemas", {}).items():
             self.decoders[topic].set_state(state)
+        self.schemas = [(self.rewind, self._schemas())]
         self.at: dict[LogPartition, int] = {}
         self.appended_ms: dict[LogPartition, int] = {}
         self.caught_up = False
+        self.away_until_s = 0.0
         self.waiting_s = self.last_cut_s = time.monotonic()
 
     def close(self) -> None:
         """Lets go of the logs and of what the joiner holds."""
         self.joiner.close()
-        self.cuts.close()
-        self.log.close()
-        self.schema_log.close()
+        self._opened.close()
+
+    def _schemas(self) -> dict[str, Any]:
+        return {topic: decoder.get_state() for topic, decoder in self.decoders.items()}
 
     @property
     def position(self) -> Position:
         """Where reading goes on."""
+        rewind = min(self.joiner.oldest_cut, self.cut)
+        while len(self.schemas) > 1 and self.schemas[1][0] <= rewind:
+            del self.schemas[0]
         by_partition = {"next": self.next, "ends": self.ends, "newest_ms": self.newest_ms}
         return {
             "cut": self.cut,
-            "rewind": min(self.joiner.oldest_cut, self.cut),
+            "rewind": rewind,
             "done": self.done,
             "pending": self.pending,
             "skipped": self.skipped,
@@ -107,7 +119,7 @@ class LiveReading:
             **{name: {_key(one): value for one, value in values.items()} for name, values in by_partition.items()},
             # What was spilled is no function of the events: it begins anew with each reading.
             "counts": {name: count for name, count in self.joiner.counts.items() if name != "spilled_bytes"},
-            "schemas": {topic: decoder.get_state() for topic, decoder in self.decoders.items()},
+            "schemas": self.schemas[0][1],  # Those that the cut had from which on all is read again.
         }
 
     def chunks(self) -> Iterator[Chunk]:
@@ -116,17 +128,21 @@ class LiveReading:
         _, written = self.cuts.bounds
         for cut in self.cuts.read(self.cut, written):
             yield self._take(cut, self._events(self._messages(cut)))
-        if self.done or not self.config.ends:
+        config, ends = self.config, self.config.ends
+        if self.done or not ends:
             self.ends = {}  # A log that has grown since is read on.
-        partitions, starts = self._assigned()
-        for read in starts:
+        topics, latest = (config.impressions, config.actions), config.begin == "latest" and not self.cut
+        found = assign(self.log, config.url, topics, self.index, self.number, self.next, latest, ends and not self.ends)
+        for read in found.starts:
             self._start(read)
         if self.done and self._at_the_end():
             return
         self.done = False
-        for partition in partitions:
+        for partition in found.partitions:
             self._seek(partition, self.next[partition])
-        watermarks = Watermarks(partitions, self.newest_ms, time.monotonic())
+        # A run that goes on knows which partitions bring nothing; a new one waits and sees.
+        idle = {one for one in found.quiet if self.cut and one not in self.newest_ms}
+        watermarks, starts = Watermarks(found.partitions, self.newest_ms, time.monotonic(), idle), found.starts
         while not self.done:
             cut, events = self._next_cut(watermarks, starts)
             starts = ()
@@ -173,9 +189,12 @@ class LiveReading:
         for read, of_partition in messages:
             batch, rejected = self.decoders[read.partition.topic].decode(read.partition, of_partition)
             events.append(Events(read, batch, rejected))
-            self.appended_ms[read.partition] = of_partition[-1].timestamp_ms
+            if of_partition:
+                self.appended_ms[read.partition] = of_partition[-1].timestamp_ms
             if batch.num_rows:
                 newest_ms: int = pc.max(batch.column("event_time_ms")).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+                # A clock that is ahead moves the watermark no further than to the time at which the log took the event.
+                newest_ms = min(newest_ms, max(message.timestamp_ms for message in of_partition))
                 self.newest_ms[read.partition] = max(self.newest_ms.get(read.partition, newest_ms), newest_ms)
         return events
 
@@ -186,6 +205,8 @@ class LiveReading:
             [one.batch for one in events if one.read.partition.topic == topic and one.batch.num_rows] for topic in topics
         ]
         impressions, actions = (_concat(of_topic) for of_topic in batches)
+        if (schemas := self._schemas()) != self.schemas[-1][1]:
+            self.schemas.append((number + 1, schemas))
         return self.joiner.join(number, impressions, actions, watermark_ms)
 
     def _start(self, read: Read) -> None:
@@ -237,49 +258,6 @@ class LiveReading:
         late = [self.appended_ms[one] for one, many in self.log.unread().items() if many and one in self.appended_ms]
         return max(time.time() - min(late) / 1000, 0.0) if late else 0.0
 
-    def _assigned(self) -> tuple[list[LogPartition], tuple[Read, ...]]:
-        """Returns the log's partitions that belong to this partition of the run, and where those begin or end that are new.
-
-        Raises:
-            ValueError: The topics are not divided alike, or not into a multiple of the run's partitions; or what was read of a
-                partition is not what is there.
-        """
-        config = self.config
-        numbers = {topic: self.log.num_partitions(topic) for topic in (config.impressions, config.actions)}
-        if len(set(numbers.values())) > 1:
-            raise ValueError(
-                f"{config.url}: topics that are joined have equally many partitions and one key, got "
-                + ", ".join(f"{number} of {topic!r}" for topic, number in numbers.items())
-            )
-        number = numbers[config.impressions]
-        if number % self.number:
-            raise ValueError(
-                f"TrainConfig.partitions is {self.number}, which does not divide the {number} partitions of "
-                f"{config.impressions!r}; use a divisor of them (for a new run: it stays for the run's life), or give the "
-                "topics a multiple"
-            )
-        partitions = [LogPartition(topic, one) for topic in numbers for one in range(self.index, number, self.number)]
-        if gone := [one for one in self.next if one not in partitions]:
-            raise ValueError(
-                f"{config.url}: the run has read {', '.join(map(_key, gone))}, which is not there any more; is it another log?"
-            )
-        starts = []
-        for partition in partitions:
-            first, end = self.log.bounds(partition)
-            if partition not in self.next:
-                begin = end if config.begin == "latest" and not self.cut else first
-                starts.append(Read(partition, begin, end if config.ends else -1))
-            elif first <= self.next[partition] <= end:
-                if config.ends and partition not in self.ends:
-                    starts.append(Read(partition, self.next[partition], end))
-            else:
-                raise ValueError(
-                    f"{config.url}: the run goes on from message {self.next[partition]} of {_key(partition)}, but it holds "
-                    f"{first} to {end}: was the topic made anew, or has retention taken what was not read? Start a new run "
-                    "folder"
-                )
-        return partitions, tuple(starts)
-
     def _next_cut(self, watermarks: Watermarks, starts: tuple[Read, ...]) -> tuple[Cut, list[Events]]:
         """Waits for the next cut that changes anything; returns it with what it reads."""
         config = self.config
@@ -288,14 +266,14 @@ class LiveReading:
             watermarks.look_for_idle(config.idle_s, time.monotonic(), self._has_unread)
             self.log.pause(watermarks.ahead(int(1000 * config.ahead_s)))
             messages = self._poll()
-            if self._lag_s() > self.max_lag_s and (skip := self._skip()):
+            # Only when something came: a log that cannot be reached is waited for.
+            if messages and self._lag_s() > self.max_lag_s and (skip := self._skip()):
                 return skip, []
             events = self._events(messages)
             for one in events:
-                watermarks.saw(one.read.partition, time.monotonic())
-            reached = {one.read.partition: one.read.end for one in events}
+                watermarks.saw(one.read.partition, time.monotonic(), one.batch.num_rows)
             for partition, end in self.ends.items():
-                if reached.get(partition, self.next[partition]) >= end:
+                if self.log.at(partition) >= end:
                     watermarks.end(partition)
             watermark_ms, is_last = self._watermark(watermarks)
             # While there is more to read, a batch fills by itself.
@@ -312,10 +290,13 @@ class LiveReading:
         self.last_cut_s = time.monotonic()
 
     def _has_unread(self, partition: LogPartition) -> bool:
-        try:
-            return self.log.bounds(partition)[1] > self.next[partition]
-        except OSError:
+        if time.monotonic() < self.away_until_s:
             return True  # Nobody knows: the log cannot be reached.
+        try:
+            return self.log.bounds(partition, ASK_S)[1] > self.log.at(partition)
+        except OSError:
+            self.away_until_s = time.monotonic() + self.config.idle_s
+            return True
 
     def _poll(self) -> list[tuple[Read, list[Message]]]:
         """Returns what is there, waiting no longer than the examples that wait for their batch."""
@@ -366,6 +347,8 @@ class LiveReading:
         for read in goes_on:
             self.log.seek(read.partition, read.begin)
             self.at[read.partition] = read.begin
+        # How late it is, only what is read from there tells.
+        self.appended_ms.clear()
         return Cut((), self.watermark_ms, False, tuple(goes_on), skipped)
 
 

@@ -44,8 +44,12 @@ class Log(Protocol):
         """
         ...
 
-    def bounds(self, partition: LogPartition) -> tuple[int, int]:
-        """Returns the first offset that is still there, and the one behind the last message. Asks the log afresh."""
+    def bounds(self, partition: LogPartition, within_s: float = 30.0) -> tuple[int, int]:
+        """Returns the first offset that is still there, and the one behind the last message. Asks the log afresh.
+
+        Raises:
+            OSError: It has not answered within so many seconds.
+        """
         ...
 
     def offset_at(self, partition: LogPartition, timestamp_ms: int) -> int:
@@ -54,6 +58,10 @@ class Log(Protocol):
 
     def seek(self, partition: LogPartition, offset: int) -> None:
         """Reads this partition from an offset on."""
+        ...
+
+    def at(self, partition: LogPartition) -> int:
+        """Returns where a partition is read. Offsets without a message are passed as soon as that is known."""
         ...
 
     def poll(self, max_messages: int, max_bytes: int, timeout_s: float) -> dict[LogPartition, list[Message]]:

@@ -38,7 +38,8 @@ class LogConfig:
     ends: bool = False
     """Whether the stream ends where the log ends when the run begins; all windows close then."""
     max_wait_s: float = 0.2
-    """How long an example waits for its batch to fill; then the batch is short."""
+    """How long an example waits for its batch to fill; then the batch is short. A partition of the run to which nothing comes
+    holds the others up as long in each step, so where users come unevenly it is to be short."""
     idle_s: float = 10.0
     """A partition that brings nothing for so long, and has nothing unread, does not hold the others up."""
     ahead_s: float = 60.0
@@ -58,6 +59,8 @@ class LogConfig:
         for name in ("idle_s", "max_wait_s", "ahead_s", "future_s", "poll_messages", "poll_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"LogConfig.{name} must be above 0, got {getattr(self, name)}")
+        if self.max_wait_s > 10:
+            raise ValueError(f"LogConfig.max_wait_s must be at most 10, as stopping waits as long, got {self.max_wait_s}")
         if self.impressions == self.actions:
             raise ValueError(f"LogConfig.impressions and actions are both {self.actions!r}; they are two topics")
 

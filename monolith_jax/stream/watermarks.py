@@ -7,7 +7,7 @@ waited for: the least of the partitions' newest times. A partition from which no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 from monolith_jax.stream.log import LogPartition
 
@@ -15,23 +15,33 @@ from monolith_jax.stream.log import LogPartition
 class Watermarks:
     """The newest times of partitions."""
 
-    def __init__(self, partitions: Sequence[LogPartition], newest_ms: Mapping[LogPartition, int], now_s: float) -> None:
+    def __init__(
+        self,
+        partitions: Sequence[LogPartition],
+        newest_ms: Mapping[LogPartition, int],
+        now_s: float,
+        idle: Set[LogPartition] = frozenset(),
+    ) -> None:
         """Looks at partitions, active from `now_s` on.
 
         Args:
             partitions: All that are read.
             newest_ms: The newest event time of each that has brought something; its owner keeps it up.
             now_s: Now, by a clock that never goes back.
+            idle: Those of which nothing is waited for until they bring something.
         """
         self.newest_ms = newest_ms
         self._seen_s = dict.fromkeys(partitions, now_s)
-        self._idle: set[LogPartition] = set()
+        self._read_s = dict(self._seen_s)
+        self._idle = set(idle)
         self._ended: set[LogPartition] = set()
 
-    def saw(self, partition: LogPartition, now_s: float) -> None:
-        """Notes that something came."""
-        self._seen_s[partition] = now_s
-        self._idle.discard(partition)
+    def saw(self, partition: LogPartition, now_s: float, num_events: int = 1) -> None:
+        """Notes that messages came; one that brings only such as are no events is as quiet as one that brings none."""
+        self._read_s[partition] = now_s
+        if num_events:
+            self._seen_s[partition] = now_s
+            self._idle.discard(partition)
 
     def end(self, partition: LogPartition) -> None:
         """Notes that nothing more will come."""
@@ -43,11 +53,11 @@ class Watermarks:
         return len(self._ended) == len(self._seen_s)
 
     def look_for_idle(self, idle_s: float, now_s: float, has_unread: Callable[[LogPartition], bool]) -> None:
-        """Notes which partitions have been quiet for too long; one that has something unread is not."""
+        """Notes which partitions have been quiet for too long; one that has something unread, and is not read, is not."""
         for partition, seen_s in self._seen_s.items():
             if partition in self._idle or partition in self._ended or now_s - seen_s < idle_s:
                 continue
-            if has_unread(partition):
+            if now_s - self._read_s[partition] >= idle_s and has_unread(partition):
                 self._seen_s[partition] = now_s
             else:
                 self._idle.add(partition)

@@ -130,8 +130,8 @@ class RunLog:
         self._step += 1
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss of step {self._step} is {loss}; its batch starts at {json.dumps(planned.position)} in the stream. "
-                f"Last good snapshot: {self.last_snapshot}. Look at the batch, or lower OptimizerConfig.learning_rate"
+                f"the loss of step {self._step} is {loss}; its batch starts at {json.dumps(planned.position)[:2000]} in the "
+                f"stream. Last good snapshot: {self.last_snapshot}. Look at the batch, or lower OptimizerConfig.learning_rate"
             )
         self._examples += planned.num_examples
         if planned.told:

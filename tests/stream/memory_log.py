@@ -30,7 +30,10 @@ class MemoryLog:
             raise ValueError(f"no topic {topic}")
         return len(self.topics[topic])
 
-    def bounds(self, partition: LogPartition) -> tuple[int, int]:
+    def at(self, partition: LogPartition) -> int:
+        return self._at[partition]
+
+    def bounds(self, partition: LogPartition, within_s: float = 0.0) -> tuple[int, int]:
         return 0, len(self.topics[partition.topic][partition.number])
 
     def offset_at(self, partition: LogPartition, timestamp_ms: int) -> int:

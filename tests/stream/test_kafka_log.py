@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 pytest.importorskip("confluent_kafka")
-from confluent_kafka.admin import ConfigResource
+from confluent_kafka.admin import ConfigResource  # pyright: ignore[reportPrivateImportUsage]
 from confluent_kafka.cimpl import NewPartitions
 
 from launch.bench.kafka_broker import Broker, free_port

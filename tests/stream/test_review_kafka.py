@@ -13,7 +13,6 @@ from monolith_jax.stream.log_source import LogConfig, LogSource
 from tests.stream.test_kafka_log import produce
 
 
-@pytest.mark.xfail(strict=True, reason="an end behind which no message stands is never reached")
 def test_a_transaction_at_the_end_is_the_end(kafka_url: str, tmp_path: Path) -> None:
     name = uuid.uuid4().hex
     topics = [f"{kind}-{name}" for kind in ("impressions", "actions")]
