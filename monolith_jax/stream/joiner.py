@@ -48,17 +48,8 @@ from monolith_jax.stream.waiting import Waiting
 CLASSES = BUCKETS // 2
 """Classes of event time in the time that an impression is kept; the other half is for events ahead of the watermark."""
 COUNTS = (
-    "impressions",
-    "actions",
-    "examples",
-    "late_impressions",
-    "late_or_orphan_actions",
-    "applied_late_actions",
-    "unknown_actions",
-    "duplicates",
-    "negatives_dropped",
-    "dropped_impressions",
-    "spilled_bytes",
+    *("impressions", "actions", "examples", "late_impressions", "late_or_orphan_actions", "applied_late_actions"),
+    *("unknown_actions", "duplicates", "negatives_dropped", "dropped_impressions", "spilled_bytes"),
 )
 """What is counted. late_or_orphan_actions: none was open for them until the watermark reached their event time + window.
 duplicates: impressions of a key that is held, event ids that the impression has had, with `at_once` kinds that it has had."""
@@ -75,8 +66,8 @@ class JoinerConfig:
     """close: one example when the window closes; at_once: a negative when the impression comes, and a further example, in which
     only that outcome is not null, when the first action of a kind comes."""
     late_s: float = 0.0
-    """How long after its window an impression is kept so that late actions make further examples, in which all but their outcome
-    is null. It was learned as absent before, uncorrected. 0: they are only counted."""
+    """How long after its window an impression is kept so that late actions make further examples, in which all but their
+    outcome is null. It was learned as absent before, uncorrected. 0: they are only counted."""
     positive: str = ""
     """One of `ACTIONS`: an example without it is a negative, for `negative_rate`."""
     negative_rate: float = 1.0
