@@ -200,7 +200,7 @@ def one_world(asked: argparse.Namespace, seed: int, say: Callable[[str], None]) 
     show_heads(figures, say)
     show_periods(asked.head, periods, say)
     start_ms = experiment.source.start_ms
-    if draw(asked.head, periods, start_ms, workdir / "frozen.png"):
+    if draw(asked.head, periods, start_ms, asked.period_h, workdir / "frozen.png"):
         say(f"plot: {workdir / 'frozen.png'}")
     return figures
 
@@ -229,7 +229,7 @@ def show_periods(head: str, periods: Mapping[str, Any], say: Callable[[str], Non
         say(f"{row}{frozen['optimal_auc']:9.4f}   {frozen['learned']:15.1%}{online['learned']:9.1%}")
 
 
-def draw(head: str, periods: Mapping[str, Any], start_ms: int, path: Path) -> bool:
+def draw(head: str, periods: Mapping[str, Any], start_ms: int, period_h: float, path: Path) -> bool:
     """Draws the AUC of one head by event time: best possible, online, frozen. Returns False where matplotlib is missing."""
     try:
         import matplotlib
@@ -242,7 +242,7 @@ def draw(head: str, periods: Mapping[str, Any], start_ms: int, path: Path) -> bo
     lines = (("best possible", "online", "optimal_auc", "#5f6b76"), ("online", "online", "auc", "#2563a8"))
     for label, way, name, colour in (*lines, ("frozen", "frozen", "auc", "#d1662b")):
         rows = [row for row in periods[way][head] if row[name] is not None]
-        days = [(row["period_start_ms"] - start_ms) / 86_400_000 for row in rows]
+        days = [(row["period_start_ms"] - start_ms) / 86_400_000 + period_h / 48 for row in rows]  # The middle.
         style = "--" if way != label else "-"
         axes.plot(days, [row[name] for row in rows], style, color=colour, marker="o", markersize=3.5, label=label)
     axes.set_xlabel("event time, days since the world began")
