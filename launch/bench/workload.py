@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +64,8 @@ class PoolBatch(NamedTuple):
     examples: pa.RecordBatch
     rejected: tuple[Any, ...] = ()
     epoch: int = 0
+    is_idle: bool = False
+    told: Mapping[str, float] = {}
 
 
 @dataclass
