@@ -14,6 +14,7 @@ from typing import Any
 import grain
 import pyarrow as pa
 
+from monolith_jax.stream.run_schema import concatenated
 from monolith_jax.types import Chunk, Rejected, Source
 
 
@@ -82,7 +83,8 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
                 self._position, self._row, self._chunk = chunk.position, 0, None
         if not pieces and not rejected and not ended:
             return None
-        return Batch(_joined(pieces), tuple(rejected), epoch, ended and not pieces, told)
+        examples = concatenated(pieces) if pieces else pa.RecordBatch.from_pylist([])
+        return Batch(examples, tuple(rejected), epoch, ended and not pieces, told)
 
     def _current_chunk(self) -> Chunk | None:
         if self._chunks is None:
@@ -97,16 +99,6 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         self._position, self._row = state["position"], state["row"]
         self._chunks = self._chunk = None
-
-
-def _joined(pieces: list[pa.RecordBatch]) -> pa.RecordBatch:
-    """Returns the rows of all pieces; a live stream may have gained a column between two of them, which is null before."""
-    if not pieces:
-        return pa.RecordBatch.from_pylist([])
-    if all(piece.schema == pieces[0].schema for piece in pieces):
-        return pa.concat_batches(pieces)
-    table = pa.concat_tables([pa.Table.from_batches([piece]) for piece in pieces], promote_options="default")
-    return table.combine_chunks().to_batches()[0]
 
 
 class _Batches(grain.IterDataset[Batch]):

@@ -26,6 +26,7 @@ from monolith_jax.stream.decoder import Decoder
 from monolith_jax.stream.formats import Schemas
 from monolith_jax.stream.joiner import Joiner
 from monolith_jax.stream.log import LogPartition, Message, open_log
+from monolith_jax.stream.run_schema import concatenated
 from monolith_jax.stream.watermarks import Watermarks
 from monolith_jax.types import Chunk, Position, Rejected
 
@@ -204,7 +205,7 @@ class LiveReading:
         batches = [
             [one.batch for one in events if one.read.partition.topic == topic and one.batch.num_rows] for topic in topics
         ]
-        impressions, actions = (_concat(of_topic) for of_topic in batches)
+        impressions, actions = (concatenated(of_topic) if of_topic else None for of_topic in batches)
         if (schemas := self._schemas()) != self.schemas[-1][1]:
             self.schemas.append((number + 1, schemas))
         return self.joiner.join(number, impressions, actions, watermark_ms)
@@ -350,13 +351,3 @@ class LiveReading:
         # How late it is, only what is read from there tells.
         self.appended_ms.clear()
         return Cut((), self.watermark_ms, False, tuple(goes_on), skipped)
-
-
-def _concat(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch | None:
-    """Returns the rows of all batches, None if there are none; they may have gained a column from one to the next."""
-    if len(batches) < 2:
-        return batches[0] if batches else None
-    if all(batch.schema == batches[0].schema for batch in batches):
-        return pa.concat_batches(batches)
-    table = pa.concat_tables([pa.Table.from_batches([batch]) for batch in batches], promote_options="default")
-    return table.combine_chunks().to_batches()[0]

@@ -15,7 +15,7 @@ batches brought into the run's schema. The rules:
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import pyarrow as pa
 
@@ -119,3 +119,11 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
                 raise SchemaFault(f"schema: a value of column {field.name!r} does not fit {field.type}") from None
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def concatenated(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    """Returns the rows of one or more batches; a column that came up between two of them is null before."""
+    if all(batch.schema == batches[0].schema for batch in batches):
+        return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+    table = pa.concat_tables([pa.Table.from_batches([batch]) for batch in batches], promote_options="default")
+    return table.combine_chunks().to_batches()[0]

@@ -1,4 +1,4 @@
-"""Live streams: what a review found broken, each as small as it goes."""
+"""Live streams under what goes wrong around them: skips, garbage, markers, clocks that are ahead, schemas that change."""
 
 import itertools
 import threading
