@@ -6,8 +6,8 @@ A publication is two sets that a reader applies in this order: deletions, then r
 back in between is both, and a row that was given to another id is a deletion of the one and a row of the other. What was taken
 is kept until it is known to be durable (`done`), or goes back (`failed`).
 
-Memory does not grow with the time since the last publication: 11 bytes for each row that there can be (id, table, two marks),
-8 for each row that changed, and at most one deletion for each row that a reader may hold.
+Memory: 10 bytes for each row that there can be (id, table, mark), 8 for each row that changed and 12 for each deletion since
+the last publication. An id that came and went in between is a deletion too: a run that goes on from the middle needs to know it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,13 @@ class Touched:
         """Rows and deletions that the next publication would hold, or a few less."""
         return sum(group.num_listed + len(group.deleted) for group in self._groups)
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether something is taken that is neither done nor failed."""
+        return self._taken is not None
+
     def restore(self, maps: Sequence[IdMaps]) -> None:
-        """Takes over the ids of restored maps, one of each group: nothing of them has changed, readers may hold them all."""
+        """Takes over the ids of restored maps, one of each group: nothing of them has changed."""
         for group, of_group in zip(self._groups, maps, strict=True):
             group.restore(of_group)
 
@@ -88,7 +93,7 @@ class Touched:
             group.follow(plan, of_group)
 
     def take(self) -> Taken:
-        """Returns all that has changed since the last publication; it counts as published from here on.
+        """Returns all that has changed since the last publication.
 
         What was taken before must be `done` or `failed`.
         """
@@ -126,7 +131,7 @@ class _Group:
         size = num_shards * layout.rows_per_shard
         number = np.int8 if len(layout.names) < 128 else np.int16
         self._ids, self._tables = np.zeros(size, np.int64), np.full(size, -1, number)
-        self._listed, self._published = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
+        self._listed = np.zeros(size, np.bool_)
         self._lists: list[np.ndarray] = []
         self.num_listed = 0
         self.deleted = _Deleted()
@@ -146,7 +151,7 @@ class _Group:
         for table in range(len(self._layout.names)):
             ids, shards, rows, _ = maps.entries(table)
             places = self._places(shards, rows, np.full(rows.size, table))
-            self._ids[places], self._tables[places], self._published[places] = ids, table, True
+            self._ids[places], self._tables[places] = ids, table
 
     def rewind(self, table: int, ids: np.ndarray, maps: IdMaps) -> None:
         shards = (maps.hashes_of(ids, table) >> self._layout.tables.shard_shift).astype(np.int64) - self._first_shard
@@ -167,16 +172,14 @@ class _Group:
         if freed.rows.size:
             gone = self._places(freed.shards - self._first_shard, freed.rows, freed.tables)
             assert np.array_equal(self._ids[gone], freed.ids), "a plan frees a row of another id"
-            known = self._published[gone]
-            self.deleted.add(freed.ids[known], freed.tables[known])
-            self._tables[gone], self._published[gone] = -1, False
+            self.deleted.add(freed.ids, freed.tables)
+            self._tables[gone] = -1
 
     def take(self) -> GroupRows:
         rows = np.sort(np.concatenate(self._lists)) if self._lists else np.zeros(0, np.int64)
         self._lists, self.num_listed = [], 0
         self._listed[rows] = False
         rows = rows[self._tables[rows] >= 0]
-        self._published[rows] = True
         return GroupRows(rows, self._ids[rows], self._tables[rows])
 
     def take_deleted(self, names: Sequence[str]) -> dict[str, np.ndarray]:
