@@ -108,6 +108,7 @@ class DeltaFolder:
         """
         check_manifest(manifest)
         self._check_new(manifest.version)
+        self._check_previous(manifest)
         parts = [self._wait_for(manifest, process, time.monotonic() + timeout_s) for process in range(num_processes)]
         dims: dict[str, int] = {}
         counts: dict[str, Sequence[int]] = {}
@@ -303,6 +304,16 @@ class DeltaFolder:
             )
         if is_there(self.root / version.folder / _MANIFEST):
             raise ValueError(f"{self.root / version.folder} is committed: take the next sequence number")
+
+    def _check_previous(self, manifest: Manifest) -> None:
+        """Raises ValueError if a base holds another state than the delta that it follows."""
+        if manifest.kind == "base" and manifest.previous is not None and manifest.previous in self.versions():
+            delta = self.manifest(manifest.previous)
+            if (delta.kind, delta.step) != ("delta", manifest.step):
+                raise ValueError(
+                    f"base {manifest.version.folder} is of step {manifest.step}, its previous {delta.version.folder} a {delta.kind} "
+                    f"of step {delta.step}: publish a delta from the state of a base, and name that"
+                )
 
     def _clean(self, epoch: int) -> None:
         """Removes what writers of older epochs left without a manifest, or beside the last one."""
