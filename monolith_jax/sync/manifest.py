@@ -48,8 +48,8 @@ class Manifest:
     version: Version
     """Of a base: the next after its `previous`, when its state is taken, however late it is committed."""
     previous: Version | None
-    """Of a delta: the delta before it, across epochs; None where there is only its base. Of a base: the delta from whose state it
-    is, exactly, since nothing could take back what no delta has told; None where it starts anew, from whatever state."""
+    """Of a delta: the delta before it, across epochs; None where there is only its base. Of a base: the delta of the same
+    state, since nothing could take back what no delta has told; None where it starts anew: no reader steps over it."""
     base: Version
     """The newest base when a delta was written; of a base, itself."""
     step: int
@@ -91,7 +91,7 @@ def check_manifest(manifest: Manifest) -> None:
         raise ValueError(f"{manifest.kind} {version.folder} names {base.folder} as its base; expected {wanted}")
     if manifest.kind == "base" and previous is not None and previous.epoch != version.epoch:
         raise ValueError(
-            f"base {version.folder} names {previous.folder} as previous; expected a delta of its own epoch, published from the same "
+            f"base {version.folder} names {previous.folder} as previous; expected a delta of its own epoch, of the same "
             "state, or None: then readers load it whole"
         )
 

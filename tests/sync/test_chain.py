@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import pytest
 
-from monolith_jax.sync.chain import find_chain
+from monolith_jax.sync.chain import find_chain, find_since
 from monolith_jax.sync.manifest import Manifest, Version
 
 
@@ -165,10 +165,13 @@ class Trainer:
         self.truth: dict[Version, dict[int, int]] = {}
         self.pending: list[Manifest] = []
         self.epoch, self.sequence, self.last_delta, self.last_base = 1, 0, None, None
-        self.snapshot: tuple[dict[int, int], set[int], Version | None] = ({}, set(), None)
+        self.at = 0
+        self.told: list[list[Version] | None] = []
+        self.snapshot: tuple[dict[int, int], int] = ({}, 0)
         self.base()
 
     def step(self) -> None:
+        self.at += 1
         one = self.rng.randrange(12)
         self.touched.add(one)
         if self.rng.random() < 0.3:
@@ -182,17 +185,8 @@ class Trainer:
         size = len(self.rows) if kind == "base" else len(self.touched)
         like = log_of("B1.1")[Version(1, 1)]
         return dataclasses.replace(
-            like, kind=kind, version=one, previous=previous, base=base or one, files={"rows": [1 + size, ""]}
+            like, step=self.at, kind=kind, version=one, previous=previous, base=base or one, files={"rows": [1 + size, ""]}
         )
-
-    def is_known_since(self, since: Version | None) -> bool:
-        """Says whether every version behind a snapshot is there."""
-        at = max(one for one, manifest in self.log.items() if manifest.kind == "delta" or manifest.previous is None)
-        while at is not None and (since is None or at > since):
-            if at not in self.log:
-                return False
-            at = self.log[at].previous
-        return True
 
     def base(self) -> None:
         if self.last_delta:  # a base has the state of a delta: what no delta has told could never be taken back
@@ -222,22 +216,25 @@ class Trainer:
         self.touched, self.last_delta = set(), one.version
 
     def save(self) -> None:
-        self.snapshot = (dict(self.rows), set(self.touched), self.last_delta)
+        self.snapshot = (dict(self.rows), self.at)
 
     def die(self) -> None:
         self.pending = []
-        rows, touched, since = self.snapshot
-        self.rows, self.touched = dict(rows), set(touched)
-        for one, manifest in self.log.items():
-            if (manifest.kind == "delta" or manifest.previous is None) and (since is None or one > since):
-                self.touched |= set(self.content[one])
+        rows, self.at = self.snapshot
+        self.rows = dict(rows)
         self.epoch, self.sequence = self.epoch + 1, 0
-        if self.is_known_since(since):
+        try:
+            told = find_since(max(self.log), self.log.__getitem__, self.at)
+        except (KeyError, ValueError):
+            told = None
+        self.told.append(told)
+        if told is not None:
+            self.touched = {row for one in told for row in self.content[one]}
             self.delta()
             if self.rng.random() < 0.5:
                 self.base()
-        else:  # what pruned versions told cannot be taken back one by one
-            self.last_delta = None
+        else:  # what was told cannot be taken back one by one
+            self.touched, self.last_delta = set(), None
             self.base()
             self.land()
         self.save()
@@ -261,6 +258,22 @@ class Reader:
                     self.rows[row] = value
             self.at = one
             assert self.rows == trainer.truth[one]
+
+
+def test_what_a_resumed_trainer_takes_back() -> None:
+    log = log_of("B1.1 D1.2<1.1/1.1 D1.3<1.2/1.1 B1.4<1.3 D1.5<1.3/1.4 D2.1<1.5/1.4 D2.2<2.1/1.4")
+    steps = dict(zip(sorted(log), (10, 20, 30, 30, 40, 30, 35), strict=True))
+    log = {one: dataclasses.replace(manifest, step=steps[one]) for one, manifest in log.items()}
+
+    def since(step: int, newest: str = "2.2") -> str:
+        return " ".join(f"{one.epoch}.{one.sequence}" for one in find_since(version(newest), log.__getitem__, step))
+
+    assert since(35) == "" and since(33) == "2.2" and since(30) == "2.2" and since(29) == "1.3 1.5 2.1 2.2"
+    assert since(30, "1.4") == "" and since(25, "1.4") == "1.3" and since(10) == "1.2 1.3 1.5 2.1 2.2"
+    with pytest.raises(ValueError, match=r"ends with 00000002-0000000002 at step 35, so .* what changed up to step 36"):
+        since(36)
+    with pytest.raises(ValueError, match=r"00000001-0000000001 starts anew at step 10, .* since step 9"):
+        since(9)
 
 
 @pytest.mark.parametrize("seed", range(150))
