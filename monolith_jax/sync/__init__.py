@@ -1,1 +1,1 @@
-"""From the trained state to the served one. In: plans that ran and the state after them. Out: a folder of deltas on disk."""
+"""Trained state to served state. In: the rows that a run changed. Out: a log of deltas, that any reader catches up with."""
