@@ -33,6 +33,10 @@ class PlainReader:
         assert self.version is not None
         return self.folder.manifest(self.version).step
 
+    def begin(self, base: Version) -> None:
+        """Starts from this base, were it the newest or not."""
+        self._apply(base, self.folder.read(base))
+
     def next(self) -> bool:
         """Applies the next version, if there is one."""
         chain = self.folder.chain(self.version)
