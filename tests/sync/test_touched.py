@@ -124,7 +124,8 @@ def test_only_what_changed_is_taken() -> None:
         touched.follow([plan], [freed])
         taken, now = touched.take(), owner.live()
         touched.done()
-        ids = {(owner.layout.names[t], i) for i, t in zip(taken.groups[0].ids.tolist(), taken.groups[0].tables.tolist())}
+        group = taken.groups[0]
+        ids = {(owner.layout.names[t], i) for i, t in zip(group.ids.tolist(), group.tables.tolist(), strict=True)}
         assert ids == {(name, one) for name, of in now.items() for one, value in of.items() if value == step}
         deleted = {(name, one) for name, of in taken.deleted.items() for one in of.tolist()}
         names = [owner.layout.names[table] for table in freed.tables.tolist()]
