@@ -40,7 +40,7 @@ from monolith_jax.sync.publisher import Publisher
 from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.train.grow import can_grow, restore_grown
 from monolith_jax.train.log import RunLog
-from monolith_jax.train.loop import TrainConfig, predict, run
+from monolith_jax.train.loop import UNPUBLISHED, TrainConfig, predict, run
 from monolith_jax.train.state import Model, TrainState, first_state, make_model
 from monolith_jax.train.step import make_predict_step, make_train_step
 from monolith_jax.train.tiers import Tiers
@@ -181,7 +181,7 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
         if first:
             (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
         with log, _stopped_by_sigterm(planner):
-            state = run(state, planner, make_train_step(parts.model), log, save, parts.tiers, publisher)
+            state = run(state, planner, make_train_step(parts.model), log, save, parts.tiers, publisher or UNPUBLISHED)
     finally:
         with ExitStack() as closing:
             if publisher:
@@ -200,9 +200,7 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
 def _make_publisher(experiment: Experiment, parts: Parts, workdir: Path) -> Publisher | None:
     if experiment.publisher is None:
         return None
-    return Publisher(
-        experiment.publisher, workdir, parts.model.groups, parts.model.mesh, parts.exchange, to_gin(experiment)
-    )
+    return Publisher(experiment.publisher, workdir, parts.model.groups, parts.model.mesh, parts.exchange, to_gin(experiment))
 
 
 def _tell_committed(console: Console, publisher: Publisher | None, committed: Committed) -> None:

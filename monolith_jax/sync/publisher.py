@@ -86,7 +86,7 @@ class Publisher:
 
     def set_state(self, state: Mapping[str, Any] | None) -> None:
         """Is told what `get_state` returned when the snapshot was made that was restored; None: nothing was published then."""
-        self._of_snapshot = state and state["epoch"]
+        self._of_snapshot = None if state is None else state["epoch"]
 
     def get_state(self) -> dict[str, Any]:
         """Returns what a snapshot keeps, JSON-able."""

@@ -7,7 +7,7 @@ back in between is both, and a row that was given to another id is a deletion of
 is kept until it is known to be durable (`done`), or goes back (`failed`).
 
 Memory: 10 bytes for each row that there can be (id, table, mark), 8 for each row that changed and 12 for each deletion since
-the last publication. An id that came and went in between is a deletion too: a run that goes on from the middle needs to know it.
+the last publication. An id that came and went in between is a deletion too: a run that goes on from in between needs to know.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class _Group:
         rows = rows[self._tables[rows] >= 0]
         return GroupRows(rows, self._ids[rows], self._tables[rows])
 
-    def take_deleted(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+    def take_deleted(self, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         ids, tables = self.deleted.take()
         return {names[table]: np.unique(ids[tables == table]) for table in np.unique(tables).tolist()}
 
@@ -216,6 +216,9 @@ class _Deleted:
 
     def take(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns all, int64 [N] and int32 [N], in the order in which they went."""
-        ids, tables = np.concatenate([np.zeros(0, np.int64), *self._ids]), np.concatenate([np.zeros(0, np.int32), *self._tables])
+        ids, tables = (
+            np.concatenate([np.zeros(0, np.int64), *self._ids]),
+            np.concatenate([np.zeros(0, np.int32), *self._tables]),
+        )
         self._ids, self._tables, self._number = [], [], 0
         return ids, tables

@@ -70,7 +70,8 @@ class Writer:
             durable: Is called in a thread when this process's part of a job is durable, and in the first one committed.
         """
         self._folder, (self._process, self._num_processes) = folder, process
-        self._format, self._retry_s, self._gin, self._durable = format, retry_s, gin, durable
+        self._format: Format = format
+        self._retry_s, self._gin, self._durable = retry_s, gin, durable
         self._deltas, self._bases = (ThreadPoolExecutor(1, f"publish {what}", _give_way) for what in ("deltas", "bases"))
         self._futures: list[Future[None]] = []
         self._lock = threading.Lock()
@@ -176,9 +177,7 @@ class Writer:
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
 
-def _by_table(
-    names: tuple[str, ...], gathered: Gathered, whose: GroupRows, step: int
-) -> list[tuple[str, Rows]]:
+def _by_table(names: tuple[str, ...], gathered: Gathered, whose: GroupRows, step: int) -> list[tuple[str, Rows]]:
     vectors, found = gathered.fetch(), []
     for table in np.unique(whose.tables).tolist():
         which = np.flatnonzero(whose.tables == table)

@@ -56,6 +56,22 @@ class Publishes(Protocol):
     def finish(self) -> None: ...  # noqa: D102
 
 
+class Unpublished:
+    """Publishes nothing."""
+
+    def after_step(self, state: Any, planned: Planned) -> None:  # noqa: D102
+        pass
+
+    def cut(self, state: Any, cut: Cut) -> None:  # noqa: D102
+        pass
+
+    def finish(self) -> None:  # noqa: D102
+        pass
+
+
+UNPUBLISHED = Unpublished()
+
+
 def run(
     state: TrainState,
     planner: Planner,
@@ -63,7 +79,7 @@ def run(
     log: RunLog,
     save: Callable[[TrainState, dict[str, Any]], None],
     tiers: Tiers | None = None,
-    publisher: Publishes | None = None,
+    publisher: Publishes = UNPUBLISHED,
 ) -> TrainState:
     """Trains until the planner ends.
 
@@ -74,7 +90,7 @@ def run(
         log: Gets the metrics of every step, in order.
         save: Saves a state together with the host state that was frozen after the same step.
         tiers: The rows that are not on the device, where tables are in two tiers; they are not part of the state.
-        publisher: Follows every step; none: nothing is published.
+        publisher: Follows every step.
 
     Returns:
         The state after the last step.
@@ -87,20 +103,17 @@ def run(
     unreadable: Exception | None = None
     with jax.transfer_guard("disallow"):
         try:
-
-            def cut(made: Cut) -> None:
-                if publisher is not None:
-                    publisher.cut(state, made)
-
             # While a live stream brings nothing, what was learned is recorded at once, and published.
-            for planned in planner.steps(lambda: _drain(in_flight, 0, log), cut):
+            for planned in planner.steps(
+                lambda: _drain(in_flight, 0, log),
+                lambda cut: publisher.cut(state, cut),  # noqa: B023, the newest state is meant
+            ):
                 _drain(in_flight, IN_FLIGHT - 1, log)
                 if tiers is not None:
                     state = tiers.move(state, planned.moves)
                 state, metrics = train_step(state, planned.inputs)
                 in_flight.append((planned, metrics))
-                if publisher is not None:
-                    publisher.after_step(state, planned)
+                publisher.after_step(state, planned)
                 if planned.frozen is not None:
                     _drain(in_flight, 0, log)
                     save(state, planned.frozen)
@@ -112,8 +125,7 @@ def run(
         _drain(in_flight, 0, log)
         if planner.frozen_at_end:
             save(state, planner.frozen_at_end)
-        if publisher is not None:
-            publisher.finish()
+        publisher.finish()
     if unreadable is not None:
         raise unreadable
     return state

@@ -101,6 +101,8 @@ def test_after_every_step_of_a_longer_run(tmp_path: Path, devices: int) -> None:
 @pytest.mark.slow
 def test_after_every_publication_with_plans_ahead(tmp_path: Path) -> None:
     assert check_every_publication(tmp_path, 8, test_flow.STEPS) > 3
+
+
 @pytest.mark.usefixtures("each_step")
 def test_every_base_and_what_follows_it_leads_to_the_same(tmp_path: Path) -> None:
     run(tmp_path, "PublisherConfig.base_every = 3")
@@ -160,6 +162,8 @@ def test_a_run_that_dies_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_up_to_date(reader, tmp_path)
     last = reader.version
     assert last is not None and last.epoch == (1 if (at, moment) == (0, "write_part") else 2)
+
+
 @pytest.mark.usefixtures("each_step")
 def test_it_goes_on_from_a_snapshot_that_readers_are_ahead_of(tmp_path: Path) -> None:
     run(tmp_path, "SnapshotConfig.period_steps = 7", "SnapshotConfig.keep = 10", steps=20)
@@ -174,6 +178,8 @@ def test_it_goes_on_from_a_snapshot_that_readers_are_ahead_of(tmp_path: Path) ->
     kinds = [folder.manifest(version).kind for version in folder.versions() if version.epoch == 2]
     assert kinds[0] == "delta"
     assert_up_to_date(reader, tmp_path)
+
+
 @pytest.mark.usefixtures("each_step")
 def test_a_full_disk_delays_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = {"write_part": 0, "commit": 0}
@@ -196,6 +202,8 @@ def test_a_full_disk_delays_and_loses_nothing(tmp_path: Path, monkeypatch: pytes
     run(tmp_path)
     assert min(failures.values()) > 3
     assert_up_to_date(PlainReader(tmp_path / "deltas"), tmp_path)
+
+
 @pytest.mark.usefixtures("each_step")
 def test_a_disk_that_stays_full_ends_the_run_and_the_next_one_makes_up_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -244,5 +252,5 @@ def test_what_cannot_be_is_refused(tmp_path: Path, override: str, told: str) -> 
 
 
 def test_rows_in_two_tiers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="in two tiers: set TableConfig.memory of them to 'device'"):
+    with pytest.raises(ValueError, match=r"in two tiers: set TableConfig\.memory of them to 'device'"):
         run(tmp_path, "video/TableConfig.memory = 'tiered'", "video/TableConfig.device_rows = 900")
