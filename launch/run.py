@@ -38,10 +38,11 @@ from monolith_jax.snapshot import Committed, SnapshotConfig, Snapshots, find
 from monolith_jax.stream.cuts import sync
 from monolith_jax.stream.dead_letter import set_aside
 from monolith_jax.stream.log_source import LogConfig
+from monolith_jax.sync.publisher import Publisher
 from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.train.grow import can_grow, restore_grown
 from monolith_jax.train.log import RunLog
-from monolith_jax.train.loop import TrainConfig, predict, run
+from monolith_jax.train.loop import UNPUBLISHED, TrainConfig, predict, run
 from monolith_jax.train.state import Model, TrainState, first_state, make_model
 from monolith_jax.train.step import make_predict_step, make_train_step
 from monolith_jax.train.tiers import Tiers
@@ -172,13 +173,14 @@ def _alone(workdir: Path) -> Iterator[None]:
 
 
 def _train(experiment: Experiment, workdir: Path, parts: Parts, first: bool, console: Console) -> dict[str, dict[str, Any]]:
-    tell = partial(_tell_committed, console) if first else None
+    publisher = _make_publisher(experiment, parts, workdir)
+    tell = partial(_tell_committed, console, publisher) if first else None
     snapshots = Snapshots(experiment.snapshots, workdir / "snapshots", tell=tell, exchange=parts.exchange)
     config = experiment.train
     readers = make_readers(experiment, experiment.source, parts.partitions, parts.memories, workdir)
     planner = Planner(
         parts.model, readers, parts.mapper, parts.exchange, freeze_every=experiment.snapshots.period_steps,
-        max_steps=config.steps,
+        max_steps=config.steps, cuts=publisher.schedule if publisher else None,
     )  # fmt: skip
     total = num_examples(experiment.source)
     if config.steps:
@@ -191,19 +193,25 @@ def _train(experiment: Experiment, workdir: Path, parts: Parts, first: bool, con
         if isinstance(experiment.source, LogConfig):
             for index in parts.partitions:
                 sync(stream_folder(workdir, index))
-        snapshots.save(log.steps, parts.tiers.whole(state), frozen, log.get_state(), who)
+        extras = log.get_state() | ({"publisher": publisher.get_state()} if publisher else {})
+        snapshots.save(log.steps, parts.tiers.whole(state), frozen, extras, who)
         log.last_snapshot = f"step {log.steps} in {workdir / 'snapshots'}"
 
     try:
-        state = _begin(parts, snapshots, planner, log, who, experiment.tables, config.warm_start, console)
+        state = _begin(parts, snapshots, planner, log, who, experiment.tables, config.warm_start, console, publisher)
+        if publisher:
+            publisher.start([group.maps for group in parts.mapper.groups], log.steps, state)
+            log.also = publisher.metrics
         if experiment.snapshots.period_steps and on_cpu(state):
             snapshots.prepare(parts.tiers.whole(state))
         if first:
             (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
         with log, _stopped_by_sigterm(planner):
-            state = run(state, planner, make_train_step(parts.model), log, save, parts.tiers)
+            state = run(state, planner, make_train_step(parts.model), log, save, parts.tiers, publisher or UNPUBLISHED)
     finally:
         with ExitStack() as closing:
+            if publisher:
+                closing.callback(publisher.close)
             closing.callback(snapshots.close)
             closing.callback(planner.close)
     if planner.stopped:
@@ -215,7 +223,15 @@ def _train(experiment: Experiment, workdir: Path, parts: Parts, first: bool, con
     return totals
 
 
-def _tell_committed(console: Console, committed: Committed) -> None:
+def _make_publisher(experiment: Experiment, parts: Parts, workdir: Path) -> Publisher | None:
+    if experiment.publisher is None:
+        return None
+    return Publisher(experiment.publisher, workdir, parts.model.groups, parts.model.mesh, parts.exchange, to_gin(experiment))
+
+
+def _tell_committed(console: Console, publisher: Publisher | None, committed: Committed) -> None:
+    if publisher:
+        publisher.schedule.want_base()
     # Not into metrics.jsonl: when a snapshot is whole depends on the clock, and a run that goes on must write the same file.
     console.print(
         f"saved step {committed.step:,}: {committed.num_bytes / 1e6:,.1f} MB on disk, whole after {committed.seconds:.1f} s",
@@ -232,6 +248,7 @@ def _begin(
     tables: Sequence[TableConfig],
     warm_start: str,
     console: Console,
+    publisher: Publisher | None,
 ) -> TrainState:
     """Returns the state to start from: the newest snapshot, a warm start, or nothing learned yet."""
     step = newest_snapshot(parts, snapshots)
@@ -245,6 +262,8 @@ def _begin(
             restored = snapshots.restore(step, like, who)
         planner.set_state(restored.host)
         log.set_state(restored.extras)
+        if publisher:
+            publisher.set_state(restored.extras.get("publisher"))
         log.last_snapshot = f"step {step}"
         console.print(f"going on from the snapshot of step {step:,}", highlight=False)
         return parts.tiers.split(restored.state)

@@ -43,6 +43,7 @@ from monolith_jax.stream.kuairand import KuaiRandConfig
 from monolith_jax.stream.log_source import LogConfig
 from monolith_jax.stream.movielens import MovieLensConfig
 from monolith_jax.stream.synthetic import SyntheticConfig
+from monolith_jax.sync.schedule import PublisherConfig
 from monolith_jax.tables.table import TableConfig
 from monolith_jax.tables.update import OptimizerConfig
 from monolith_jax.tables.wire import WireConfig
@@ -56,7 +57,7 @@ CONFIGS: tuple[type, ...] = (
     *(IdFeatureConfig, CrossFeatureConfig, BucketFeatureConfig, TimeFeatureConfig, DenseFeatureConfig),
     *(TableConfig, AdmissionConfig, MapperConfig, OptimizerConfig),
     *(DeepFMConfig, MMoEConfig, HeadConfig),
-    *(TrainConfig, SnapshotConfig, MeshConfig, WireConfig, PrequentialConfig),
+    *(TrainConfig, SnapshotConfig, PublisherConfig, MeshConfig, WireConfig, PrequentialConfig),
 )
 """Every dataclass that a file may bind, in the order of `configs/reference.gin`: the order of the data."""
 
@@ -87,6 +88,8 @@ class Experiment:
     """Batch size, length and start of the run."""
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     """When state is saved."""
+    publisher: PublisherConfig | None = None
+    """How the trained state is brought to the serving side; None: not at all."""
     mapper: MapperConfig = field(default_factory=MapperConfig)
     """How the host maps ids to rows; results do not depend on it."""
     mesh: MeshConfig = field(default_factory=MeshConfig)

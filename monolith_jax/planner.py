@@ -28,7 +28,7 @@ from monolith_jax.packing import pack, stacked, unpack
 from monolith_jax.reader import Fetched, Observed, Part, Reader, joined
 from monolith_jax.rounds import agree, may_go_on
 from monolith_jax.train.state import Inputs, Model, place_inputs
-from monolith_jax.types import Exchange, FreedRows, Moves
+from monolith_jax.types import CUT_DENSE, CUT_ROWS, Cut, Cuts, Exchange, FreedRows, GroupPlan, Moves
 
 AHEAD = 2
 IDLE_S = 0.01
@@ -56,6 +56,10 @@ class Planned:
     """What the live streams of this process tell of themselves; empty where the input is no live stream."""
     times_ms: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [n] event times of this process's examples."""
+    plans: tuple[GroupPlan, ...] = ()
+    """What the devices were told of each group, on the host."""
+    cut: Cut | None = None
+    """The publication of the state after this step, if there is one."""
 
 
 class _End(NamedTuple):
@@ -76,6 +80,7 @@ class Planner:
         freeze_every: int = 0,
         max_steps: int = 0,
         insert: bool = True,
+        cuts: Cuts | None = None,
     ) -> None:
         """Takes over its parts; nothing runs before iteration starts.
 
@@ -88,6 +93,7 @@ class Planner:
             freeze_every: A copy of the host state comes with every plan whose number is a multiple of this; 0: never.
             max_steps: Plans after which it ends, counted from the first of the run's life; 0: at the end of the stream.
             insert: Whether new ids get rows (False: frozen tables, for tests on held-out data).
+            cuts: Asks for publications; none: there are none.
         """
         self._model = model
         self._readers = tuple(readers)
@@ -99,9 +105,10 @@ class Planner:
         self._freeze_every = freeze_every
         self._max_steps = max_steps
         self._insert = insert
-        self._step = self._now_ms = 0
+        self._cuts = cuts
+        self._step = self._now_ms = self._cut_step = 0
         # The plan that waits for room in the queue is one of those ahead.
-        self._queue: Queue[Planned | _End] = Queue(maxsize=AHEAD - 1)
+        self._queue: Queue[Planned | Cut | _End] = Queue(maxsize=AHEAD - 1)
         self._stop, self._abandon = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.stopped = False
@@ -113,8 +120,8 @@ class Planner:
         """Yields steps; raises what reading raised, after the steps before it."""
         return self.steps(lambda: None)
 
-    def steps(self, idle: Callable[[], None]) -> Iterator[Planned]:
-        """Like `__iter__`, and calls `idle` when there is none for `IDLE_S`."""
+    def steps(self, idle: Callable[[], None], cut: Callable[[Cut], None] = lambda cut: None) -> Iterator[Planned]:
+        """Like `__iter__`, and calls `idle` when there is none for `IDLE_S`, and `cut` for publications between two steps."""
         self._thread = threading.Thread(target=self._run, name="planner", daemon=True)
         self._thread.start()
         while True:
@@ -129,7 +136,10 @@ class Planner:
                 if item.error is not None:
                     raise item.error
                 return
-            yield item
+            if isinstance(item, Cut):
+                cut(item)
+            else:
+                yield item
 
     def stop(self) -> None:
         """Ends planning soon; the plans already made are still yielded."""
@@ -157,6 +167,8 @@ class Planner:
                 # Takes the memory for it before the first step, not at a later one.
                 self._mapper.get_state()
             error = self._plan_all()
+            if self._cuts and self._step > self._cut_step:
+                self._put(self._make_cut(CUT_ROWS | CUT_DENSE))
             # Whoever only tests changes nothing that is worth keeping.
             frozen = self.get_state() if self._insert else {}
         except Exception as raised:  # Every error is the consumer's to see; the host's state may be half way through a plan.
@@ -168,7 +180,8 @@ class Planner:
         while not (self._max_steps and self._step >= self._max_steps):
             fetched, error = self._fetch()
             ready, ended = Fetched.READY in fetched, all(one is Fetched.ENDED for one in fetched)
-            go = may_go_on(self._exchange, ready, ended, self._stop.is_set(), error is not None)
+            wanted = self._cuts.wanted(self._now_ms) if self._cuts else 0
+            go = may_go_on(self._exchange, ready, ended, self._stop.is_set(), error is not None, wanted)
             self.stopped = go.stop
             if go.failed is not None:
                 said = everyone(self._exchange, str(error or ""))
@@ -176,9 +189,11 @@ class Planner:
             if go.stop or go.ended:
                 return None
             if go.ready:
-                self._put(self._plan())
-            else:
-                self._take()  # A turn in which nothing came, anywhere: no plan.
+                self._put(self._plan(go.cut))
+                continue
+            self._take()  # A turn in which nothing came, anywhere: no plan.
+            if go.cut and self._step > self._cut_step:
+                self._put(self._make_cut(go.cut))
         return None
 
     def _fetch(self) -> tuple[list[Fetched], Exception | None]:
@@ -191,7 +206,7 @@ class Planner:
                 first_error = first_error or error
         return fetched, first_error
 
-    def _put(self, item: Planned | _End) -> None:
+    def _put(self, item: Planned | Cut | _End) -> None:
         while not self._abandon.is_set():
             try:
                 return self._queue.put(item, timeout=0.1)
@@ -202,7 +217,15 @@ class Planner:
         arguments = (self._model.layout, self._labels, self._group_column, self._now_ms)
         return [reader.take(*arguments) for reader in self._readers]
 
-    def _plan(self) -> Planned:
+    def _make_cut(self, kind: int) -> Cut:
+        """Returns the publication of the state after the plans so far."""
+        assert self._cuts is not None
+        self._cuts.agreed(kind, self._now_ms)
+        self._cut_step = self._step
+        of_all = everyone(self._exchange, [reader.position for reader in self._readers])
+        return Cut(self._step, kind, self._now_ms, tuple(position for of_process in of_all for position in of_process))
+
+    def _plan(self, cut: int = 0) -> Planned:
         position = [reader.position for reader in self._readers]
         parts = self._take()
         features, observed = joined(parts)
@@ -223,7 +246,8 @@ class Planner:
         if self._num_partitions > 1:
             # Partitions are not at the same time: their rows count in the period that the watermark is in.
             observed = observed._replace(event_time_ms=np.full_like(observed.event_time_ms, self._now_ms))
-        return Planned(inputs, observed, now.num_examples, now.epoch, *told)
+        made = self._make_cut(cut) if cut else None
+        return Planned(inputs, observed, now.num_examples, now.epoch, *told, plan.groups, made)
 
     def get_state(self) -> dict[str, Any]:
         """Returns a copy of this process's host state.
@@ -249,6 +273,7 @@ class Planner:
         for reader, rows in zip(self._readers, state["parts"], strict=True):
             reader.set_state(unpack(rows))
         self._step, self._now_ms = state["step"], state["now_ms"]
+        self._cut_step = self._step
 
 
 def _told(parts: Sequence[Part]) -> dict[str, float]:

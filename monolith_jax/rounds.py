@@ -26,6 +26,8 @@ class Go(NamedTuple):
     """Whether a process was told to stop."""
     failed: int | None
     """A process that cannot read on."""
+    cut: int = 0
+    """What a publication of the state after this round's plan holds; 0: there is none."""
 
 
 class Round(NamedTuple):
@@ -42,14 +44,18 @@ class Round(NamedTuple):
     """The latest of those that the rows are of."""
 
 
-def may_go_on(exchange: Exchange | None, ready: bool, ended: bool, stop: bool, failed: bool) -> Go:
-    """Returns whether all go on, before anything of a batch is taken. All processes call it, the same number of times."""
-    flags = np.array([[ready, ended, stop, failed]], np.uint32)
+def may_go_on(exchange: Exchange | None, ready: bool, ended: bool, stop: bool, failed: bool, cut: int = 0) -> Go:
+    """Returns whether all go on, before anything of a batch is taken. All processes call it, the same number of times.
+
+    State is published when every process can do so, by the first one's clock.
+    """
+    flags = np.array([[ready, ended, stop, failed, cut]], np.uint32)
     if exchange is not None:
         flags = exchange.gather(flags[0])
     failed_ones = np.flatnonzero(flags[:, 3])
     first_failed = int(failed_ones[0]) if failed_ones.size else None
-    return Go(bool(flags[:, 0].any()), bool(flags[:, 1].all()), bool(flags[:, 2].any()), first_failed)
+    agreed = int(flags[0, 4]) if flags[:, 4].all() else 0
+    return Go(bool(flags[:, 0].any()), bool(flags[:, 1].all()), bool(flags[:, 2].any()), first_failed, agreed)
 
 
 def agree(exchange: Exchange | None, parts: Sequence[Part], observed: Observed) -> Round:

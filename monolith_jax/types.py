@@ -144,6 +144,39 @@ class GroupIds(NamedTuple):
     """bool [B, P], whether the position holds an id."""
 
 
+class Cut(NamedTuple):
+    """A publication, agreed on by the planners of all processes: of the state right after a step."""
+
+    step: int
+    """Steps done."""
+    kind: int
+    """Bits: CUT_ROWS always; CUT_DENSE, CUT_BASE."""
+    event_time_ms: int
+    """The watermark."""
+    position: tuple[Position, ...]
+    """Where reading goes on in each partition."""
+
+
+CUT_ROWS, CUT_DENSE, CUT_BASE = 1, 2, 4
+"""What a publication holds: the changed rows; the dense weights; all rows, as a new base."""
+
+
+class Cuts(Protocol):
+    """Who asks for publications. The planner's thread calls it."""
+
+    def wanted(self, now_ms: int) -> int:
+        """Returns what a publication would hold if this process alone had its way, as bits; 0: none now.
+
+        Args:
+            now_ms: The time of the stream.
+        """
+        ...
+
+    def agreed(self, kind: int, now_ms: int) -> None:
+        """Is told that there will be one: the loop comes to it after the steps that are planned."""
+        ...
+
+
 class Exchange(Protocol):
     """What the planners of several processes tell one another. All call the same functions in the same order."""
 

@@ -25,6 +25,7 @@ EXAMPLE = "example: python -m launch.bench.kill --times 20 --workdir /tmp/kill"
 CLOCK_FIELDS = (
     *("seconds", "examples_per_s"),
     *("lag_s", "lag_messages", "watermark_age_s", "event_age_p50_s", "event_age_p99_s", "spilled_bytes", "stream"),
+    *("published_version", "publish_rows", "publish_s", "publish_lag_s", "publish_retries"),
 )
 """Fields of metrics.jsonl that tell how fast the machine was, and how late a live stream."""
 TIER_FIELDS = ("hit_rate", "loaded", "evicted")
@@ -136,8 +137,8 @@ def _last_snapshot(folder: Path) -> dict[str, Any]:
         raise RuntimeError(f"{folder} holds no snapshot")
     restored = snapshots.restore_plain(step)
     snapshots.close()
-    # The length of metrics.jsonl depends on the digits of the clock's fields; its rows are compared.
-    extras = {name: value for name, value in restored.extras.items() if name != "bytes"}
+    # The length of metrics.jsonl depends on the digits of the clock's fields; its rows are compared. Epochs count starts.
+    extras = {name: value for name, value in restored.extras.items() if name not in ("bytes", "publisher")}
     return {"step": restored.step, "state": restored.state, "host": restored.host, "extras": extras}
 
 

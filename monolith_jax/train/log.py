@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,6 +86,8 @@ class RunLog:
         self._ages_s: list[np.ndarray] = []
         self.told: dict[str, float] = {}
         """What the live stream told of itself last; empty where there is none."""
+        self.also: Callable[[], Mapping[str, Any]] = dict
+        """What else there is to tell in rows of kind `step`."""
         self._last_row: tuple[float, int] | None = None
         self._aucs = ""
         self._skipped = 0.0
@@ -164,6 +166,7 @@ class RunLog:
             "examples_per_s": round(rate, 1),
             **{name: round(value, 4) for name, value in planned.stats.items()},
             **self._of_live_stream(planned),
+            **self.also(),
         }
         self.write([row])
 

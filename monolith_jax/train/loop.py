@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from monolith_jax.train.log import RunLog
 from monolith_jax.train.state import Inputs, TrainState
 from monolith_jax.train.step import Metrics
 from monolith_jax.train.tiers import Tiers
+from monolith_jax.types import Cut
 
 IN_FLIGHT = 2
 
@@ -47,6 +48,30 @@ class TrainConfig:
     """Whether TensorBoard files are written too (extra `tensorboard`)."""
 
 
+class Publishes(Protocol):
+    """What brings the trained state to the serving side (`sync.publisher`). The loop's thread calls it."""
+
+    def after_step(self, state: Any, planned: Planned) -> None: ...  # noqa: D102
+    def cut(self, state: Any, cut: Cut) -> None: ...  # noqa: D102
+    def finish(self) -> None: ...  # noqa: D102
+
+
+class Unpublished:
+    """Publishes nothing."""
+
+    def after_step(self, state: Any, planned: Planned) -> None:  # noqa: D102
+        pass
+
+    def cut(self, state: Any, cut: Cut) -> None:  # noqa: D102
+        pass
+
+    def finish(self) -> None:  # noqa: D102
+        pass
+
+
+UNPUBLISHED = Unpublished()
+
+
 def run(
     state: TrainState,
     planner: Planner,
@@ -54,6 +79,7 @@ def run(
     log: RunLog,
     save: Callable[[TrainState, dict[str, Any]], None],
     tiers: Tiers | None = None,
+    publisher: Publishes = UNPUBLISHED,
 ) -> TrainState:
     """Trains until the planner ends.
 
@@ -64,6 +90,7 @@ def run(
         log: Gets the metrics of every step, in order.
         save: Saves a state together with the host state that was frozen after the same step.
         tiers: The rows that are not on the device, where tables are in two tiers; they are not part of the state.
+        publisher: Follows every step.
 
     Returns:
         The state after the last step.
@@ -76,13 +103,17 @@ def run(
     unreadable: Exception | None = None
     with jax.transfer_guard("disallow"):
         try:
-            # While a live stream brings nothing, what was learned is recorded at once.
-            for planned in planner.steps(idle=lambda: _drain(in_flight, 0, log)):
+            # While a live stream brings nothing, what was learned is recorded at once, and published.
+            for planned in planner.steps(
+                lambda: _drain(in_flight, 0, log),
+                lambda cut: publisher.cut(state, cut),  # noqa: B023, the newest state is meant
+            ):
                 _drain(in_flight, IN_FLIGHT - 1, log)
                 if tiers is not None:
                     state = tiers.move(state, planned.moves)
                 state, metrics = train_step(state, planned.inputs)
                 in_flight.append((planned, metrics))
+                publisher.after_step(state, planned)
                 if planned.frozen is not None:
                     _drain(in_flight, 0, log)
                     save(state, planned.frozen)
@@ -94,6 +125,7 @@ def run(
         _drain(in_flight, 0, log)
         if planner.frozen_at_end:
             save(state, planner.frozen_at_end)
+        publisher.finish()
     if unreadable is not None:
         raise unreadable
     return state

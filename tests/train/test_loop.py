@@ -32,7 +32,7 @@ class Plans:
         self._fails = fails
         self._frozen = {"step": number} if frozen else {}
 
-    def steps(self, idle: Any) -> Any:
+    def steps(self, idle: Any, cut: Any) -> Any:
         yield from self._plans
         self.frozen_at_end = self._frozen
         if self._fails:
