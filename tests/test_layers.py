@@ -84,6 +84,13 @@ def is_host(path: Path) -> bool:
         "features.py",
         "types.py",
         "__init__.py",
+        "sync/__init__.py",
+        "sync/chain.py",
+        "sync/delta.py",
+        "sync/delta_files.py",
+        "sync/manifest.py",
+        "sync/quantise.py",
+        "sync/storage.py",
     )
 
 

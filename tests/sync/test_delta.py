@@ -1,0 +1,395 @@
+"""Holds what is written to be what is read: in every format, of several processes, whole or not at all, and never damaged."""
+
+import dataclasses
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pyarrow as pa
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monolith_jax.sync.delta import (
+    FORMATS,
+    Content,
+    DeltaFolder,
+    Manifest,
+    Rows,
+    Version,
+    dequantised,
+    next_epoch,
+    quantised,
+)
+
+BASE, NEXT = Version(1, 1), Version(1, 2)
+DENSE = {"towers/kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.float32(3), "steps": np.arange(2)}
+
+
+def manifest(version: Version, format: str = "float32", previous: Version | None = None, **more: object) -> Manifest:
+    first = Manifest(
+        kind="base" if previous is None else "delta",
+        version=version,
+        previous=previous,
+        base=version if previous is None else BASE,
+        step=7,
+        event_time_ms=1_700_000_000_000,
+        created_ms=1_700_000_000_500,
+        position=[{"topic": "events", "offset": 12}],
+        format=format,  # pyright: ignore[reportArgumentType]
+    )
+    return dataclasses.replace(first, **more)
+
+
+def rows_of(count: int, dim: int, seed: int = 0) -> Rows:
+    rng = np.random.default_rng(seed)
+    return Rows(rng.integers(-(2**63), 2**63, count), rng.standard_normal((count, dim), np.float32))
+
+
+def write(
+    folder: DeltaFolder, version: Version, content: Content, format: str = "float32", previous: Version | None = None
+) -> Manifest:
+    folder.write_part(version, 0, content, format)
+    return folder.commit(manifest(version, format, previous))
+
+
+def write_two(root: Path, format: str = "float16") -> DeltaFolder:
+    """Writes a base and a delta with all that there can be in them."""
+    folder = DeltaFolder(root)
+    rows = {"user": rows_of(30, 4), "video": rows_of(20, 8, 1), "author": rows_of(5, 4, 2)}
+    write(folder, BASE, Content(rows=rows, dense=DENSE), format)
+    deleted = {"user": np.array([1, -5]), "video": np.array([2**62])}
+    write(folder, NEXT, Content(rows=rows, deleted=deleted, dense=DENSE), format, BASE)
+    return folder
+
+
+def assert_holds(got: Content, wanted: Content, format: str) -> None:
+    filled = {table: rows for table, rows in wanted.rows.items() if len(rows.ids)}
+    assert got.rows.keys() == filled.keys()
+    for table, rows in filled.items():
+        stored, scales = quantised(rows.vectors, format)
+        assert got.rows[table].vectors.dtype == format
+        np.testing.assert_array_equal(got.rows[table].ids, rows.ids, strict=True)
+        np.testing.assert_array_equal(got.rows[table].vectors, stored, strict=True)
+        if scales is None:
+            assert got.rows[table].scales is None
+        else:
+            np.testing.assert_array_equal(got.rows[table].scales, scales, strict=True)  # pyright: ignore[reportArgumentType]
+    deleted = {table: ids for table, ids in wanted.deleted.items() if len(ids)}
+    assert got.deleted.keys() == deleted.keys()
+    for table, ids in deleted.items():
+        np.testing.assert_array_equal(got.deleted[table], ids, strict=True)
+    assert (got.dense is None) == (wanted.dense is None)
+    if got.dense is not None and wanted.dense is not None:
+        assert got.dense.keys() == wanted.dense.keys()
+        for name, weight in wanted.dense.items():
+            np.testing.assert_array_equal(got.dense[name], weight, strict=True)
+
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@st.composite
+def contents(draw: st.DrawFn) -> Content:
+    rows: dict[str, Rows] = {}
+    for table in draw(st.sets(st.text(min_size=1, max_size=5), max_size=4)):
+        ids = draw(st.lists(INT64, max_size=6, unique=True))
+        shape = (len(ids), draw(st.sampled_from([1, 3, 8])))
+        vectors = draw(hnp.arrays(np.float32, shape, elements=st.floats(-6e4, 6e4, width=32)))
+        rows[table] = Rows(np.array(ids, np.int64), vectors)
+    deleted = draw(st.dictionaries(st.text(min_size=1, max_size=5), st.lists(INT64, max_size=4), max_size=3))
+    kinds = st.sampled_from([np.float32, np.float64, np.float16, np.int32, np.bool_])
+    weights = kinds.flatmap(lambda kind: hnp.arrays(kind, hnp.array_shapes(min_dims=0, min_side=0, max_side=3)))
+    dense = draw(st.none() | st.dictionaries(st.text(max_size=6), weights, max_size=3))
+    return Content(rows=rows, deleted={table: np.array(ids, np.int64) for table, ids in deleted.items()}, dense=dense)
+
+
+@settings(deadline=None, max_examples=60)
+@given(content=contents(), format=st.sampled_from(FORMATS))
+def test_what_is_written_is_read(content: Content, format: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.mktemp("log")
+    folder = DeltaFolder(root)
+    told = write(folder, NEXT, content, format, BASE)
+    for reader in (folder, DeltaFolder(str(root))):
+        assert reader.manifest(NEXT) == told
+        assert_holds(reader.read(NEXT), content, format)
+    tables = {*content.rows, *content.deleted}
+    wanted = {t: [len(content.rows[t].ids) if t in content.rows else 0, len(content.deleted.get(t, []))] for t in tables}
+    assert told.counts == wanted
+    assert told.dims == {table: rows.vectors.shape[1] for table, rows in content.rows.items()}
+    shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_large_rows_are_written_in_batches_and_read_as_one(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("monolith_jax.sync.delta_files.BATCH_BYTES", 4096)
+    content = Content(rows={"user": rows_of(5000, 16), "tag": rows_of(7, 16, 1)}, dense={})
+    folder = DeltaFolder(tmp_path)
+    write(folder, BASE, content, format)
+    got = folder.read(BASE)
+    assert_holds(got, content, format)
+    assert not any(array.flags.writeable for rows in got.rows.values() for array in (rows.ids, rows.vectors))
+
+
+def test_blocks_become_one_version(tmp_path: Path) -> None:
+    rows = rows_of(100, 4)
+    blocks = [
+        Content(rows={"user": Rows(rows.ids[first : first + 30], rows.vectors[first : first + 30])})
+        for first in range(0, 100, 30)
+    ]
+    folder = DeltaFolder(tmp_path)
+    folder.write_part(BASE, 0, iter([*blocks, Content(dense=DENSE)]), "int8")
+    folder.commit(manifest(BASE, "int8"))
+    assert_holds(folder.read(BASE), Content(rows={"user": rows}, dense=DENSE), "int8")
+    with pytest.raises(ValueError, match=r"later block has rows of tag, the first has user: the first must name every table"):
+        folder.write_part(NEXT, 0, [blocks[0], Content(rows={"tag": rows})], "int8")
+
+
+def test_the_parts_of_several_processes_are_one_version(tmp_path: Path) -> None:
+    writers = [DeltaFolder(tmp_path) for _ in range(3)]
+    parts = [
+        Content(
+            rows={"user": rows_of(10 + process, 4, process)},
+            deleted={"user": np.array([process])},
+            dense=None if process else DENSE,
+        )
+        for process in range(3)
+    ]
+    for process in (2, 0):
+        writers[process].write_part(NEXT, process, parts[process], "float16")
+    with pytest.raises(TimeoutError, match=r"process 1 has not written its part of 00000001-0000000002"):
+        writers[0].commit(manifest(NEXT, "float16", BASE), num_processes=3, timeout_s=0.05)
+    assert DeltaFolder(tmp_path).versions() == []
+    writers[1].write_part(NEXT, 1, parts[1], "float16")
+    told = writers[0].commit(manifest(NEXT, "float16", BASE), num_processes=3)
+    assert told.counts == {"user": [33, 3]} and len(told.files) == 7
+    rows = [part.rows["user"] for part in parts]
+    whole = Rows(np.concatenate([one.ids for one in rows]), np.concatenate([one.vectors for one in rows]))
+    wanted = Content(rows={"user": whole}, deleted={"user": np.arange(3)}, dense=DENSE)
+    assert_holds(DeltaFolder(tmp_path).read(NEXT), wanted, "float16")
+    assert {path.name for path in (tmp_path / NEXT.folder).iterdir()} == {"manifest.json", *told.files}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_pyarrow_and_json_alone_read_it(format: str, tmp_path: Path) -> None:
+    write_two(tmp_path, format)
+    told = json.loads((tmp_path / NEXT.folder / "manifest.json").read_text())
+    assert told["kind"] == "delta" and told["version"] == [1, 2] and told["previous"] == told["base"] == [1, 1]
+    assert told["counts"] == {"user": [30, 2], "video": [20, 1], "author": [5, 0]} and told["schema"] == 1
+    found: dict[str, dict[int, list[float]]] = {}
+    for name, (size, checksum) in told["files"].items():
+        data = (tmp_path / NEXT.folder / name).read_bytes()
+        assert len(data) == size and xxhash.xxh3_64_hexdigest(data) == checksum
+        table = pa.ipc.open_file(data).read_all()
+        if name.startswith("rows-"):
+            for row in table.to_pylist():
+                scale = row.get("scale", 1.0)
+                found.setdefault(row["table"], {})[row["id"]] = [value * scale for value in row["vector"]]
+        elif name.startswith("deleted-"):
+            assert table.select(["table", "id"]).to_pylist() == [
+                {"table": "user", "id": 1},
+                {"table": "user", "id": -5},
+                {"table": "video", "id": 2**62},
+            ]
+        else:
+            assert name == "dense-0.arrow"
+            assert [(row["name"], row["dtype"], row["shape"]) for row in table.to_pylist()] == [
+                ("towers/kernel", "float32", [2, 3]),
+                ("bias", "float32", []),
+                ("steps", "int64", [2]),
+            ]
+            assert table["data"][0].as_py() == DENSE["towers/kernel"].tobytes()
+    rows = rows_of(20, 8, 1)
+    stored, scales = quantised(rows.vectors, format)
+    wanted = dequantised(Rows(rows.ids, stored, scales))
+    np.testing.assert_allclose([found["video"][one] for one in rows.ids.tolist()], wanted, rtol=1e-6)
+    assert len(found["user"]) == 30 and len(found["author"]) == 5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_flipped_bit_or_a_missing_end_is_refused(format: str, tmp_path: Path) -> None:
+    write_two(tmp_path, format)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert len(files) == 2 * 4 + 1
+    rng = random.Random(0)
+    refused = 0
+    for attempt in range(200):
+        path = files[attempt % len(files)]
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        if attempt // len(files) % 2:
+            damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        else:
+            del damaged[rng.randrange(len(whole)) :]
+        path.write_bytes(damaged)
+        version = Version.of_folder(path.parent.name)
+        assert version is not None
+        with pytest.raises(ValueError) as error:
+            DeltaFolder(tmp_path).read(version)
+        assert str(path) in str(error.value) and "expected" in str(error.value) and "got" in str(error.value)
+        refused += 1
+        path.write_bytes(whole)
+    assert refused == 200
+    for path in files:
+        whole = path.read_bytes()
+        path.unlink()
+        with pytest.raises(ValueError, match=path.name):
+            version = Version.of_folder(path.parent.name)
+            assert version is not None
+            DeltaFolder(tmp_path).read(version)
+        path.write_bytes(whole)
+    assert DeltaFolder(tmp_path).chain() == [BASE, NEXT]
+
+
+def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
+    write_two(tmp_path)
+    path = tmp_path / NEXT.folder / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in (0, 5):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+                DeltaFolder(tmp_path).manifest(NEXT)
+
+
+def test_a_folder_under_another_name_is_refused(tmp_path: Path) -> None:
+    write_two(tmp_path)
+    shutil.move(tmp_path / NEXT.folder, tmp_path / Version(3, 9).folder)
+    with pytest.raises(ValueError, match=r"manifest\.json is of version 00000001-0000000002: a folder was moved"):
+        DeltaFolder(tmp_path).read(Version(3, 9))
+
+
+def test_another_layout_is_refused(tmp_path: Path) -> None:
+    write_two(tmp_path)
+    from monolith_jax.sync.manifest import sealed
+
+    path = tmp_path / NEXT.folder / "manifest.json"
+    told = json.loads(path.read_text())
+    del told["xxh3"]
+    path.write_bytes(sealed(told | {"schema": 2}))
+    with pytest.raises(ValueError, match=r"manifest\.json is of layout 2, this reader knows 1"):
+        DeltaFolder(tmp_path).read(NEXT)
+
+
+def test_a_killed_writer_leaves_whole_versions_only(tmp_path: Path) -> None:
+    program = Path(__file__).parent / "delta_killed.py"
+    done = subprocess.run(
+        [sys.executable, program, tmp_path, "50"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(program.parent.parent.parent), "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["whole"] > 0
+    killed = {name for name in told["begun"]}
+    assert len(killed) <= 1, "leftovers of all but the last writer are gone"
+    folder = DeltaFolder(tmp_path)
+    epoch = next_epoch(tmp_path)
+    assert epoch > max(version.epoch for version in folder.versions())
+    folder.write_part(Version(epoch, 1), 0, Content(dense={}), "float32")
+    assert not killed & {path.name for path in tmp_path.iterdir()}
+
+
+def test_nothing_is_seen_before_the_commit_and_discard_takes_it_away(tmp_path: Path) -> None:
+    folder, reader = DeltaFolder(tmp_path), DeltaFolder(tmp_path)
+    folder.write_part(BASE, 0, Content(dense=DENSE), "float32")
+    assert reader.versions() == [] and reader.chain() == []
+    folder.discard(BASE)
+    folder.discard(BASE)
+    assert list(tmp_path.iterdir()) == []
+    write(folder, NEXT, Content(dense=DENSE), "float32")
+    folder.discard(NEXT)
+    assert reader.versions() == [NEXT]
+
+
+def test_a_version_is_written_once(tmp_path: Path) -> None:
+    folder = DeltaFolder(tmp_path)
+    folder.write_part(BASE, 0, Content(dense={}), "float32")
+    with pytest.raises(ValueError, match=r"part-0\.json was written before.*next sequence number"):
+        folder.write_part(BASE, 0, Content(dense={}), "float32")
+    folder.commit(manifest(BASE))
+    with pytest.raises(ValueError, match="is committed: take the next sequence number"):
+        folder.commit(manifest(BASE))
+
+
+def test_a_trainer_that_was_followed_by_another_must_stop(tmp_path: Path) -> None:
+    assert next_epoch(tmp_path) == 1 and next_epoch(tmp_path / "nothing") == 1
+    old, new = DeltaFolder(tmp_path), DeltaFolder(tmp_path)
+    write(old, BASE, Content(dense={}))
+    old.write_part(NEXT, 0, Content(), "float32")
+    assert next_epoch(tmp_path) == 2
+    new.write_part(Version(2, 1), 0, Content(dense={}), "float32")
+    assert not (tmp_path / NEXT.folder).exists()
+    for act in (
+        lambda: old.commit(manifest(NEXT, previous=BASE)),
+        lambda: old.write_part(Version(1, 3), 0, Content(), "float32"),
+    ):
+        with pytest.raises(ValueError, match="has epoch 2, this writer is of epoch 1: another trainer has started"):
+            act()
+
+
+def test_what_contradicts_itself_is_not_committed(tmp_path: Path) -> None:
+    folder = DeltaFolder(tmp_path)
+    folder.write_part(BASE, 0, Content(rows={"user": rows_of(3, 4)}, deleted={"user": np.array([1])}), "float32")
+    for wrong, why in (
+        (manifest(BASE), "has no dense weights"),
+        (manifest(BASE, kind="full"), "kind of .* is 'full'"),
+        (manifest(BASE, base=Version(1, 0)), "names .* as its base; expected itself"),
+        (manifest(BASE, kind="delta"), "expected a lower version"),
+        (manifest(BASE, previous=NEXT), "as previous; expected a lower"),
+        (manifest(BASE, "int8"), "in another format than int8"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            folder.commit(wrong)
+    folder.write_part(NEXT, 0, Content(rows={"user": rows_of(3, 4)}, deleted={"user": np.array([1])}, dense={}), "float32")
+    with pytest.raises(ValueError, match="has deleted ids"):
+        folder.commit(manifest(NEXT))
+    with pytest.raises(ValueError, match="expected what JSON holds"):
+        folder.commit(manifest(NEXT, previous=BASE, position=[np.int64(1)]))
+    (tmp_path / NEXT.folder / "rows-0-4.arrow").unlink()
+    with pytest.raises(ValueError, match=r"rows-0-4\.arrow is gone"):
+        folder.commit(manifest(NEXT, previous=BASE))
+    assert folder.versions() == []
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (
+            Content(rows={"user": Rows(np.arange(3), np.zeros((3, 2)))}),
+            r"vectors of user: expected float32 \[3, dim\], got float64",
+        ),
+        (Content(rows={"user": Rows(np.arange(3), np.zeros((2, 2), np.float32))}), r"got float32 \[2, 2\]"),
+        (Content(rows={"user": Rows(np.arange(3.0), np.zeros((3, 2), np.float32))}), r"ids of user: expected int64 \[N\]"),
+        (Content(deleted={"user": np.arange(3, dtype=np.int32)}), r"ids of user: expected int64 \[N\], got int32"),
+        (Content(dense={"bias": np.array(["a"])}), "dense weight bias is of <U1"),
+    ],
+)
+def test_wrong_arrays_are_refused(content: Content, why: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=why):
+        DeltaFolder(tmp_path).write_part(BASE, 0, content, "float32")
+
+
+@pytest.fixture(scope="module")
+def touched() -> Iterator[Rows]:
+    yield rows_of(2000, 1024)
+
+
+@pytest.mark.parametrize(("format", "most"), [("float16", 206e6), ("int8", 105e6)])
+def test_a_hundred_thousand_rows_of_dim_1024_fit(format: str, most: float, touched: Rows, tmp_path: Path) -> None:
+    folder = DeltaFolder(tmp_path)
+    write(folder, NEXT, Content(rows={"video": touched}), format, BASE)
+    total = sum(path.stat().st_size for path in (tmp_path / NEXT.folder).iterdir())
+    assert total * 50 <= most + 49 * 4096, "what does not grow with the rows is at most 4096 bytes"
