@@ -58,8 +58,8 @@ class ServedCopy:
         if refused:
             counts = ", ".join(f"{number:,} of {name}" for name, number in refused.items())
             raise TooFull(
-                f"version {_name(loaded.manifest)} has more ids than their tables here have room for: {counts}; serve with the "
-                "TableConfig.max_rows and num_shards of the trainer, which has rows for all of them",
+                f"version {loaded.manifest.version.folder} has more ids than their tables here have room for: {counts}; serve "
+                "with the TableConfig.max_rows and num_shards of the trainer, which has rows for all of them",
                 sum(refused.values()),
             )
         self.weights = self.weights if loaded.weights is None else loaded.weights
@@ -97,27 +97,22 @@ class TooFull(ValueError):
         self.refused = refused
 
 
-def _name(manifest: Manifest) -> str:
-    return f"{manifest.version.epoch}-{manifest.version.sequence}"
-
-
-def check_fits(groups: Sequence[Group], loaded: Manifest, content: Content) -> None:
-    """Refuses a version of other tables than those that are served.
+def check_fits(groups: Sequence[Group], manifest: Manifest, content: Content) -> None:
+    """Refuses a version of other tables than those that are served. One that has no rows of a table need not name it.
 
     Raises:
-        ValueError: A table is unknown or missing, or has another dim.
+        ValueError: A table is unknown or has another dim.
     """
     dims = {name: group.dim for group in groups for name in group.maps.names}
-    if dict(loaded.dims) != dims:
+    theirs = dict(manifest.dims)
+    if any(dims.get(name) != dim for name, dim in theirs.items()) or {*content.rows, *content.deleted} - dims.keys():
         raise ValueError(
-            f"version {_name(loaded)} is of tables with dims {dict(loaded.dims)}, served are {dims}; serve with the "
-            "tables of the trainer"
+            f"version {manifest.version.folder} has rows of tables with dims {theirs} and deletions of "
+            f"{sorted(content.deleted)}, served are {dims}; serve with the tables of the trainer"
         )
-    for name in {*content.rows, *content.deleted} - dims.keys():
-        raise ValueError(f"version {_name(loaded)} has rows of table {name!r}, which its manifest does not name")
     for name, rows in content.rows.items():
-        if rows.vectors.shape != (rows.ids.size, dims[name]) or rows.vectors.dtype != np.dtype(loaded.format):
+        if rows.vectors.shape != (rows.ids.size, dims[name]) or rows.vectors.dtype != np.dtype(manifest.format):
             raise ValueError(
-                f"version {_name(loaded)}: vectors of table {name!r} are {rows.vectors.dtype} {rows.vectors.shape}, expected "
-                f"{loaded.format} {(rows.ids.size, dims[name])}"
+                f"version {manifest.version.folder}: vectors of table {name!r} are {rows.vectors.dtype} {rows.vectors.shape}, "
+                f"expected {manifest.format} {(rows.ids.size, dims[name])}"
             )

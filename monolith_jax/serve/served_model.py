@@ -88,16 +88,23 @@ class ServedModel:
         self._warm_up()
 
     def _first(self) -> Loaded:
-        chain = self._folder.chain(None)
-        if not chain:
-            raise ValueError(
-                f"{self._folder.root} holds no base to serve from: train with Experiment.publisher, which writes one with its "
-                "first publication, or give the folder that python -m launch.export wrote"
-            )
-        loaded = self._load(chain[0])
-        if loaded.weights is None:
-            raise ValueError(f"the base {chain[0]} in {self._folder.root} has no dense weights; publish a new base")
-        return loaded
+        """Returns the newest base that is whole."""
+        damaged: dict[Version, Exception] = {}
+        while chain := self._folder.chain(None, damaged):
+            try:
+                loaded = self._load(chain[0])
+            except ValueError as error:
+                self._note(error)
+                damaged[chain[0]] = error
+                continue
+            assert loaded.weights is not None, "the folder takes no base without weights"
+            return loaded
+        for error in damaged.values():
+            raise error
+        raise ValueError(
+            f"{self._folder.root} holds no base to serve from: train with Experiment.publisher, which writes one with its "
+            "first publication, or give the folder that python -m launch.export wrote"
+        )
 
     def _load(self, version: Version) -> Loaded:
         """Reads and checks a version."""
@@ -179,34 +186,32 @@ class ServedModel:
     def poll(self) -> int:
         """Applies what is new, up to the first version that is damaged or does not fit; returns how many versions.
 
-        What was refused is counted in `faults`, told in `last_fault` and tried again at the next call.
+        What was refused is counted in `faults`, told in `last_fault` and tried again at the next call. Where a newer base leads
+        past it, that is taken.
         """
         with self._polling:
-            applied = self._counts["versions"]
-            try:
-                self._advance(self._folder.chain(self.version))
-            except (ValueError, OSError, pa.ArrowException) as error:
-                self._note(error)
-                self._go_round()
-            applied = self._counts["versions"] - applied
+            before, refused = self._counts["versions"], list[Version]()
+            while True:
+                at = None
+                try:
+                    for at in self._folder.chain(self.version, refused):
+                        self._advance(at)
+                    break
+                except Exception as error:  # Whatever a disk, a network or a file may do, what is served goes on being served.
+                    self._note(error)
+                    if at is None:
+                        break
+                    refused.append(at)
+            applied = self._counts["versions"] - before
             if applied or time.monotonic() - self._registered_s > _REGISTER_S:
                 self._register()
             return applied
-
-    def _go_round(self) -> None:
-        """Goes on from a base beyond the version that was refused, where there is one."""
-        try:
-            chain = self._folder.chain(None)
-            if chain and chain[0] > self.version:
-                self._advance(chain)
-        except (ValueError, OSError, pa.ArrowException) as error:
-            self._note(error)
 
     def _note(self, error: Exception) -> None:
         self._counts["faults"] += 1
         if isinstance(error, TooFull):
             self._counts["refused_rows"] += error.refused
-        self.last_fault = str(error)
+        self.last_fault = f"{type(error).__name__}: {error}"
 
     def _register(self) -> None:
         self._registered_s = time.monotonic()
@@ -216,27 +221,17 @@ class ServedModel:
             # A folder that may only be read is served from all the same; nobody prunes what nobody writes.
             self.last_fault = f"cannot register as a reader: {error}"
 
-    def _advance(self, chain: Sequence[Version]) -> None:
-        if not chain or chain[-1] <= self.version:
-            return
+    def _advance(self, version: Version) -> None:
+        """Applies a version to the idle copy, shows it, and applies it to the other one."""
+        begun, loaded = time.perf_counter(), self._load(version)
         if self._dirty:
             self._sides.idle.copy_from(self._sides.live)
-            self._dirty = False
-        behind: list[Loaded] = []
-        for version in chain:
-            begun, loaded = time.perf_counter(), self._load(version)
-            behind.append(loaded)
-            self._dirty = True
-            self._sides.idle.apply(loaded)
-            if version <= self.version:
-                continue  # A base from before what is served: only what follows it is shown.
-            old = self._sides.swap()
-            for one in behind:
-                old.apply(one)
-            behind.clear()
-            self._dirty = False
-            self._apply_s = time.perf_counter() - begun
-            self._count(loaded)
+        self._dirty = True
+        self._sides.idle.apply(loaded)
+        self._sides.swap().apply(loaded)
+        self._dirty = False
+        self._apply_s = time.perf_counter() - begun
+        self._count(loaded)
 
     def _count(self, loaded: Loaded) -> None:
         self._counts["versions"] += 1

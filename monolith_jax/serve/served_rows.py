@@ -6,15 +6,11 @@ float32 when they are read. One caller changes a copy, while nobody reads it; an
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout
 from monolith_jax.serve.row_kernels import places_of_batch, read_float16, read_float32, read_int8, write_rows, write_scales
-from monolith_jax.sync.delta import Rows
-
-Format = Literal["float32", "float16", "int8"]
+from monolith_jax.sync.delta import Format, Rows
 
 _BLOCK = 1 << 14
 """Rows written at a time: what is known of them fits into the cache."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import pyarrow as pa
 from flax import nnx
 
 from monolith_jax.features import feature_layout
@@ -61,23 +60,22 @@ class Log:
         if is_base:
             self.base = version
         content = Content(
-            {name: Rows(np.asarray(ids, np.int64), vectors, None) for name, (ids, vectors) in rows.items()},
-            {name: np.asarray(ids, np.int64) for name, ids in (deleted or {}).items()},
-            self.dense if is_base and dense is None else dense,
+            rows={name: Rows(np.asarray(ids, np.int64), vectors) for name, (ids, vectors) in rows.items()},
+            deleted={name: np.asarray(ids, np.int64) for name, ids in (deleted or {}).items()},
+            dense=self.dense if is_base and dense is None else dense,
         )
         self.folder.write_part(version, 0, content, format)
         now_ms = int(time.time() * 1000)
         manifest = Manifest(
             kind="base" if is_base else "delta",
             version=version,
-            previous=None if is_base else self.last,
+            previous=self.last,
             base=self.base,
             step=version.sequence * 10,
             event_time_ms=version.sequence * 1000,
             created_ms=now_ms,
             position=[{"offset": version.sequence}],
             format=format,  # pyright: ignore[reportArgumentType]
-            dims={table.name: table.dim for table in self.tables},
         )
         self.folder.commit(manifest)
         self.last = version
@@ -103,8 +101,3 @@ def trained_rows(small: Small) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def trained_weights(small: Small) -> dict[str, np.ndarray]:
     """Returns the dense weights of a trainer by name."""
     return {name: np.asarray(weight) for name, weight in named_weights(small.state.weights).items()}
-
-
-def padded(examples: pa.RecordBatch, size: int) -> pa.RecordBatch:
-    """Repeats the last example until there are `size`."""
-    return pa.Table.from_batches([examples]).take(np.minimum(np.arange(size), examples.num_rows - 1)).to_batches()[0]

@@ -1,5 +1,6 @@
 """What is served is what was trained: vectors, scores, deletions, versions; and what is damaged is not served."""
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -217,9 +218,9 @@ def test_no_base_and_another_model_are_told(tmp_path: Path) -> None:
     log = Log(tmp_path)
     with pytest.raises(ValueError, match="no base to serve"):
         log.serve()
-    log.publish({}, kind="base")
-    log.tables = (TableConfig("user", 500, 8, SGD), *TABLES[1:])
-    with pytest.raises(ValueError, match=r"dims .*'user': 8"):
+    log.publish({"user": ([1], vector(1))}, kind="base")
+    log.tables = tuple(dataclasses.replace(table, dim=8) for table in TABLES)
+    with pytest.raises(ValueError, match=r"served are .*'user': 8"):
         log.serve()
     log.tables, log.config = TABLES, DeepFMConfig(hidden=(4,))
     with pytest.raises(ValueError, match="dense weights are of another model"):

@@ -42,14 +42,14 @@ def test_rows_are_read_as_they_were_written(format: Format) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_all_of_a_format_is_read(format: Format) -> None:
-    if format == "float16":
-        bits = np.arange(2**16, dtype=np.uint16)
-        values = bits.view(np.float16)
-        stored = np.ascontiguousarray(values[np.isfinite(values)][:, None])
-        scales = None
-    else:
-        stored = np.arange(-127, 128, dtype=np.int8)[:, None] if format == "int8" else np.float32([[1e-45], [-0.0], [3e38]])
-        scales = np.linspace(1e-30, 1e30, len(stored), dtype=np.float32) if format == "int8" else None
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every: dict[Format, np.ndarray] = {
+        "float32": np.array([1e-45, -0.0, 3e38], np.float32),
+        "float16": halves[np.isfinite(halves)],
+        "int8": np.arange(-127, 128, dtype=np.int8),
+    }
+    stored = every[format][:, None]
+    scales = np.geomspace(1e-30, 1e30, len(stored)).astype(np.float32) if format == "int8" else None
     ids = np.arange(len(stored), dtype=np.int64)
     copy = ServedRows(MapLayout(("user",), (len(stored),), 8), 1, format)
     copy.write(0, Rows(ids, stored, scales))
