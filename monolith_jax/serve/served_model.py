@@ -146,7 +146,7 @@ class ServedModel:
         return self._manifest.event_time_ms
 
     @property
-    def position(self) -> list[Any]:
+    def position(self) -> Sequence[Any]:
         """Its position in each partition of the stream."""
         return self._manifest.position
 

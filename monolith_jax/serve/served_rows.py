@@ -23,7 +23,8 @@ class ServedRows:
 
     def __init__(self, layout: MapLayout, dim: int, format: Format) -> None:
         """Makes an empty copy; the memory of rows is taken when ids come."""
-        self.layout, self.dim, self.format = layout, dim, format
+        self.layout, self.dim = layout, dim
+        self.format: Format = format
         self.maps = IdMaps(layout)
         self._rows, self._scales = self._empty(format)
 
@@ -104,8 +105,9 @@ class ServedRows:
             self._rows, self._scales = self._empty(format)
             return
         wide = np.empty(self._rows.shape, np.float32)
-        self._read(np.arange(self._rows.shape[0]), wide)
-        self.format, self._rows, self._scales = "float32", wide.view(np.uint32), None
+        self._read(np.arange(len(self._rows)), wide)
+        self.format = "float32"
+        self._rows, self._scales = wide.view(np.uint32), None
 
     def vectors(self, table: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns vectors of ids [N] of one table, float32 [N, D], zeros for those without a row; and which have one."""
