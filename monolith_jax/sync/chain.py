@@ -44,6 +44,33 @@ def find_chain(
     return anew
 
 
+def find_since(newest: Version, manifest_of: Callable[[Version], Manifest], step: int) -> list[Version]:
+    """Returns the deltas that told of states after a step, ascending; see `DeltaFolder.since`.
+
+    Args:
+        newest: The newest committed version.
+        manifest_of: Gives its manifest and those before; raises ValueError where that cannot be.
+        step: Where a trainer goes on.
+    """
+    manifest = manifest_of(newest)
+    if manifest.step < step:
+        raise ValueError(
+            f"the log ends with {newest.folder} at step {manifest.step}, so it does not tell what changed up to step {step}, "
+            "from where the trainer goes on: begin its epoch with a base without `previous`"
+        )
+    found: list[Version] = []
+    while manifest.step > step:
+        if manifest.kind == "delta":
+            found.append(manifest.version)
+        elif manifest.previous is None:
+            raise ValueError(
+                f"{manifest.version.folder} starts anew at step {manifest.step}, so the log does not tell what changed since "
+                f"step {step}, from where the trainer goes on: begin its epoch with a base without `previous`"
+            )
+        manifest = manifest_of(manifest.previous or manifest.base)
+    return found[::-1]
+
+
 def _down_to_base(
     versions: Sequence[Version], manifest_of: ManifestOf, without: Collection[Version]
 ) -> dict[Version, Manifest]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from monolith_jax.sync.chain import find_chain
+from monolith_jax.sync.chain import find_chain, find_since
 from monolith_jax.sync.delta_files import Content, Part, read_files, write_files
 from monolith_jax.sync.manifest import Manifest, Version, check_manifest, from_bytes, sealed, to_bytes, unsealed
 from monolith_jax.sync.quantise import FORMATS, Format, Rows, check_format, dequantised, quantised
@@ -108,6 +108,7 @@ class DeltaFolder:
         """
         check_manifest(manifest)
         self._check_new(manifest.version)
+        self._check_previous(manifest)
         parts = [self._wait_for(manifest, process, time.monotonic() + timeout_s) for process in range(num_processes)]
         dims: dict[str, int] = {}
         counts: dict[str, Sequence[int]] = {}
@@ -213,6 +214,18 @@ class DeltaFolder:
             raise faults[0]
         return found
 
+    def since(self, step: int) -> list[Version]:
+        """Returns the deltas that told of states after a step, ascending: a trainer that goes on there takes them back.
+
+        Its first delta has every id that these have in `rows` or `deleted`: with the value it has now, or as deleted.
+
+        Raises:
+            ValueError: One is missing or damaged, or what changed up to the step is not told: begin the epoch with a
+                base whose `previous` is None, which readers load whole.
+        """
+        versions = self.versions()
+        return find_since(versions[-1], self.manifest, step) if versions else []
+
     def register(self, reader: str, version: Version) -> None:
         """Tells the writer where a reader stands, so that what it needs is kept. To be called again and again while it lives.
 
@@ -303,6 +316,16 @@ class DeltaFolder:
             )
         if is_there(self.root / version.folder / _MANIFEST):
             raise ValueError(f"{self.root / version.folder} is committed: take the next sequence number")
+
+    def _check_previous(self, manifest: Manifest) -> None:
+        """Raises ValueError if a base holds another state than the delta that it follows."""
+        if manifest.kind == "base" and manifest.previous is not None and manifest.previous in self.versions():
+            delta = self.manifest(manifest.previous)
+            if (delta.kind, delta.step) != ("delta", manifest.step):
+                raise ValueError(
+                    f"base {manifest.version.folder} is of step {manifest.step}, its previous {delta.version.folder} a "
+                    f"{delta.kind} of step {delta.step}: publish a delta from the state of a base, and name that"
+                )
 
     def _clean(self, epoch: int) -> None:
         """Removes what writers of older epochs left without a manifest, or beside the last one."""

@@ -46,11 +46,10 @@ class Manifest:
     kind: Literal["base", "delta"]
     """A base has every live row and every dense weight, a delta what changed since `previous`."""
     version: Version
-    """Of a base: taken in its turn when its state is, however late it is committed. It holds at least what the versions
-    below hold together, and the deltas above it apply to it."""
+    """Of a base: the next after its `previous`, when its state is taken, however late it is committed."""
     previous: Version | None
-    """The version before this one that a reader must have: of a delta, the delta before it. None where only the base it
-    names comes before. The first of a new epoch names the last version of the older ones."""
+    """Of a delta: the delta before it, across epochs; None where there is only its base. Of a base: the delta of the same
+    state, since nothing could take back what no delta has told; None where it starts anew: no reader steps over it."""
     base: Version
     """The newest base when a delta was written; of a base, itself."""
     step: int
@@ -90,6 +89,11 @@ def check_manifest(manifest: Manifest) -> None:
     if (base != version) if manifest.kind == "base" else (base >= version):
         wanted = "itself" if manifest.kind == "base" else "a lower version"
         raise ValueError(f"{manifest.kind} {version.folder} names {base.folder} as its base; expected {wanted}")
+    if manifest.kind == "base" and previous is not None and previous.epoch != version.epoch:
+        raise ValueError(
+            f"base {version.folder} names {previous.folder} as previous; expected a delta of its own epoch, of the same "
+            "state, or None: then readers load it whole"
+        )
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:

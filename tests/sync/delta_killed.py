@@ -1,7 +1,7 @@
 """A writer that is killed at random moments: run as a program, prints what a reader saw after each kill.
 
-`python delta_killed.py ROOT KILLS` forks writers one after another; each opens an epoch and writes a base and deltas until it is
-killed. What a version must hold is a function of its name alone.
+`python delta_killed.py ROOT KILLS` forks writers one after another; each opens an epoch and writes a base, then deltas.
+What a version must hold is a function of its name alone.
 """
 
 import json
