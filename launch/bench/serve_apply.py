@@ -1,10 +1,10 @@
 """How fast a served model takes over deltas, and what requests feel of it: `python -m launch.bench.serve_apply --help`.
 
-A base of one table of float16 vectors of dim 16, and deltas behind it, are written to a temporary folder. In each round a served
-model (DeepFM, 10 ids an example) loads the base; requests of equal size come at a steady pace, first while nothing is applied,
-then while one thread applies all deltas, as fast as it can and, in a round of its own, at the demanded rate. Figures:
+A base of one table of float16 vectors of dim 16, and deltas behind it, are written to a temporary folder. In each round a
+served model (DeepFM, 10 ids an example) loads the base; requests of equal size come at a steady pace, first while nothing is
+applied, then while one thread applies all deltas, once as fast as it can and once at the demanded rate. Figures:
 
-  apply_rows_per_s        rows of deltas a second of wall time, while requests go on: files read and checked, both copies written
+  apply_rows_per_s        rows of deltas a second of wall time, requests going on: files read and checked, both copies written
   apply_rows_per_cpu_s    the same by the time that the one applying thread was on a core
   apply_alone_rows_per_s  by wall time, without requests
   predict_p99_ms_idle     of the requests' durations

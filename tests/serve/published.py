@@ -29,6 +29,7 @@ class Log:
         self.root, self.tables, self.config = root, tables, config or DeepFMConfig(hidden=())
         self.folder = DeltaFolder(root)
         self.last: Version | None = None
+        self.step = 0
         self.base = Version(1, 0)
         groups = make_groups(tables, NUM_SHARDS)
         layout = feature_layout(FEATURES, [group.maps.names for group in groups])
@@ -43,6 +44,7 @@ class Log:
         kind: str = "delta",
         format: str = "float32",
         version: Version | None = None,
+        same_state: bool = False,
     ) -> Version:
         """Commits a version; a base without weights gets the first ones.
 
@@ -53,10 +55,12 @@ class Log:
             kind: base or delta.
             format: Of the vectors.
             version: Its name; the next one.
+            same_state: Whether a base holds what readers of the version before have.
         """
         if version is None:
             version = Version(1, 0) if self.last is None else Version(self.last.epoch, self.last.sequence + 1)
         is_base = kind == "base"
+        self.step += 0 if same_state else 10
         if is_base:
             self.base = version
         content = Content(
@@ -69,9 +73,9 @@ class Log:
         manifest = Manifest(
             kind="base" if is_base else "delta",
             version=version,
-            previous=self.last,
+            previous=None if is_base and not same_state else self.last,
             base=self.base,
-            step=version.sequence * 10,
+            step=self.step,
             event_time_ms=version.sequence * 1000,
             created_ms=now_ms,
             position=[{"offset": version.sequence}],
