@@ -12,7 +12,8 @@ applied, then while one thread applies all deltas, once as fast as it can and on
   predict_p99_ms_flat_out the same while deltas are applied as fast as one thread can
   p99_ratio               applying over idle
 
-Each is the median over the rounds. On a machine whose cores others use, the p99 is theirs as well: compare idle with applying.
+Rates are medians over the rounds; requests of all rounds are put together. On a machine whose cores others use, the p99 is
+theirs as well: compare idle with applying.
 """
 
 from __future__ import annotations
@@ -168,50 +169,50 @@ class Log:
         return done[0], took_ms
 
 
-def one_round(log: Log, seconds: float) -> dict[str, float]:
-    """Returns the figures of a round."""
+def one_round(log: Log, seconds: float, took_ms: dict[str, list[float]]) -> dict[str, float]:
+    """Returns the rates of a round; adds how long requests took to `took_ms`."""
     rows = len(log.deltas) * log.sizes.rows
     alone = log.apply(open_model(log.root, log.sizes), float("inf"))
+    beside = alone
     log.take_back()
-    model = open_model(log.root, log.sizes)
-    ends = time.perf_counter() + seconds
-    idle_ms = requests(model, log.sizes, lambda: time.perf_counter() < ends)
-    applied, flat_out_ms = log.apply_beside(model, float("inf"))
-    log.take_back()
-    model = open_model(log.root, log.sizes)
-    ends = time.perf_counter() + seconds
-    idle_ms += requests(model, log.sizes, lambda: time.perf_counter() < ends)
-    _, applying_ms = log.apply_beside(model, RATE)
-    log.take_back()
-    idle, applying, flat_out = (float(np.percentile(took, 99)) for took in (idle_ms, applying_ms, flat_out_ms))
+    for name, rate in (("flat_out", float("inf")), ("applying", RATE)):
+        model, ends = open_model(log.root, log.sizes), time.perf_counter() + seconds
+        took_ms["idle"] += requests(model, log.sizes, lambda ends=ends: time.perf_counter() < ends)
+        applied, more_ms = log.apply_beside(model, rate)
+        took_ms[name] += more_ms
+        log.take_back()
+        if rate > RATE:
+            beside = applied
     return {
-        "apply_rows_per_s": rows / applied.wall_s,
-        "apply_rows_per_cpu_s": rows / applied.cpu_s,
+        "apply_rows_per_s": rows / beside.wall_s,
+        "apply_rows_per_cpu_s": rows / beside.cpu_s,
         "apply_alone_rows_per_s": rows / alone.wall_s,
-        "predict_p50_ms_idle": statistics.median(idle_ms),
-        "predict_p99_ms_idle": idle,
-        "predict_p99_ms_applying": applying,
-        "predict_p99_ms_flat_out": flat_out,
-        "p99_ratio": applying / idle,
     }
 
 
 def measure(sizes: Sizes, rounds: int, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
-    """Returns the median of each figure.
+    """Returns the figures.
 
     Args:
         sizes: How large everything is.
-        rounds: Of these the median counts.
+        rounds: Of all rates the median over these counts; requests of all are put together.
         seconds: Of requests alone, twice a round.
-        say: Told each round.
+        say: Told the rates of each round.
     """
+    took_ms: dict[str, list[float]] = {"idle": [], "applying": [], "flat_out": []}
     with tempfile.TemporaryDirectory() as work:
         log = Log(Path(work), sizes)
         found = []
         for number in range(rounds):
-            found.append(one_round(log, seconds))
+            found.append(one_round(log, seconds, took_ms))
             say(f"round {number + 1} of {rounds}: " + json.dumps({name: _rounded(value) for name, value in found[-1].items()}))
-    return {name: _rounded(statistics.median(one[name] for one in found)) for name in found[0]}
+    figures = {name: statistics.median(one[name] for one in found) for name in found[0]}
+    for name, of_lane in took_ms.items():
+        figures[f"requests_{name}"] = len(of_lane)
+        figures[f"predict_p50_ms_{name}"] = statistics.median(of_lane)
+        figures[f"predict_p99_ms_{name}"] = float(np.percentile(of_lane, 99))
+    figures["p99_ratio"] = figures["predict_p99_ms_applying"] / figures["predict_p99_ms_idle"]
+    return {name: _rounded(value) for name, value in figures.items()}
 
 
 def _rounded(value: float) -> float:
@@ -246,11 +247,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--ids", type=int, default=1_000_000, help="ids of the table (default: %(default)s)")
-    parser.add_argument("--deltas", type=int, default=60, help="deltas of a round (default: %(default)s)")
+    parser.add_argument("--deltas", type=int, default=150, help="deltas of a round (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=100_000, help="rows of a delta (default: %(default)s)")
     parser.add_argument("--examples", type=int, default=256, help="examples of a request (default: %(default)s)")
     parser.add_argument("--period_ms", type=float, default=20.0, help="between requests (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, the median counts (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of requests alone, twice a round (default: %(default)s)")
     arguments = parser.parse_args(argv)
     smallest = min(arguments.deltas, arguments.rows, arguments.examples, arguments.rounds)

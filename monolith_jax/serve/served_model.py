@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from monolith_jax.sync.delta import DeltaFolder, Manifest, Version
 from monolith_jax.tables.table import TableConfig, make_groups
 from monolith_jax.types import GroupIds
 
-_REGISTER_S = 60.0
-"""How often a reader says that it lives, so that what it needs is not removed."""
+_REGISTER_S = 10.0
+"""How often a reader says where it stands, so that what it needs is not removed; it may stand further."""
 _SLOWEST = 32
 """Periods between two looks after many faults in a row."""
 
@@ -203,7 +204,7 @@ class ServedModel:
                         break
                     refused.append(at)
             applied = self._counts["versions"] - before
-            if applied or time.monotonic() - self._registered_s > _REGISTER_S:
+            if time.monotonic() - self._registered_s > _REGISTER_S:
                 self._register()
             return applied
 
@@ -252,10 +253,12 @@ class ServedModel:
             periods = min(2 * periods, _SLOWEST) if self.faults > faults else 1
 
     def close(self) -> None:
-        """Ends the thread of `watch`."""
+        """Ends the thread of `watch`, and the claim to what this reader would need next. What is served stays."""
         self._closed.set()
         if self._watcher is not None:
             self._watcher.join()
+        with suppress(OSError):
+            self._folder.unregister(self._reader)
 
     def vectors(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the vectors of ids of a table, all of one version.

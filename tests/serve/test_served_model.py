@@ -72,6 +72,7 @@ def test_served_equals_trained(tmp_path: Path, config: ModelConfig, format: str)
         np.testing.assert_array_equal(served.predict(asked), scores)
         few = served.predict(asked.slice(5, 11))
         np.testing.assert_allclose(logit(few), logit(scores[5:16]), atol=1e-5)
+        assert served.predict(asked.slice(0, 0)).shape == (0, 2)
         many = served.predict(pa.Table.from_batches([asked] * 3).slice(0, 150).combine_chunks().to_batches()[0])
         np.testing.assert_allclose(logit(many), logit(scores[np.arange(150) % 64]), atol=1e-5)
     else:
@@ -107,7 +108,9 @@ def test_what_a_version_tells(tmp_path: Path) -> None:
     assert (served.version, served.step, served.event_time_ms) == (Version(1, 1), 20, 1000)
     assert served.position == [{"offset": 1}] and 0 <= served.staleness_s() < 60
     assert served.memory_bytes > 2 * sum(table.max_rows * table.dim * 4 for table in TABLES)
-    assert log.folder.readers()["one"][0] == Version(1, 1)
+    assert log.folder.readers()["one"][0] == Version(1, 0)  # Where it stood when it last said so.
+    served.close()
+    assert not log.folder.readers() and served.vectors("user", np.array([1]))[1].all()
 
 
 def test_dense_weights_have_their_own_period(tmp_path: Path) -> None:
