@@ -130,7 +130,7 @@ class DeltaFolder:
         put(place, data)
         for process in range(num_processes):
             remove(self._part(manifest.version, process))
-        self._manifests = {**self._manifests, manifest.version: (whole := from_bytes(data, str(place)))}
+        self._manifests[manifest.version] = whole = from_bytes(data, str(place))
         return whole
 
     def discard(self, version: Version) -> None:
@@ -144,7 +144,9 @@ class DeltaFolder:
         known = self._committed
         there = [one for one in begun if one in known or is_there(self.root / one.folder / _MANIFEST)]
         self._committed = frozenset(there)
-        self._manifests = {one: manifest for one, manifest in self._manifests.items() if one in self._committed}
+        for one in list(self._manifests):
+            if one not in self._committed:
+                self._manifests.pop(one, None)
         return there
 
     def manifest(self, version: Version) -> Manifest:
@@ -159,7 +161,7 @@ class DeltaFolder:
             known = from_bytes(_read(place), str(place))
             if known.version != version:
                 raise ValueError(f"{place} is of version {known.version.folder}: a folder was moved or renamed; put it back")
-            self._manifests = {**self._manifests, version: known}
+            self._manifests[version] = known
         return known
 
     def read(self, version: Version) -> Content:

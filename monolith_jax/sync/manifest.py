@@ -5,6 +5,7 @@ In: what a publisher knows. Out: JSON of one line, with the checksum of all befo
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -35,8 +36,13 @@ class Version(NamedTuple):
     @classmethod
     def of_folder(cls, name: str) -> Version | None:
         """Returns the version that a folder's name stands for, None for any other name."""
-        found = _NAME.fullmatch(name)
-        return cls(int(found[1]), int(found[2])) if found else None
+        return _version_of(name)
+
+
+@functools.lru_cache(maxsize=1 << 16)  # readers list the same names again and again
+def _version_of(name: str) -> Version | None:
+    found = _NAME.fullmatch(name)
+    return Version(int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -140,6 +140,17 @@ def test_large_rows_are_written_in_batches_and_read_as_one(
     assert not any(array.flags.writeable for rows in got.rows.values() for array in (rows.ids, rows.vectors))
 
 
+def test_any_number_of_tables(tmp_path: Path) -> None:
+    content = Content(
+        rows={f"table {n}": rows_of(1, 1 + n % 2, n) for n in range(300)}, deleted={"table 299": np.arange(3)}, dense={}
+    )
+    folder = DeltaFolder(tmp_path)
+    told = write(folder, BASE, Content(rows=content.rows, dense={}))
+    assert len(told.files) == 3
+    write(folder, NEXT, content, previous=BASE)
+    assert_holds(folder.read(NEXT), content, "float32")
+
+
 def test_blocks_become_one_version(tmp_path: Path) -> None:
     rows = rows_of(100, 4)
     blocks = [

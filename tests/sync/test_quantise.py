@@ -51,6 +51,13 @@ def test_int8_is_symmetric_and_keeps_zeros_and_the_largest() -> None:
     np.testing.assert_array_equal(same_scales, scales)
 
 
+@pytest.mark.parametrize("largest", [1e-45, 2e-43, 1e-40, 1e-37, 1.4e-36])
+def test_a_row_too_small_for_a_scale_is_zeros_in_int8(largest: float) -> None:
+    stored, scales = quantised(np.array([[largest, -largest / 2], [1, 0.5]], np.float32), "int8")
+    np.testing.assert_array_equal(stored, [[0, 0], [127, 64]])
+    assert scales is not None and scales[0] == 0
+
+
 @pytest.mark.parametrize("format", ["float16", "int8"])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_what_is_not_finite_is_refused(format: str, value: float) -> None:
