@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,8 +181,10 @@ def test_the_parts_of_several_processes_are_one_version(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"process 1 has not written its part of 00000001-0000000002"):
         writers[0].commit(manifest(NEXT, "float16", BASE), num_processes=3, timeout_s=0.05)
     assert DeltaFolder(tmp_path).versions() == []
-    writers[1].write_part(NEXT, 1, parts[1], "float16")
+    late = threading.Timer(0.1, writers[1].write_part, (NEXT, 1, parts[1], "float16"))
+    late.start()
     told = writers[0].commit(manifest(NEXT, "float16", BASE), num_processes=3)
+    late.join()
     assert told.counts == {"user": [33, 3]} and len(told.files) == 7
     rows = [part.rows["user"] for part in parts]
     whole = Rows(np.concatenate([one.ids for one in rows]), np.concatenate([one.vectors for one in rows]))

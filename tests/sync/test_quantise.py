@@ -3,7 +3,7 @@
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monolith_jax.sync.quantise import FORMATS, Rows, dequantised, quantised
@@ -22,17 +22,20 @@ def back(vectors: np.ndarray, format: str) -> np.ndarray:
     return dequantised(Rows(np.arange(len(stored)), stored, scales))
 
 
+@settings(deadline=None)  # the first call compiles
 @given(hnp.arrays(np.uint32, (3, 5)))
 def test_float32_keeps_every_bit(bits: np.ndarray) -> None:
     np.testing.assert_array_equal(back(bits.view(np.float32), "float32").view(np.uint32), bits)
 
 
+@settings(deadline=None)  # the first call compiles
 @given(vectors_up_to(65504))
 def test_float16_is_within_its_bound(vectors: np.ndarray) -> None:
     error = np.abs(back(vectors, "float16").astype(np.float64) - vectors)
     assert (error <= np.maximum(np.abs(vectors).astype(np.float64) / 2048, 2.0**-25)).all()
 
 
+@settings(deadline=None)  # the first call compiles
 @given(vectors_up_to(float(np.float32(LIMIT))))
 def test_int8_is_within_its_bound(vectors: np.ndarray) -> None:
     largest = np.abs(vectors).max(axis=1, keepdims=True).astype(np.float64)
