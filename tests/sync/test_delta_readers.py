@@ -94,7 +94,7 @@ def test_what_a_resumed_trainer_takes_back_is_read_from_the_files(tmp_path: Path
     write(folder, "D1.2<1.1/1.1", step=5)
     write(folder, "D1.3<1.2/1.1 B1.4<1.3", step=10)
     assert names(folder.since(0)) == "1.2 1.3" and names(folder.since(7)) == "1.3" and folder.since(10) == []
-    with pytest.raises(ValueError, match="what changed up to step 11.*begin its epoch with a base without `previous`"):
+    with pytest.raises(ValueError, match=r"what changed up to step 11.*begin its epoch with a base without `previous`"):
         folder.since(11)
     damage(tmp_path, Version(1, 2), "manifest.json")
     assert names(DeltaFolder(tmp_path).since(10)) == ""
