@@ -276,3 +276,13 @@ def test_a_hundred_thousand_rows_of_dim_1024_fit(format: str, most: float, touch
     write(folder, NEXT, Content(rows={"video": touched}), format, BASE)
     total = sum(path.stat().st_size for path in (tmp_path / NEXT.folder).iterdir())
     assert total * 50 <= most + 49 * 4096, "what does not grow with the rows is at most 4096 bytes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "most"), [("float16", 206e6), ("int8", 105e6)])
+def test_a_hundred_thousand_rows_of_dim_1024_fit_in_full(format: str, most: float, tmp_path: Path) -> None:
+    folder = DeltaFolder(tmp_path)
+    rows = rows_of(100_000, 1024)
+    write(folder, NEXT, Content(rows={"video": rows}), format, BASE)
+    assert sum(path.stat().st_size for path in (tmp_path / NEXT.folder).iterdir()) <= most
+    assert_holds(folder.read(NEXT), Content(rows={"video": rows}), format)
