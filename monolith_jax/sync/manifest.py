@@ -1,6 +1,13 @@
 """The manifest of a version: what a delta or base holds, and that it is whole.
 
 In: what a publisher knows. Out: JSON of one line, with the checksum of all before it as its last entry, and back.
+
+A publisher holds to this, so that a reader has at each version what the trainer had there:
+
+* a delta has every row that changed since its `previous`, whatever base came between;
+* a base is of the state of its `previous`, so a delta of the same step comes first. It may be committed later than deltas above it;
+* the first delta of a new epoch has every id that `DeltaFolder.since(step)` names, as it is in the restored state. Where that
+  cannot say them, the epoch begins with a base without `previous`.
 """
 
 from __future__ import annotations
