@@ -114,7 +114,7 @@ def requests(model: Any, sizes: Sizes, going_on: Callable[[], bool]) -> list[flo
         for _ in range(16)
     ]
     took_ms, at = [], time.perf_counter()
-    while going_on():
+    while not took_ms or going_on():
         begun = time.perf_counter()
         model.predict(pool[len(took_ms) % len(pool)])
         took_ms.append((time.perf_counter() - begun) * 1000)
