@@ -236,7 +236,7 @@ def dense_lane(work: Workload, name: str) -> Lane:
     masks = jax.device_put(np.ones(labels.shape, np.float32), batch)
 
     def loss_of(weights: Any, vectors: Any, dense: Any, labels: Any, masks: Any) -> Any:
-        logits = nnx.merge(model.graph, nnx.State(weights))(ModelInputs((vectors,), dense))
+        logits = nnx.merge(model.towers.graph, nnx.State(weights))(ModelInputs((vectors,), dense))
         return multi_task_loss(logits, labels, masks, model.heads)
 
     def step(weights: Any, optimizer: Any, number: Any, *data: Any) -> Any:

@@ -45,7 +45,7 @@ _LONGEST_WAIT_S = 0.05
 
 def next_epoch(root: str | Path | epath.Path) -> int:
     """Returns the epoch of a trainer that starts now: one above all that began there. One process asks for all."""
-    return 1 + max((version.epoch for version in _begun(epath.Path(root))), default=0)
+    return 1 + max((version.epoch for version in _begun(names_in(epath.Path(root)))), default=0)
 
 
 class DeltaFolder:
@@ -59,6 +59,7 @@ class DeltaFolder:
         """
         self.root = epath.Path(root)
         self._committed: frozenset[Version] = frozenset()
+        self._listed: tuple[frozenset[str], tuple[Version, ...]] = frozenset(), ()  # names, where all of them are committed
         self._manifests: dict[Version, Manifest] = {}
         self._cleaned_below = 0
 
@@ -130,7 +131,7 @@ class DeltaFolder:
         put(place, data)
         for process in range(num_processes):
             remove(self._part(manifest.version, process))
-        self._manifests = {**self._manifests, manifest.version: (whole := from_bytes(data, str(place)))}
+        self._manifests[manifest.version] = whole = from_bytes(data, str(place))
         return whole
 
     def discard(self, version: Version) -> None:
@@ -140,11 +141,18 @@ class DeltaFolder:
 
     def versions(self) -> list[Version]:
         """Returns the committed versions, ascending. Costs a listing, and a look at each that is not yet known as committed."""
-        begun = _begun(self.root)
+        names = frozenset(names_in(self.root))
+        same, there = self._listed
+        if names == same:
+            return list(there)
+        begun = _begun(names)
         known = self._committed
         there = [one for one in begun if one in known or is_there(self.root / one.folder / _MANIFEST)]
         self._committed = frozenset(there)
-        self._manifests = {one: manifest for one, manifest in self._manifests.items() if one in self._committed}
+        self._listed = (names if len(there) == len(begun) else frozenset(), tuple(there))
+        for one in list(self._manifests):
+            if one not in self._committed:
+                self._manifests.pop(one, None)
         return there
 
     def manifest(self, version: Version) -> Manifest:
@@ -159,7 +167,7 @@ class DeltaFolder:
             known = from_bytes(_read(place), str(place))
             if known.version != version:
                 raise ValueError(f"{place} is of version {known.version.folder}: a folder was moved or renamed; put it back")
-            self._manifests = {**self._manifests, version: known}
+            self._manifests[version] = known
         return known
 
     def read(self, version: Version) -> Content:
@@ -280,7 +288,7 @@ class DeltaFolder:
                 needed |= {version, *self._needed_by(version, versions)}
         gone = {one for one in versions if one < bases[-1]} - needed
         self._committed -= gone
-        for version in _begun(self.root):
+        for version in _begun(names_in(self.root)):
             if version in gone:
                 remove(self.root / version.folder / _MANIFEST)  # first: what has no manifest is not there
             if version in gone or (version < bases[-1] and version not in versions):
@@ -308,7 +316,7 @@ class DeltaFolder:
         return self.root / _READERS / f"{reader}.json"
 
     def _check_new(self, version: Version) -> None:
-        newest = max((one.epoch for one in _begun(self.root)), default=0)
+        newest = max((one.epoch for one in map(Version.of_folder, names_in(self.root)) if one), default=0)
         if newest > version.epoch:
             raise ValueError(
                 f"{self.root} has epoch {newest}, this writer is of epoch {version.epoch}: another trainer has started "
@@ -331,7 +339,7 @@ class DeltaFolder:
         """Removes what writers of older epochs left without a manifest, or beside the last one."""
         if self._cleaned_below < epoch:
             committed = [version for version in self.versions() if version.epoch < epoch]
-            for version in _begun(self.root):
+            for version in _begun(names_in(self.root)):
                 if version.epoch < epoch and version not in committed:
                     remove(self.root / version.folder)
             for version in committed[-1:]:
@@ -374,9 +382,9 @@ class DeltaFolder:
             )
 
 
-def _begun(root: epath.Path) -> list[Version]:
-    """Returns the versions that have a folder, ascending."""
-    return sorted(version for name in names_in(root) if (version := Version.of_folder(name)))
+def _begun(names: Iterable[str]) -> list[Version]:
+    """Returns the versions that folders stand for, ascending."""
+    return sorted(version for name in names if (version := Version.of_folder(name)))
 
 
 def _read(place: epath.Path) -> bytes:

@@ -20,16 +20,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from monolith_jax.features import FeatureConfig, FeatureLayout, feature_layout
 from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, is_shared, sharding, weight_spec
-from monolith_jax.models.deepfm import DeepFM, DeepFMConfig
-from monolith_jax.models.layers import InputShapes, axes_of, num_fields
-from monolith_jax.models.losses import HeadConfig, check_heads
-from monolith_jax.models.mmoe import MMoE, MMoEConfig
+from monolith_jax.models.layers import axes_of
+from monolith_jax.models.losses import HeadConfig
+from monolith_jax.models.towers import ModelConfig, Towers, make_towers
 from monolith_jax.tables.table import Group, TableConfig, empty_array, make_groups
 from monolith_jax.tables.update import OptimizerConfig, make_optimizer
 from monolith_jax.tables.wire import PADDED, WireConfig, check_wire
 from monolith_jax.types import Array, GroupPlan
-
-ModelConfig = DeepFMConfig | MMoEConfig
 
 
 class TrainState(NamedTuple):
@@ -63,10 +60,8 @@ class Inputs(NamedTuple):
 class Model:
     """The static half of a model: what is compiled, not what is learned."""
 
-    graph: nnx.GraphDef
+    towers: Towers
     groups: tuple[Group, ...]
-    layout: FeatureLayout
-    heads: tuple[HeadConfig, ...]
     optimizer: OptimizerConfig
     seed: int
     mesh: Mesh
@@ -74,6 +69,16 @@ class Model:
     """Shape, type and sharding of each dense weight."""
     wire: WireConfig = PADDED
     """How vectors and gradients cross between the devices."""
+
+    @property
+    def layout(self) -> FeatureLayout:
+        """The features."""
+        return self.towers.layout
+
+    @property
+    def heads(self) -> tuple[HeadConfig, ...]:
+        """What is predicted."""
+        return self.towers.heads
 
     @property
     def transformation(self) -> optax.GradientTransformation:
@@ -98,27 +103,16 @@ def make_model(
         ValueError: The configs do not fit together, or the devices cannot do such an exchange.
     """
     check_wire(wire, mesh)
-    if not heads:
-        raise ValueError("Experiment.heads is empty: name at least one HeadConfig, the model has to predict something")
-    check_heads(heads)
     if optimizer.group_lasso:
         raise ValueError(
             "OptimizerConfig.group_lasso shortens rows of tables; Experiment.dense_optimizer has none: set it to 0"
         )
     groups = make_groups(tables, num_shards)
     layout = feature_layout(features, [group.maps.names for group in groups])
-    fields = tuple((num_fields(slots), group.dim) for slots, group in zip(layout.groups, groups, strict=True))
-    shapes = InputShapes(fields, layout.num_dense)
-    rngs = nnx.Rngs(seed)
-    match config:
-        case DeepFMConfig():
-            module = DeepFM(config, shapes, len(heads), rngs)
-        case MMoEConfig():
-            module = MMoE(config, shapes, len(heads), rngs)
-    graph, weights = nnx.split(module, nnx.Param)
+    towers, weights = make_towers(config, layout, [group.dim for group in groups], heads, seed)
     pure = nnx.to_pure_dict(weights)
     shapes = jax.tree.map(partial(_shape, mesh), pure, axes_of(weights))
-    return Model(graph, groups, layout, tuple(heads), optimizer, seed, mesh, shapes, wire), pure
+    return Model(towers, groups, optimizer, seed, mesh, shapes, wire), pure
 
 
 def _shape(mesh: Mesh, weight: jax.Array, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:

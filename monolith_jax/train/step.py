@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, is_shared, sharding
-from monolith_jax.models.layers import ModelInputs, combine
-from monolith_jax.models.losses import multi_task_loss, offsets, scores
+from monolith_jax.models.losses import multi_task_loss, scores
+from monolith_jax.models.towers import forward
 from monolith_jax.tables.lookup import gather_rows, return_gradients, send_vectors, write_fresh_rows, write_rows
 from monolith_jax.tables.update import apply_updates, learning_rate
 from monolith_jax.train.state import Inputs, Model, TrainState, state_shardings
@@ -32,22 +31,6 @@ class Metrics(NamedTuple):
     """float32 scalar"""
     scores: Array
     """float32 [B, T]"""
-
-
-def forward(model: Model, weights: Any, vectors: Groups, valid: Groups, inputs: Inputs) -> jax.Array:
-    """Returns logits [B, T].
-
-    Args:
-        model: The model.
-        weights: Its dense weights.
-        vectors: Of each group the vectors at the id positions, [B, P, D].
-        valid: Of each group whether there is an id, bool [B, P].
-        inputs: The inputs; the plans are not looked at.
-    """
-    parts = zip(model.layout.groups, vectors, valid, inputs.weights, strict=True)
-    fields = tuple(combine(slots, of_group, there, list_weights) for slots, of_group, there, list_weights in parts)
-    module = nnx.merge(model.graph, nnx.State(weights))
-    return module(ModelInputs(fields, inputs.dense)) + offsets(model.heads)
 
 
 def make_train_step(model: Model) -> Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]:
@@ -100,7 +83,7 @@ def make_learn(model: Model) -> Callable[..., tuple[jax.Array, Any, Any, Metrics
     """Returns the forward and backward pass of the towers, with the update of their weights."""
 
     def loss_and_logits(weights: Any, vectors: Groups, valid: Groups, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        logits = forward(model, weights, vectors, valid, inputs)
+        logits = forward(model.towers, weights, vectors, valid, inputs.weights, inputs.dense)
         return multi_task_loss(logits, inputs.labels, inputs.masks, model.heads), logits
 
     def learn(
@@ -145,7 +128,8 @@ def make_predict_step(model: Model) -> Callable[[TrainState, Inputs], jax.Array]
     read = make_read(model)
 
     def predict(weights: Any, vectors: Groups, valid: Groups, inputs: Inputs) -> jax.Array:
-        return scores(forward(model, weights, vectors, valid, inputs), model.heads)
+        logits = forward(model.towers, weights, vectors, valid, inputs.weights, inputs.dense)
+        return scores(logits, model.heads)
 
     batch = sharding(model.mesh, BATCH)
     in_shardings = (state_shardings(model).weights, batch, batch, batch)

@@ -87,6 +87,21 @@ def test_a_reader_of_another_log_is_told(tmp_path: Path) -> None:
         DeltaFolder(tmp_path / "other").chain(Version(2, 1))
 
 
+def test_what_a_resumed_trainer_takes_back_is_read_from_the_files(tmp_path: Path) -> None:
+    folder = DeltaFolder(tmp_path)
+    assert folder.since(0) == []
+    write(folder, "B1.1")
+    write(folder, "D1.2<1.1/1.1", step=5)
+    write(folder, "D1.3<1.2/1.1 B1.4<1.3", step=10)
+    assert names(folder.since(0)) == "1.2 1.3" and names(folder.since(7)) == "1.3" and folder.since(10) == []
+    with pytest.raises(ValueError, match=r"what changed up to step 11.*begin its epoch with a base without `previous`"):
+        folder.since(11)
+    damage(tmp_path, Version(1, 2), "manifest.json")
+    assert names(DeltaFolder(tmp_path).since(10)) == ""
+    with pytest.raises(ValueError, match=r"00000001-0000000002/manifest\.json is damaged"):
+        DeltaFolder(tmp_path).since(7)
+
+
 def test_a_base_is_of_the_state_of_the_delta_before(tmp_path: Path) -> None:
     folder = DeltaFolder(tmp_path)
     write(folder, "B1.1 D1.2<1.1/1.1")
