@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             while kills < min(asked.kills_a_run, asked.kills - done):
                 killed = sum(one["broker_kills"] for one in results) + broker_kills
                 with_broker = broker if killed < asked.broker_kills else None
-                if run_to(folder, url, cache, rng.random() * seconds / 2, with_broker, rng.random() * seconds / 2) is not None:
+                if run_to(folder, url, cache, rng.random() * seconds / 3, with_broker, rng.random() * seconds / 3) is not None:
                     break
                 kills, broker_kills = kills + 1, broker_kills + (with_broker is not None)
             run_to(folder, url, cache, None, None, 0.0)

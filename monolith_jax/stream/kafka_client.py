@@ -135,7 +135,8 @@ class Broker:
                 answer = question(max(_PAUSE_S, min(patience_s, until - time.monotonic())))
             except KafkaException as error:
                 fault = error.args[0]
-                if fault.code() in UNKNOWN:
+                # A broker that comes back does not know its topics at once.
+                if fault.code() in UNKNOWN and not self.last:
                     raise ValueError(
                         f"{self.url} has no {what}. A producer's `create` makes a topic; or look at the name"
                     ) from None

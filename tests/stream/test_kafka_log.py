@@ -236,6 +236,21 @@ def test_a_broker_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         producer.create("t", 1)
 
 
+def test_a_broker_that_comes_back_may_not_know_its_topics_at_once() -> None:
+    client = kafka_client.Broker("kafka://127.0.0.1:9")
+    unknown = [kafka_client.KafkaError(kafka_client.KafkaError.UNKNOWN_TOPIC_OR_PART)] * 2
+
+    def question(timeout_s: float) -> int:
+        if unknown:
+            raise kafka_client.KafkaException(unknown.pop())
+        return 7
+
+    with pytest.raises(ValueError, match="has no topic"):
+        client.ask("topic", question, lambda: None)
+    client.hear(kafka_client.KafkaError(kafka_client.KafkaError._TRANSPORT))
+    assert client.ask("topic", question, lambda: None) == 7
+
+
 def test_what_no_broker_took_is_told(mortal_broker: Broker) -> None:
     partition = LogPartition("others", 0)
     producer = KafkaProducer(mortal_broker.url, {"delivery.timeout.ms": "1500", "linger.ms": "0"})
