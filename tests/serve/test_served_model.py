@@ -272,6 +272,21 @@ def test_a_table_without_room_is_refused_with_a_count(tmp_path: Path) -> None:
     assert served.version == Version(1, 2) and served.vectors("user", np.arange(3))[0][:, 0].tolist() == [0, 3, 3]
 
 
+def test_what_was_begun_and_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+    log = Log(tmp_path, tables=(TableConfig("user", 32, 4, SGD), *TABLES[1:]))
+    base = log.publish({"user": ([1, 5], vector(1, 2))}, kind="base")
+    served = log.serve()
+    log.publish({"user": (np.arange(2000), vector(2, 2000))}, {"user": [1]})
+    assert served.poll() == 0 and served.faults == 1
+    # A trainer that was started anew does without it.
+    log.publish({"user": ([5], vector(3))}, version=Version(2, 0), previous=base)
+    for _ in range(2):
+        assert served.poll() == 1 and served.version == log.last
+        vectors, found = served.vectors("user", np.arange(2000))
+        assert np.flatnonzero(found).tolist() == [1, 5] and vectors[[1, 5], 0].tolist() == [1, 3]
+        log.publish({})  # The other copy is read next.
+
+
 def test_formats_may_change(tmp_path: Path) -> None:
     log = Log(tmp_path)
     log.publish({"user": ([1, 2], vector(1, 2))}, kind="base", format="int8")
