@@ -90,6 +90,7 @@ def is_host(path: Path) -> bool:
         "sync/delta_files.py",
         "sync/manifest.py",
         "sync/quantise.py",
+        "sync/readers.py",
         "sync/storage.py",
     )
 

@@ -5,9 +5,10 @@ In: what a publisher knows. Out: JSON of one line, with the checksum of all befo
 A publisher holds to this, so that a reader has at each version what the trainer had there:
 
 * a delta has every row that changed since its `previous`, whatever base came between;
-* a base is of the state of its `previous`, so a delta of the same step comes first. It may be committed later than deltas above it;
-* the first delta of a new epoch has every id that `DeltaFolder.since(step)` names, as it is in the restored state. Where that
-  cannot say them, the epoch begins with a base without `previous`.
+* a base is of the state of its `previous`, so a delta of the same step, with dense weights, comes first. The base may be
+  committed later than deltas above it;
+* the first delta of a new epoch has the dense weights, and every id of the deltas that `DeltaFolder.since(step)` names, all as
+  they are in the restored state. Where that cannot name them, the epoch begins with a base without `previous`.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class Manifest:
     def num_bytes(self) -> int:
         """Bytes of all its files, without this manifest."""
         return sum(size for size, _ in self.files.values())
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether it has the dense weights."""
+        return any(name.startswith("dense-") for name in self.files)
 
 
 def check_manifest(manifest: Manifest) -> None:
