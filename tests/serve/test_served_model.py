@@ -242,7 +242,7 @@ def test_catches_up_after_any_absence(tmp_path: Path, kept: bool) -> None:
         gone = [one for one in expected if rng.random() < 0.2]
         ids = rng.choice(100, 10, replace=False).tolist()
         expected = {one: value for one, value in expected.items() if one not in gone} | dict.fromkeys(ids, float(number))
-        log.publish({"user": (ids, vector(number, 10))}, {"user": gone})
+        log.publish({"user": (ids, vector(number, 10))}, {"user": gone}, log.dense)
         if number % 20 == 10:
             log.publish(
                 {"user": (list(expected), np.stack([vector(v)[0] for v in expected.values()]))}, kind="base", same_state=True
@@ -312,7 +312,7 @@ def test_any_sequence_of_versions_equals_a_dict(tmp_path_factory: pytest.TempPat
             written, gone = data.draw(ids), data.draw(ids)
             expected = {one: value for one, value in expected.items() if one not in gone} | dict.fromkeys(written, number)
             rows = {"tag": (written, np.repeat(vector(number), len(written), 0))}
-            log.publish(rows, {"tag": gone}, version=version)
+            log.publish(rows, {"tag": gone}, log.dense, version=version)
         else:
             values = np.array(list(expected.values()), np.float32)
             log.publish(
