@@ -77,7 +77,8 @@ class ServedModel:
         pure = nnx.to_pure_dict(weights)
         self._like = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, weight.dtype), pure)
         self._scorer = Scorer(towers, batch_sizes)
-        self._polling, self._closed, self._dirty = threading.Lock(), threading.Event(), False
+        self._polling, self._closed = threading.Lock(), threading.Event()
+        self._begun: Version | None = None
         self._watcher: threading.Thread | None = None
         self._registered_s = -_REGISTER_S
         self._counts = {"versions": 0, "rows": 0, "deleted": 0, "faults": 0, "refused_rows": 0}
@@ -225,12 +226,13 @@ class ServedModel:
     def _advance(self, version: Version) -> None:
         """Applies a version to the idle copy, shows it, and applies it to the other one."""
         begun, loaded = time.perf_counter(), self._load(version)
-        if self._dirty:
+        # What was begun and refused may be tried again as it is: a version can be applied twice, and a base clears all.
+        if self._begun not in (None, version) and loaded.manifest.kind == "delta":
             self._sides.idle.copy_from(self._sides.live)
-        self._dirty = True
+        self._begun = version
         self._sides.idle.apply(loaded)
         self._sides.swap().apply(loaded)
-        self._dirty = False
+        self._begun = None
         self._apply_s = time.perf_counter() - begun
         self._count(loaded)
 

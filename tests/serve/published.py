@@ -45,6 +45,7 @@ class Log:
         format: str = "float32",
         version: Version | None = None,
         same_state: bool = False,
+        previous: Version | None = None,
     ) -> Version:
         """Commits a version; a base without weights gets the first ones.
 
@@ -56,6 +57,7 @@ class Log:
             format: Of the vectors.
             version: Its name; the next one.
             same_state: Whether a base holds what readers of the version before have.
+            previous: Version that it follows; the last one.
         """
         if version is None:
             version = Version(1, 0) if self.last is None else Version(self.last.epoch, self.last.sequence + 1)
@@ -73,7 +75,7 @@ class Log:
         manifest = Manifest(
             kind="base" if is_base else "delta",
             version=version,
-            previous=None if is_base and not same_state else self.last,
+            previous=None if is_base and not same_state else previous or self.last,
             base=self.base,
             step=self.step,
             event_time_ms=version.sequence * 1000,

@@ -242,7 +242,7 @@ def test_catches_up_after_any_absence(tmp_path: Path, kept: bool) -> None:
         gone = [one for one in expected if rng.random() < 0.2]
         ids = rng.choice(100, 10, replace=False).tolist()
         expected = {one: value for one, value in expected.items() if one not in gone} | dict.fromkeys(ids, float(number))
-        log.publish({"user": (ids, vector(number, 10))}, {"user": gone})
+        log.publish({"user": (ids, vector(number, 10))}, {"user": gone}, log.dense)
         if number % 20 == 10:
             log.publish(
                 {"user": (list(expected), np.stack([vector(v)[0] for v in expected.values()]))}, kind="base", same_state=True
@@ -272,6 +272,21 @@ def test_a_table_without_room_is_refused_with_a_count(tmp_path: Path) -> None:
     assert served.version == Version(1, 2) and served.vectors("user", np.arange(3))[0][:, 0].tolist() == [0, 3, 3]
 
 
+def test_what_was_begun_and_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+    log = Log(tmp_path, tables=(TableConfig("user", 32, 4, SGD), *TABLES[1:]))
+    base = log.publish({"user": ([1, 5], vector(1, 2))}, kind="base")
+    served = log.serve()
+    log.publish({"user": (np.arange(2000), vector(2, 2000))}, {"user": [1]})
+    assert served.poll() == 0 and served.faults == 1
+    # A trainer that was started anew does without it.
+    log.publish({"user": ([5], vector(3))}, version=Version(2, 0), previous=base)
+    for _ in range(2):
+        assert served.poll() == 1 and served.version == log.last
+        vectors, found = served.vectors("user", np.arange(2000))
+        assert np.flatnonzero(found).tolist() == [1, 5] and vectors[[1, 5], 0].tolist() == [1, 3]
+        log.publish({})  # The other copy is read next.
+
+
 def test_formats_may_change(tmp_path: Path) -> None:
     log = Log(tmp_path)
     log.publish({"user": ([1, 2], vector(1, 2))}, kind="base", format="int8")
@@ -297,7 +312,7 @@ def test_any_sequence_of_versions_equals_a_dict(tmp_path_factory: pytest.TempPat
             written, gone = data.draw(ids), data.draw(ids)
             expected = {one: value for one, value in expected.items() if one not in gone} | dict.fromkeys(written, number)
             rows = {"tag": (written, np.repeat(vector(number), len(written), 0))}
-            log.publish(rows, {"tag": gone}, version=version)
+            log.publish(rows, {"tag": gone}, log.dense, version=version)
         else:
             values = np.array(list(expected.values()), np.float32)
             log.publish(
