@@ -122,7 +122,7 @@ class Writer:
         content = Content(rows=rows, deleted=job.deleted, dense=dense)
         self._again(lambda: self._folder.write_part(job.version, self._process, content, self._format))
         if self._process == 0:
-            self._again(lambda: self._commit(job))
+            self._again(lambda: self._folder.commit(self._manifest(job), self._num_processes), lambda: self._is_committed(job))
             if job.is_base:
                 self.base = job.version
         now = time.monotonic()
@@ -138,9 +138,9 @@ class Writer:
         if job.then is not None and not self._closing.is_set():
             self.start(job.then)
 
-    def _commit(self, job: Job) -> None:
-        if job.version not in self._folder.versions():
-            self._folder.commit(self._manifest(job), self._num_processes)
+    def _is_committed(self, job: Job) -> bool:
+        """Says whether a commit that failed had come far enough: the manifest is there, what failed came after it."""
+        return job.version in self._folder.versions()
 
     def _manifest(self, job: Job) -> Manifest:
         base = job.version if job.is_base else self.base
@@ -159,8 +159,8 @@ class Writer:
             config=self._gin if job.is_base else "",
         )
 
-    def _again(self, write: Callable[[], object]) -> None:
-        """Writes; tries again where the folder fails."""
+    def _again(self, write: Callable[[], object], is_done: Callable[[], bool] = lambda: False) -> None:
+        """Writes; tries again where the folder fails, unless it is done all the same."""
         until, wait_s = time.monotonic() + self._retry_s, _FIRST_WAIT_S
         while True:
             try:
@@ -175,6 +175,9 @@ class Writer:
                     raise
                 self.retries += 1
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+                with contextlib.suppress(OSError):
+                    if is_done():
+                        return
 
 
 def _by_table(names: tuple[str, ...], gathered: Gathered, whose: GroupRows, step: int) -> list[tuple[str, Rows]]:
