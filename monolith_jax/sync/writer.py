@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from monolith_jax.types import Cut
 
 _NICE = 10
 """On a CPU host they take after the devices' threads."""
+_PARTS_S, _BASE_PARTS_S = 600.0, 3600.0
+"""How long the first process waits for what the others write. Those that die are told of elsewhere."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
 
 
@@ -122,7 +125,9 @@ class Writer:
         content = Content(rows=rows, deleted=job.deleted, dense=dense)
         self._again(lambda: self._folder.write_part(job.version, self._process, content, self._format))
         if self._process == 0:
-            self._again(lambda: self._folder.commit(self._manifest(job), self._num_processes), lambda: self._is_committed(job))
+            wait_s = max(self._retry_s, _BASE_PARTS_S if job.is_base else _PARTS_S)
+            commit = partial(self._folder.commit, self._manifest(job), self._num_processes, wait_s)
+            self._again(commit, lambda: self._is_committed(job))
             if job.is_base:
                 self.base = job.version
         now = time.monotonic()

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from launch.bench import kill
@@ -235,6 +236,16 @@ def test_turned_on_in_the_middle_and_with_other_devices(tmp_path: Path) -> None:
     # Nobody knows what changed meanwhile.
     run(tmp_path)
     assert_up_to_date(reader, tmp_path)
+
+
+@pytest.mark.usefixtures("each_step")
+def test_what_is_no_number_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError):
+        run(tmp_path, "rows/OptimizerConfig.learning_rate = 1e37", "rows/OptimizerConfig.name = 'sgd'", steps=20)
+    reader = PlainReader(tmp_path / "deltas")
+    reader.catch_up()
+    values = b"".join(value for held in reader.rows.values() for value in held.values())
+    assert values and np.isfinite(np.frombuffer(values, np.float32)).all()
 
 
 @pytest.mark.parametrize(
