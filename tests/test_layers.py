@@ -88,9 +88,12 @@ def is_host(path: Path) -> bool:
         "sync/chain.py",
         "sync/delta.py",
         "sync/delta_files.py",
+        "sync/epochs.py",
         "sync/manifest.py",
         "sync/quantise.py",
+        "sync/schedule.py",
         "sync/storage.py",
+        "sync/touched.py",
     )
 
 
