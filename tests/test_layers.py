@@ -88,10 +88,13 @@ def is_host(path: Path) -> bool:
         "sync/chain.py",
         "sync/delta.py",
         "sync/delta_files.py",
+        "sync/epochs.py",
         "sync/manifest.py",
         "sync/quantise.py",
         "sync/readers.py",
+        "sync/schedule.py",
         "sync/storage.py",
+        "sync/touched.py",
     )
 
 

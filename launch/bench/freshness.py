@@ -207,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ages = sorted(seen["ages"])
     found: dict[str, Any] = {f"freshness_p{share}_s": ages[int(share / 100 * (len(ages) - 1))] for share in (50, 99)}
     found |= {"events": len(ages), "versions": seen["versions"], "rows": seen["rows"], "faults": seen["faults"]}
-    print(f"freshness      p50 {found['freshness_p50_s']:.3f} s, p99 {found['freshness_p99_s']:.3f} s, {len(ages)} new videos")
+    half, most = found["freshness_p50_s"], found["freshness_p99_s"]
+    print(f"freshness      p50 {half:.3f} s, p99 {most:.3f} s, {len(ages)} new videos")
     print(
         f"               {seen['versions']} versions of {seen['rows'] / max(seen['versions'], 1):,.0f} rows, {seen['faults']} faults"
     )

@@ -75,7 +75,8 @@ def open_epoch(folder: DeltaFolder, epoch: int, step: int, of_snapshot: int | No
         base = base or manifest.base
         covered |= version.epoch == of_snapshot and manifest.step >= step
         if (version.epoch, manifest.step) <= (of_snapshot, step):
-            return Opening(epoch, versions[-1], base, tuple(later)) if covered else anew
+            opening = Opening(epoch, versions[-1], base, tuple(later))
+            return opening if covered and _is_whole(folder, opening) else anew
         if manifest.kind == "delta":
             later.append(version)
         following = manifest.previous or (manifest.base if manifest.kind == "delta" else None)
@@ -83,6 +84,14 @@ def open_epoch(folder: DeltaFolder, epoch: int, step: int, of_snapshot: int | No
             # A base that begins its epoch: what it left out nobody can tell.
             return anew
         version = following
+
+
+def _is_whole(folder: DeltaFolder, opening: Opening) -> bool:
+    try:
+        opening.ids(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def _manifest(folder: DeltaFolder, version: Version) -> Manifest | None:

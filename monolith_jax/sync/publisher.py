@@ -14,6 +14,7 @@ it by then, or as deletions; `epochs` tells how that is known, and when it begin
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -188,4 +189,5 @@ class Publisher:
             self._touched.done()
             self.schedule.ended(CUT_ROWS)
         if job.is_base and self._is_first:
-            self._folder.prune(self._config.keep_bases)
+            with contextlib.suppress(OSError):  # What stays is taken away with the next base.
+                self._folder.prune(self._config.keep_bases)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from monolith_jax.types import Cut
 
 _NICE = 10
 """On a CPU host they take after the devices' threads."""
+_PARTS_S, _BASE_PARTS_S = 600.0, 3600.0
+"""How long the first process waits for what the others write. Those that die are told of elsewhere."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
 
 
@@ -122,7 +125,9 @@ class Writer:
         content = Content(rows=rows, deleted=job.deleted, dense=dense)
         self._again(lambda: self._folder.write_part(job.version, self._process, content, self._format))
         if self._process == 0:
-            self._again(lambda: self._commit(job))
+            wait_s = max(self._retry_s, _BASE_PARTS_S if job.is_base else _PARTS_S)
+            commit = partial(self._folder.commit, self._manifest(job), self._num_processes, wait_s)
+            self._again(commit, lambda: self._is_committed(job))
             if job.is_base:
                 self.base = job.version
         now = time.monotonic()
@@ -138,9 +143,9 @@ class Writer:
         if job.then is not None and not self._closing.is_set():
             self.start(job.then)
 
-    def _commit(self, job: Job) -> None:
-        if job.version not in self._folder.versions():
-            self._folder.commit(self._manifest(job), self._num_processes)
+    def _is_committed(self, job: Job) -> bool:
+        """Says whether a commit that failed had come far enough: the manifest is there, what failed came after it."""
+        return job.version in self._folder.versions()
 
     def _manifest(self, job: Job) -> Manifest:
         base = job.version if job.is_base else self.base
@@ -159,8 +164,8 @@ class Writer:
             config=self._gin if job.is_base else "",
         )
 
-    def _again(self, write: Callable[[], object]) -> None:
-        """Writes; tries again where the folder fails."""
+    def _again(self, write: Callable[[], object], is_done: Callable[[], bool] = lambda: False) -> None:
+        """Writes; tries again where the folder fails, unless it is done all the same."""
         until, wait_s = time.monotonic() + self._retry_s, _FIRST_WAIT_S
         while True:
             try:
@@ -175,6 +180,9 @@ class Writer:
                     raise
                 self.retries += 1
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+                with contextlib.suppress(OSError):
+                    if is_done():
+                        return
 
 
 def _by_table(names: tuple[str, ...], gathered: Gathered, whose: GroupRows, step: int) -> list[tuple[str, Rows]]:
