@@ -209,9 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found |= {"events": len(ages), "versions": seen["versions"], "rows": seen["rows"], "faults": seen["faults"]}
     half, most = found["freshness_p50_s"], found["freshness_p99_s"]
     print(f"freshness      p50 {half:.3f} s, p99 {most:.3f} s, {len(ages)} new videos")
-    print(
-        f"               {seen['versions']} versions of {seen['rows'] / max(seen['versions'], 1):,.0f} rows, {seen['faults']} faults"
-    )
+    rows = seen["rows"] / max(seen["versions"], 1)
+    print(f"               {seen['versions']} versions of {rows:,.0f} rows, {seen['faults']} faults")
     found["mb_per_min_fp16"], found["mb_per_min_int8"] = paper_example("float16"), paper_example("int8")
     print(f"100,000 x 1024 {found['mb_per_min_fp16']:.1f} MB float16, {found['mb_per_min_int8']:.1f} MB int8")
     if asked.rounds:
