@@ -91,6 +91,7 @@ def is_host(path: Path) -> bool:
         "sync/epochs.py",
         "sync/manifest.py",
         "sync/quantise.py",
+        "sync/readers.py",
         "sync/schedule.py",
         "sync/storage.py",
         "sync/touched.py",

@@ -8,6 +8,7 @@ such a base itself follows, within an epoch: the reader steps over the base, whi
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 
 from monolith_jax.sync.manifest import Manifest, Version
@@ -27,7 +28,7 @@ def find_chain(
         after: Where the reader stands, None where it has nothing.
         without: Versions that it could not read.
     """
-    later = [version for version in versions if after is None or version > after]
+    later = versions if after is None else versions[bisect_right(versions, after) :]
     found = {version: manifest for version in reversed(later) if (manifest := manifest_of(version))} if after else {}
     if after is None:
         found = _down_to_base(later, manifest_of, without)
@@ -36,7 +37,8 @@ def find_chain(
     anew = [] if start is None else _follow(start, found[start], links)
     if after is None:
         return anew
-    here = manifest_of(after) if after in versions else None
+    is_here = len(later) < len(versions) and versions[-len(later) - 1] == after
+    here = manifest_of(after) if is_here else None
     on = _follow(after, here, links)[1:]
     places = {on[-1]} if on else _places(after, here)
     if not anew or _is_better(on, anew, places, found):

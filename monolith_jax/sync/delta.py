@@ -8,7 +8,6 @@ takes it away. `<root>/readers/` says where readers stand. Root is a local folde
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from monolith_jax.sync import readers
 from monolith_jax.sync.chain import find_chain, find_since
 from monolith_jax.sync.delta_files import Content, Part, read_files, write_files
 from monolith_jax.sync.manifest import Manifest, Version, check_manifest, from_bytes, sealed, to_bytes, unsealed
@@ -38,14 +38,12 @@ __all__ = [
 ]
 
 _MANIFEST = "manifest.json"
-_READERS = "readers"
-_READER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _LONGEST_WAIT_S = 0.05
 
 
 def next_epoch(root: str | Path | epath.Path) -> int:
     """Returns the epoch of a trainer that starts now: one above all that began there. One process asks for all."""
-    return 1 + max((version.epoch for version in _begun(epath.Path(root))), default=0)
+    return 1 + max((version.epoch for version in _begun(names_in(epath.Path(root)))), default=0)
 
 
 class DeltaFolder:
@@ -59,6 +57,7 @@ class DeltaFolder:
         """
         self.root = epath.Path(root)
         self._committed: frozenset[Version] = frozenset()
+        self._listed: tuple[frozenset[str], tuple[Version, ...]] = frozenset(), ()  # names, where all of them are committed
         self._manifests: dict[Version, Manifest] = {}
         self._cleaned_below = 0
 
@@ -130,7 +129,7 @@ class DeltaFolder:
         put(place, data)
         for process in range(num_processes):
             remove(self._part(manifest.version, process))
-        self._manifests = {**self._manifests, manifest.version: (whole := from_bytes(data, str(place)))}
+        self._manifests[manifest.version] = whole = from_bytes(data, str(place))
         return whole
 
     def discard(self, version: Version) -> None:
@@ -140,11 +139,18 @@ class DeltaFolder:
 
     def versions(self) -> list[Version]:
         """Returns the committed versions, ascending. Costs a listing, and a look at each that is not yet known as committed."""
-        begun = _begun(self.root)
+        names = frozenset(names_in(self.root))
+        same, there = self._listed
+        if names == same:
+            return list(there)
+        begun = _begun(names)
         known = self._committed
         there = [one for one in begun if one in known or is_there(self.root / one.folder / _MANIFEST)]
         self._committed = frozenset(there)
-        self._manifests = {one: manifest for one, manifest in self._manifests.items() if one in self._committed}
+        self._listed = (names if len(there) == len(begun) else frozenset(), tuple(there))
+        for one in list(self._manifests):
+            if one not in self._committed:
+                self._manifests.pop(one, None)
         return there
 
     def manifest(self, version: Version) -> Manifest:
@@ -159,7 +165,7 @@ class DeltaFolder:
             known = from_bytes(_read(place), str(place))
             if known.version != version:
                 raise ValueError(f"{place} is of version {known.version.folder}: a folder was moved or renamed; put it back")
-            self._manifests = {**self._manifests, version: known}
+            self._manifests[version] = known
         return known
 
     def read(self, version: Version) -> Content:
@@ -232,25 +238,15 @@ class DeltaFolder:
         Raises:
             ValueError: The name is not made of letters, digits, '-', '_' and '.'.
         """
-        folder = self.root / _READERS
-        folder.mkdir(parents=True, exist_ok=True)
-        put(self._reader(reader), sealed({"version": version, "time_s": time.time()}), durable=False)
+        readers.tell(self.root, reader, version)
 
     def unregister(self, reader: str) -> None:
         """Forgets a reader that ends."""
-        remove(self._reader(reader))
+        readers.forget(self.root, reader)
 
     def readers(self) -> dict[str, tuple[Version, float]]:
         """Returns of each registered reader the version it has, and how many seconds ago it said so."""
-        found: dict[str, tuple[Version, float]] = {}
-        for name in names_in(self.root / _READERS):
-            if name.endswith(".json") and not name.startswith("."):
-                try:
-                    told = unsealed(_read(self.root / _READERS / name), name)
-                except ValueError:  # gone since, or half a file after a loss of power: it will say so again
-                    continue
-                found[name.removesuffix(".json")] = Version(*told["version"]), max(0.0, time.time() - told["time_s"])
-        return found
+        return readers.told(self.root)
 
     def prune(self, keep_bases: int = 2, reader_timeout_s: float = 3600.0) -> list[Version]:
         """Removes what is older than the newest bases and needed by no living reader. One process calls it.
@@ -280,7 +276,7 @@ class DeltaFolder:
                 needed |= {version, *self._needed_by(version, versions)}
         gone = {one for one in versions if one < bases[-1]} - needed
         self._committed -= gone
-        for version in _begun(self.root):
+        for version in _begun(names_in(self.root)):
             if version in gone:
                 remove(self.root / version.folder / _MANIFEST)  # first: what has no manifest is not there
             if version in gone or (version < bases[-1] and version not in versions):
@@ -302,13 +298,8 @@ class DeltaFolder:
     def _part(self, version: Version, process: int) -> epath.Path:
         return self.root / version.folder / f"part-{process}.json"
 
-    def _reader(self, reader: str) -> epath.Path:
-        if not _READER.fullmatch(reader):
-            raise ValueError(f"{reader!r} is no name of a reader; use letters, digits, '-', '_' and, but for the first, '.'")
-        return self.root / _READERS / f"{reader}.json"
-
     def _check_new(self, version: Version) -> None:
-        newest = max((one.epoch for one in _begun(self.root)), default=0)
+        newest = max((one.epoch for one in map(Version.of_folder, names_in(self.root)) if one), default=0)
         if newest > version.epoch:
             raise ValueError(
                 f"{self.root} has epoch {newest}, this writer is of epoch {version.epoch}: another trainer has started "
@@ -319,19 +310,24 @@ class DeltaFolder:
 
     def _check_previous(self, manifest: Manifest) -> None:
         """Raises ValueError if a base holds another state than the delta that it follows."""
-        if manifest.kind == "base" and manifest.previous is not None and manifest.previous in self.versions():
+        if manifest.kind == "delta" or manifest.previous is None:
+            return
+        try:
             delta = self.manifest(manifest.previous)
-            if (delta.kind, delta.step) != ("delta", manifest.step):
-                raise ValueError(
-                    f"base {manifest.version.folder} is of step {manifest.step}, its previous {delta.version.folder} a "
-                    f"{delta.kind} of step {delta.step}: publish a delta from the state of a base, and name that"
-                )
+        except ValueError:  # pruned or damaged, which a base is there to mend
+            return
+        if (delta.kind, delta.step, delta.has_dense) != ("delta", manifest.step, True):
+            raise ValueError(
+                f"base {manifest.version.folder} is of step {manifest.step}, its previous {delta.version.folder} a "
+                f"{delta.kind} of step {delta.step} {'with' if delta.has_dense else 'without'} dense weights: "
+                "publish a delta with dense weights from the state of a base, and name that"
+            )
 
     def _clean(self, epoch: int) -> None:
         """Removes what writers of older epochs left without a manifest, or beside the last one."""
         if self._cleaned_below < epoch:
             committed = [version for version in self.versions() if version.epoch < epoch]
-            for version in _begun(self.root):
+            for version in _begun(names_in(self.root)):
                 if version.epoch < epoch and version not in committed:
                     remove(self.root / version.folder)
             for version in committed[-1:]:
@@ -364,7 +360,7 @@ class DeltaFolder:
                 raise ValueError(
                     f"{place} is gone or has not the {size} bytes that were written: is another writer in this folder?"
                 )
-        if manifest.kind == "base" and not any(name.startswith("dense-") for name in manifest.files):
+        if manifest.kind == "base" and not manifest.has_dense:
             raise ValueError(
                 f"base {manifest.version.folder} has no dense weights; a reader begins with it, so it needs all of them"
             )
@@ -374,9 +370,9 @@ class DeltaFolder:
             )
 
 
-def _begun(root: epath.Path) -> list[Version]:
-    """Returns the versions that have a folder, ascending."""
-    return sorted(version for name in names_in(root) if (version := Version.of_folder(name)))
+def _begun(names: Iterable[str]) -> list[Version]:
+    """Returns the versions that folders stand for, ascending."""
+    return sorted(version for name in names if (version := Version.of_folder(name)))
 
 
 def _read(place: epath.Path) -> bytes:

@@ -1,10 +1,19 @@
 """The manifest of a version: what a delta or base holds, and that it is whole.
 
 In: what a publisher knows. Out: JSON of one line, with the checksum of all before it as its last entry, and back.
+
+A publisher holds to this, so that a reader has at each version what the trainer had there:
+
+* a delta has every row that changed since its `previous`, whatever base came between;
+* a base is of the state of its `previous`, so a delta of the same step, with dense weights, comes first. The base may be
+  committed later than deltas above it;
+* the first delta of a new epoch has the dense weights, and every id of the deltas that `DeltaFolder.since(step)` names, all as
+  they are in the restored state. Where that cannot name them, the epoch begins with a base without `previous`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -35,8 +44,13 @@ class Version(NamedTuple):
     @classmethod
     def of_folder(cls, name: str) -> Version | None:
         """Returns the version that a folder's name stands for, None for any other name."""
-        found = _NAME.fullmatch(name)
-        return cls(int(found[1]), int(found[2])) if found else None
+        return _version_of(name)
+
+
+@functools.lru_cache(maxsize=1 << 16)  # readers list the same names again and again
+def _version_of(name: str) -> Version | None:
+    found = _NAME.fullmatch(name)
+    return Version(int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +90,11 @@ class Manifest:
     def num_bytes(self) -> int:
         """Bytes of all its files, without this manifest."""
         return sum(size for size, _ in self.files.values())
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether it has the dense weights."""
+        return any(name.startswith("dense-") for name in self.files)
 
 
 def check_manifest(manifest: Manifest) -> None:

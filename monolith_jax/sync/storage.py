@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,7 +76,7 @@ def put(path: epath.Path, data: bytes, durable: bool = True) -> None:
         with path.open("wb") as file:
             file.write(data)
         return
-    draft = path.parent / f".{path.name}.{os.getpid()}"
+    draft = path.parent / f".{path.name}.{os.getpid()}-{threading.get_ident()}"
     with draft.open("wb") as file:
         file.write(data)
         if durable:
@@ -100,13 +101,15 @@ def names_in(path: epath.Path) -> list[str]:
     """Returns the names in a folder as they are now, none where it is not there."""
     _forget_listings(path)
     try:
-        return [one.name for one in path.iterdir()]
+        return os.listdir(path) if is_local(path) else [one.name for one in path.iterdir()]
     except FileNotFoundError:
         return []
 
 
 def is_there(path: epath.Path) -> bool:
     """Says whether there is such a file now."""
+    if is_local(path):
+        return os.path.exists(path)
     _forget_listings(path.parent)
     return path.exists()
 

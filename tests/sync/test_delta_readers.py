@@ -87,11 +87,32 @@ def test_a_reader_of_another_log_is_told(tmp_path: Path) -> None:
         DeltaFolder(tmp_path / "other").chain(Version(2, 1))
 
 
+def test_what_a_resumed_trainer_takes_back_is_read_from_the_files(tmp_path: Path) -> None:
+    folder = DeltaFolder(tmp_path)
+    assert folder.since(0) == []
+    write(folder, "B1.1")
+    write(folder, "D1.2<1.1/1.1", step=5)
+    write(folder, "D1.3<1.2/1.1 B1.4<1.3", step=10)
+    assert names(folder.since(0)) == "1.2 1.3" and names(folder.since(7)) == "1.3" and folder.since(10) == []
+    with pytest.raises(ValueError, match=r"what changed up to step 11.*begin its epoch with a base without `previous`"):
+        folder.since(11)
+    damage(tmp_path, Version(1, 2), "manifest.json")
+    assert names(DeltaFolder(tmp_path).since(10)) == ""
+    with pytest.raises(ValueError, match=r"00000001-0000000002/manifest\.json is damaged"):
+        DeltaFolder(tmp_path).since(7)
+
+
 def test_a_base_is_of_the_state_of_the_delta_before(tmp_path: Path) -> None:
     folder = DeltaFolder(tmp_path)
     write(folder, "B1.1 D1.2<1.1/1.1")
     with pytest.raises(ValueError, match=r"base .* is of step 5, its previous 00000001-0000000002 a delta of step 0"):
         write(folder, "B1.3<1.2", step=5)
+    folder.write_part(Version(1, 4), 0, Content(), "float32")
+    folder.commit(dataclasses.replace(folder.manifest(Version(1, 2)), version=Version(1, 4), previous=Version(1, 2)))
+    with pytest.raises(ValueError, match=r"step 0 without dense weights: publish a delta with dense weights"):
+        write(folder, "B1.5<1.4")
+    damage(tmp_path, Version(1, 4), "manifest.json")
+    write(DeltaFolder(tmp_path), "B1.6<1.4")
     with pytest.raises(ValueError, match=r"base 00000002-0000000001 names .* expected a delta of its own epoch"):
         write(folder, "B2.1<1.2")
 
@@ -146,7 +167,7 @@ def test_a_silent_reader_is_forgotten(tmp_path: Path, monkeypatch: pytest.Monkey
     assert told["dead"][0] == Version(1, 2) and 0 <= told["dead"][1] < 5 and told.keys() == {"dead", "alive"}
     assert folder.prune() == [Version(1, 1)]
     now = __import__("time").time()
-    monkeypatch.setattr("monolith_jax.sync.delta.time.time", lambda: now + 4000)
+    monkeypatch.setattr("monolith_jax.sync.readers.time.time", lambda: now + 4000)
     folder.register("alive", Version(1, 8))
     assert names(folder.prune()) == "1.2 1.3"
     assert folder.readers().keys() == {"alive"}

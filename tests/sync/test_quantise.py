@@ -3,7 +3,7 @@
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monolith_jax.sync.quantise import FORMATS, Rows, dequantised, quantised
@@ -22,17 +22,20 @@ def back(vectors: np.ndarray, format: str) -> np.ndarray:
     return dequantised(Rows(np.arange(len(stored)), stored, scales))
 
 
+@settings(deadline=None)  # the first call compiles
 @given(hnp.arrays(np.uint32, (3, 5)))
 def test_float32_keeps_every_bit(bits: np.ndarray) -> None:
     np.testing.assert_array_equal(back(bits.view(np.float32), "float32").view(np.uint32), bits)
 
 
+@settings(deadline=None)  # the first call compiles
 @given(vectors_up_to(65504))
 def test_float16_is_within_its_bound(vectors: np.ndarray) -> None:
     error = np.abs(back(vectors, "float16").astype(np.float64) - vectors)
     assert (error <= np.maximum(np.abs(vectors).astype(np.float64) / 2048, 2.0**-25)).all()
 
 
+@settings(deadline=None)  # the first call compiles
 @given(vectors_up_to(float(np.float32(LIMIT))))
 def test_int8_is_within_its_bound(vectors: np.ndarray) -> None:
     largest = np.abs(vectors).max(axis=1, keepdims=True).astype(np.float64)
@@ -49,6 +52,13 @@ def test_int8_is_symmetric_and_keeps_zeros_and_the_largest() -> None:
     negative, same_scales = quantised(-vectors, "int8")
     np.testing.assert_array_equal(negative, -stored)
     np.testing.assert_array_equal(same_scales, scales)
+
+
+@pytest.mark.parametrize("largest", [1e-45, 2e-43, 1e-40, 1e-37, 1.4e-36])
+def test_a_row_too_small_for_a_scale_is_zeros_in_int8(largest: float) -> None:
+    stored, scales = quantised(np.array([[largest, -largest / 2], [1, 0.5]], np.float32), "int8")
+    np.testing.assert_array_equal(stored, [[0, 0], [127, 64]])
+    assert scales is not None and scales[0] == 0
 
 
 @pytest.mark.parametrize("format", ["float16", "int8"])
