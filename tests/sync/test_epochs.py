@@ -22,7 +22,7 @@ class Log:
     ) -> None:
         version, ids = Version(epoch, sequence), np.array([100 * epoch + sequence])
         rows = {} if deleted else {"a": Rows(ids, np.ones((1, 2), np.float32))}
-        dense = {"w": np.ones(1, np.float32)} if kind == "base" else None
+        dense = {"w": np.ones(1, np.float32)}
         content = Content(rows=rows, deleted={"a": ids} if deleted else {}, dense=dense)
         self.folder.write_part(version, 0, content, "float32")
         first = self.last == Version(0, 0) or anew or (self.last == self.base and self.base.epoch == epoch)
