@@ -12,10 +12,11 @@ from rich.console import Console
 from launch import export as command
 from launch.bench import kill
 from launch.export import export
+from launch.readers import make_memories, open_source
 from launch.run import train
 from monolith_jax.experiment import load
 from monolith_jax.serve.served_model import ServedModel
-from monolith_jax.stream.synthetic import SyntheticSource
+from monolith_jax.stream.synthetic import SyntheticConfig
 from monolith_jax.sync.delta import DeltaFolder
 from tests.test_flow import ROOT, SMALL, STEPS
 
@@ -84,11 +85,9 @@ def test_it_serves_what_was_published(workdir: Path, exported: Path) -> None:
         assert found.all() and known.all()
         np.testing.assert_array_equal(got, wanted)
     assert counts["user"] and counts["video"]
-    chunk = next(iter(SyntheticSource(load([exported / "config.gin"]).source).read({})))  # pyright: ignore[reportArgumentType]
     experiment = load([exported / "config.gin"])
-    examples = chunk.examples.slice(0, 100)
-    from launch.readers import make_memories
-
+    assert isinstance(experiment.source, SyntheticConfig)
+    examples = next(iter(open_source(experiment.source).read({}))).examples.slice(0, 100)
     for memory in make_memories(experiment):
         examples = memory.extend(examples)
     np.testing.assert_array_equal(served.predict(examples), published.predict(examples))
