@@ -131,10 +131,11 @@ def _check_output(output: Path, who: Mapping[str, Any]) -> None:
     saved = identity(load([output / "config.gin"]))
     theirs, ours = ({name: one[name] for name in _OF_SERVING} for one in (saved, who))
     if (lines := differences(theirs, ours)) and not can_grow(theirs, ours):
-        where = ", ".join(line.partition(":")[0] for line in lines)
+        where = [line.partition(":")[0] for line in lines]
+        more = f" and {len(where) - 5} more" if len(where) > 5 else ""
         raise ValueError(
-            f"{output} holds another model, whose servers could not read this one; they differ in {where}. Give a new folder "
-            "as --output"
+            f"{output} holds another model, whose servers this one may not fit; they differ in {', '.join(where[:5])}{more}. "
+            "Give a new folder as --output"
         )
 
 
