@@ -120,6 +120,11 @@ class Snapshots:
         self._join()
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Returns the steps of all snapshots, ascending."""
+        self._join()
+        return sorted(self._manager.all_steps())
+
     def save(
         self, step: int, state: Any, host: Mapping[str, Any], extras: Mapping[str, Any], identity: Mapping[str, Any]
     ) -> None:
@@ -307,6 +312,12 @@ class Snapshots:
 def _save_tree(tree: Any) -> ocp.args.PyTreeSave:
     args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     return ocp.args.PyTreeSave(tree, save_args=args, ocdbt_target_data_file_size=FILE_BYTES)
+
+
+def write_tree(folder: Path, tree: Any) -> None:
+    """Writes a tree of numpy arrays, none of them empty, that `orbax.checkpoint.PyTreeCheckpointer().restore(folder)` reads."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
 
 
 def _share_folder(folder: Path, process_id: int) -> None:
