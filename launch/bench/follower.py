@@ -123,7 +123,7 @@ def rows_of_snapshot(run: Path, format: str = "float32") -> tuple[int, dict[str,
     from monolith_jax.experiment import load
     from monolith_jax.snapshot import SnapshotConfig, Snapshots
     from monolith_jax.sync.export import host_vectors, saved_tables
-    from monolith_jax.sync.quantise import Rows, check_format, dequantised, quantised
+    from monolith_jax.sync.quantise import Rows, dequantised, quantised
     from monolith_jax.tables.table import make_groups
 
     experiment = load([run / "served.gin"])
@@ -141,7 +141,7 @@ def rows_of_snapshot(run: Path, format: str = "float32") -> tuple[int, dict[str,
         layout = one.group.rows
         vectors = host_vectors(layout, one.rows[one.places, : layout.vector_width])
         if format != "float32":
-            vectors = dequantised(quantised(Rows(one.ids, vectors), check_format(format)))
+            vectors = dequantised(Rows(one.ids, *quantised(vectors, format)))
         found[one.name] = TableRows(one.ids, vectors)
     return step, found
 
