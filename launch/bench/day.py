@@ -5,8 +5,8 @@ A producer fills a log in a folder with a day of a synthetic world in which user
 ids after `--ttl_s`. Meanwhile its memory that is no file's is looked at. It must not grow, the rows are bounded by expiry and
 not by the tables' sizes, and each impression becomes an example.
 
-With `--serve` the trainer publishes, and a server process follows it all day. At the end its ids must be the trainer's live ids,
-and its vectors the trainer's, rounded to the format that is published.
+With `--serve` the trainer publishes, and a server process follows it all day. At the end its ids must be the trainer's live
+ids, and its vectors the trainer's, rounded to the format that is published.
 """
 
 from __future__ import annotations
@@ -294,6 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{figures['faults']:,} faults"
         )
     rounded = {name: round(value, 3) if math.isfinite(value) else None for name, value in figures.items()}
+    if asked.serve:
+        rounded["served_equal"] = bool(figures["served_equal"])
     print(json.dumps(rounded | {"ttl_s": asked.ttl_s, "rate": asked.rate, "warm_h": asked.warm_h, "whole": not lost}))
     return 1 if lost else 0
 
