@@ -4,6 +4,9 @@ A producer fills a log in a folder with a day of a synthetic world in which user
 `configs/online.gin` in a process of its own reads it through the joiner to its end, with snapshots, and with tables that forget
 ids after `--ttl_s`. Meanwhile its memory that is no file's is looked at. It must not grow, the rows are bounded by expiry and
 not by the tables' sizes, and each impression becomes an example.
+
+With `--serve` the trainer publishes, and a server process follows it all day. At the end its ids must be the trainer's live
+ids, and its vectors the trainer's, rounded to the format that is published.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from launch.bench import follower
+from monolith_jax.sync.quantise import FORMATS
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = "example: python -m launch.bench.day --workdir /tmp/day"
@@ -70,6 +76,8 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm_h", type=float, default=4.0, help="first hours that memory is not judged by (%(default)s)")
     parser.add_argument("--ttl_s", type=int, default=3600, help="TableConfig.ttl_s of all tables; 0: no expiry (%(default)s)")
     parser.add_argument("--gin", action="append", default=[], metavar="NAME=VALUE", help="a further binding; may be repeated")
+    parser.add_argument("--serve", action="store_true", help="publish, follow all day with a server, and compare its rows")
+    parser.add_argument("--format", choices=FORMATS, default="float16", help="of what --serve publishes (%(default)s)")
     asked = parser.parse_args(argv)
     if asked.hours * asked.rate <= 0:
         parser.error("--hours and --rate must be above 0")
@@ -220,15 +228,21 @@ def replay(asked: argparse.Namespace) -> tuple[dict[str, float], list[str]]:
     for folder in (log, run):
         shutil.rmtree(folder, ignore_errors=True)
     print(fill(f"file://{log}", examples, asked.rate), flush=True)
-    trainer = start_trainer(f"file://{log}", run, asked.ttl_s, asked.gin)
+    published = ["Experiment.publisher=@PublisherConfig()", f"PublisherConfig.format={asked.format}"] if asked.serve else []
+    trainer, server = start_trainer(f"file://{log}", run, asked.ttl_s, [*published, *asked.gin]), None
     try:
+        if asked.serve:
+            follower.keep_config(run, trainer)
+            server = follower.start(run, "served")
         looks = watch(trainer, run / "metrics.jsonl")
+        if trainer.returncode:
+            raise RuntimeError(f"the trainer failed with status {trainer.returncode}:\n{(run / 'said.txt').read_text()}")
+        served, unequal = compare_served(run, server, asked.format) if server else ({}, [])
     finally:
-        if trainer.poll() is None:
-            trainer.kill()
-        trainer.wait()
-    if trainer.returncode:
-        raise RuntimeError(f"the trainer failed with status {trainer.returncode}:\n{(run / 'said.txt').read_text()}")
+        for process in (trainer, *([server.process] if server else [])):
+            if process.poll() is None:
+                process.kill()
+            process.wait()
     shutil.rmtree(log)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps, summary = [row for row in rows if row["kind"] == "step"], rows[-1]
@@ -243,11 +257,24 @@ def replay(asked: argparse.Namespace) -> tuple[dict[str, float], list[str]]:
         "late_actions": summary["stream"].get("late_or_orphan_actions", 0.0),
         "rss_max_mb": max(one.mb for one in looks),
     }
-    return figures | {"examples_per_s": summary["examples"] / summary["seconds"], "train_s": summary["seconds"]}, lost
+    figures |= {"examples_per_s": summary["examples"] / summary["seconds"], "train_s": summary["seconds"]}
+    return figures | served, lost + unequal
+
+
+def compare_served(run: Path, server: follower.Follower, format: str) -> tuple[dict[str, float], list[str]]:
+    """Ends a server that followed a trainer that has ended; returns its figures, and how it differs from the trainer."""
+    told, held = follower.stop(server)
+    step, live = follower.rows_of_snapshot(run, format)
+    found = [f"served: {line}" for line in follower.differences(held, live)]
+    if told["step"] != step:
+        found.append(f"served: step {told['step']:,}, the trainer ended at {step:,}")
+    figures = {"served_equal": not found, "served_rows": sum(rows.ids.size for rows in held.values())}
+    figures |= {"deletions": told["applied_deleted"], "served_versions": told["applied_versions"], "faults": told["faults"]}
+    return figures, found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns 0 if no example was lost."""
+    """Runs the benchmark; returns 0 if no example was lost, and what was served is what was learned."""
     asked = _parsed(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     figures, lost = replay(asked)
@@ -260,7 +287,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"rows: {figures['rows_max']:,} at most, {figures['rows_end']:,} at the end; {figures['ids_seen']:,} were given out, "
         f"{figures['expired']:,} expired, {figures['freed_at_cap']:,.0f} freed at the cap, {figures['refused']:,.0f} refused"
     )
+    if asked.serve:
+        print(
+            f"served: {figures['served_rows']:,} rows {'equal' if figures['served_equal'] else 'DIFFER from'} the trainer's in "
+            f"{asked.format} after {figures['served_versions']:,} versions with {figures['deletions']:,} deletions, "
+            f"{figures['faults']:,} faults"
+        )
     rounded = {name: round(value, 3) if math.isfinite(value) else None for name, value in figures.items()}
+    if asked.serve:
+        rounded["served_equal"] = bool(figures["served_equal"])
     print(json.dumps(rounded | {"ttl_s": asked.ttl_s, "rate": asked.rate, "warm_h": asked.warm_h, "whole": not lost}))
     return 1 if lost else 0
 

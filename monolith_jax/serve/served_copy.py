@@ -76,6 +76,11 @@ class ServedCopy:
         group, index = self._tables[table]
         return self.rows[group].vectors(index, ids)
 
+    def ids(self, table: str) -> np.ndarray:
+        """Returns all ids of a table, int64 [N], in no order."""
+        group, index = self._tables[table]
+        return self.rows[group].ids(index)
+
     @property
     def num_rows(self) -> Mapping[str, int]:
         """Ids of each table."""

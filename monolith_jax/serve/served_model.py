@@ -275,11 +275,24 @@ class ServedModel:
         Raises:
             ValueError: There is no such table.
         """
+        self._check_table(table)
+        with self._sides.read() as copy:
+            return copy.vectors(table, np.asarray(ids, np.int64))
+
+    def ids(self, table: str) -> np.ndarray:
+        """Returns all ids of a table that have a row, int64 [N], in no order.
+
+        Raises:
+            ValueError: There is no such table.
+        """
+        self._check_table(table)
+        with self._sides.read() as copy:
+            return copy.ids(table)
+
+    def _check_table(self, table: str) -> None:
         if all(table not in group.maps.names for group in self._groups):
             known = ", ".join(name for group in self._groups for name in group.maps.names)
             raise ValueError(f"there is no table {table!r}; tables: {known}")
-        with self._sides.read() as copy:
-            return copy.vectors(table, np.asarray(ids, np.int64))
 
     def predict(self, examples: pa.RecordBatch) -> np.ndarray:
         """Returns the scores of examples, float32 [B, T], in the order of the heads; ids without a row read zeros.

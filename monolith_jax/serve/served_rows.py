@@ -44,6 +44,10 @@ class ServedRows:
         """Ids in each table, int64 [T]."""
         return self.maps.num_rows
 
+    def ids(self, table: int) -> np.ndarray:
+        """Returns all ids of a table, int64 [N], in no order."""
+        return self.maps.entries(table)[0]
+
     def erase(self, table: int, ids: np.ndarray) -> None:
         """Forgets ids [N] of a table, also such as it does not know."""
         for first in range(0, ids.size, _BLOCK):

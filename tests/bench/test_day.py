@@ -59,3 +59,12 @@ def test_short_day_tells_all_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
     # Rows are those given out less those that expired; no table's size had a hand in it.
     assert figures["rows_end"] == figures["ids_seen"] - figures["expired"] <= figures["rows_max"] < figures["ids_seen"]
     assert figures["freed_at_cap"] == figures["refused"] == 0
+
+
+@pytest.mark.slow
+def test_short_day_is_served_as_it_was_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bound = ("--gin", "TrainConfig.batch_size=64", "--gin", "MMoEConfig.expert_hidden=(16,)", "--serve")
+    assert day.main(["--workdir", str(tmp_path), "--hours=5", "--rate=0.4", "--warm_h=1", "--ttl_s=600", *bound]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["served_equal"] is True and figures["faults"] == 0
+    assert figures["served_rows"] == figures["rows_end"] and figures["deletions"] > 0

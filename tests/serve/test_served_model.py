@@ -87,6 +87,9 @@ def test_deletions_and_an_id_that_comes_back(tmp_path: Path) -> None:
     assert served.poll() == 1
     vectors, found = served.vectors("user", np.array([1, 2, 3]))
     assert found.tolist() == [True, False, False] and (vectors == vector(1, 3) * found[:, None]).all()
+    assert served.ids("user").tolist() == [1] == served.ids("video").tolist()
+    with pytest.raises(ValueError, match="there is no table 'users'"):
+        served.ids("users")
     log.publish({"user": ([2], vector(5))})
     # Freed and fresh again in one period: deletion first, then the row.
     log.publish({"user": ([1], vector(6))}, {"user": [1]})
