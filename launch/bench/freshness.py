@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.bench.serve_apply import Sizes, measure
+
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = "example: python -m launch.bench.freshness --workdir /tmp/freshness --seconds 60"
 MARK_MS = 100
@@ -213,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"               {seen['versions']} versions of {rows:,.0f} rows, {seen['faults']} faults")
     found["mb_per_min_fp16"], found["mb_per_min_int8"] = paper_example("float16"), paper_example("int8")
     print(f"100,000 x 1024 {found['mb_per_min_fp16']:.1f} MB float16, {found['mb_per_min_int8']:.1f} MB int8")
+    sizes = Sizes(200_000, 20, 50_000, 256, 0.02)
+    found["apply_rows_per_s"] = measure(sizes, 1, 2.0, lambda text: None)["apply_rows_per_s"]
+    print(f"applied        {found['apply_rows_per_s']:,.0f} rows/s of dim 16, requests going on")
     if asked.rounds:
         found["step_time_lost"] = step_time_lost(asked)
         print(f"step time lost {100 * found['step_time_lost']:.1f} %")
