@@ -2,11 +2,12 @@
 
 Three processes: a producer that writes events of the synthetic world into a log at a steady rate, and ten times a second shows
 a video that nobody has seen; a trainer that learns online and publishes; a server that follows the deltas and is asked for
-these videos all the time. A video's id is the time in ms at which its impression was written, so a request that knows the video
-tells how old the event is. The join window is zero: an example is learned when time has passed its impression by a millisecond.
+these videos all the time. A video's id is the tenth of a second in which its impression was written, so a request that knows
+the video tells how old the event is, up to 0.1 s too much. The join window is zero: an example is learned when time has passed
+its impression by a millisecond.
 
 Then, in the same minutes and by turns, the quickstart with and without publishing: what publishing costs a step. Bytes are
-those of the paper's example, 100,000 ids of dim 1024 a minute (Monolith, arXiv 2209.07663, section 3.3).
+those of the paper's example, 100,000 ids of dim 1024 a minute (Monolith, arXiv 2209.07663, section 3.2.2).
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def produce(log: str, rate: int) -> None:
         examples = examples.set_column(0, examples.schema.field("event_time_ms"), pa.array(times))
         if number % (MARK_MS // 50) == 0:
             videos = examples.column("video_id").to_numpy().copy()
-            times[-1] = videos[-1] = now_ms // MARK_MS * MARK_MS
+            # Its time stays that of now: an older one would be late in a window of a millisecond, and half of them dropped.
+            videos[-1] = now_ms // MARK_MS * MARK_MS
             at = examples.schema.get_field_index("video_id")
             examples = examples.set_column(at, examples.schema.field(at), pa.array(videos))
         impressions = impressions_of(examples, number * size)
