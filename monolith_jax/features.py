@@ -211,6 +211,20 @@ def _placed(slots: Sequence[Slot]) -> tuple[Slot, ...]:
     return tuple(placed)
 
 
+def restricted(layout: FeatureLayout, names: Sequence[str]) -> FeatureLayout:
+    """Returns the layout of some of the features, the positions of each group counted anew; a group may be left without any.
+
+    Raises:
+        ValueError: There is no such feature.
+    """
+    if unknown := sorted(set(names) - {feature.name for feature in layout.features}):
+        there = ", ".join(feature.name for feature in layout.features)
+        raise ValueError(f"there is no feature {', '.join(unknown)}; features: {there}")
+    features = tuple(feature for feature in layout.features if feature.name in names)
+    groups = tuple(_placed([slot for slot in slots if slot.feature in names]) for slots in layout.groups)
+    return FeatureLayout(features, groups, sum(one.size for one in features if isinstance(one, DenseFeatureConfig)))
+
+
 def featurize(examples: pa.RecordBatch, layout: FeatureLayout) -> Features:
     """Returns the features of examples.
 

@@ -18,6 +18,7 @@ from monolith_jax.features import (
     TimeFeatureConfig,
     feature_layout,
     featurize,
+    restricted,
 )
 from monolith_jax.ids.strings import string_ids
 
@@ -327,3 +328,25 @@ def test_a_batch_gives_what_its_rows_give(rows: list[dict], first: int) -> None:
 def _leaves(features: Features) -> list[np.ndarray]:
     weights = [weights for weights in features.weights if weights is not None]
     return [*(leaf for group in features.groups for leaf in group), *weights, features.dense]
+
+
+def test_a_restricted_layout_gives_the_same_ids_of_fewer_features():
+    features = [
+        IdFeatureConfig(name="user", column="user_id", table="user"),
+        IdFeatureConfig(name="tags", column="tag_id", table="tag", max_length=2),
+        IdFeatureConfig(name="video", column="video_id", table="video"),
+        DenseFeatureConfig(name="duration", column="duration_ms"),
+        DenseFeatureConfig(name="age", column="age"),
+    ]
+    layout = feature_layout(features, [["user", "video"], ["tag"]])
+    of_video = restricted(layout, ["tags", "video", "age"])
+    examples = pa.RecordBatch.from_pydict(
+        {"user_id": [1, 2], "tag_id": [[5, 6], [7]], "video_id": [8, 9], "duration_ms": [1.0, 2.0], "age": [3.0, 4.0]}
+    )
+    found = featurize(examples, of_video)
+    np.testing.assert_array_equal(found.groups[0].ids, [[8], [9]])
+    np.testing.assert_array_equal(found.groups[1].ids, [[5, 6], [7, 0]])
+    np.testing.assert_array_equal(found.dense, [[3.0], [4.0]])
+    assert restricted(layout, ["user"]).num_positions(1) == 0
+    with pytest.raises(ValueError, match="no feature sound"):
+        restricted(layout, ["sound"])
