@@ -53,6 +53,16 @@ class Upserted(NamedTuple):
     """Rows without an id."""
 
 
+class Taken(NamedTuple):
+    """What is known of videos."""
+
+    known: np.ndarray
+    """bool [N], whether the video is there."""
+    features: Features | None
+    columns: dict[str, tuple[np.ndarray, np.ndarray]]
+    """By name: values [N], or [N, items] of a list, and how many of each row count, int32 [N]: 0 where it is null."""
+
+
 class _Store(NamedTuple):
     """The features of all videos by one layout; arrays over the slots."""
 
@@ -235,37 +245,53 @@ class Catalogue:
     def _slots_of(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return np.where(rows >= 0, shards.astype(np.int64) * self._maps.layout.rows_per_shard + rows, -1)
 
-    def slots(self, ids: np.ndarray) -> np.ndarray:
-        """Returns the slot of each id, int64 [N], -1 where a video is not known. A slot may change hands at the next upsert."""
+    def known(self, ids: np.ndarray) -> np.ndarray:
+        """Returns which videos are there, bool [N]."""
         with self._lock:
-            return self._lookup(np.asarray(ids, np.int64))
+            return self._lookup(np.asarray(ids, np.int64)) >= 0
 
-    def features(self, slots: np.ndarray, layout: int = 0) -> Features:
-        """Returns the features of the videos in slots [N], by one of the layouts."""
-        store = self._stores[layout]
-        with self._lock:
-            groups = tuple(GroupIds(ids[slots], valid[slots]) for ids, valid in zip(store.ids, store.valid, strict=True))
-            return Features(groups, tuple(None if one is None else one[slots] for one in store.weights), store.dense[slots])
+    def take(self, ids: np.ndarray, layout: int | None = None, columns: Sequence[str] = ()) -> Taken:
+        """Returns what is known of videos, all at one moment; of those that are not known, some other's or nothing.
 
-    def column(self, name: str, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a column of the videos in slots [N]: values [N] or [N, max items], and how many of each count, int32 [N].
+        Args:
+            ids: int64 [N].
+            layout: By which features are wanted; None: no features.
+            columns: Which columns are wanted.
 
         Raises:
             ValueError: There is no such column.
         """
-        if name not in (*self.config.columns, self.config.unsafe_column):
-            raise ValueError(f"the catalogue has no column {name!r}; CatalogueConfig.columns: {', '.join(self.config.columns)}")
+        if missing := sorted(set(columns) - {*self.config.columns, self.config.unsafe_column}):
+            raise ValueError(
+                f"the catalogue has no column {', '.join(missing)}; CatalogueConfig.columns: {', '.join(self.config.columns)}"
+            )
         with self._lock:
-            if name not in self._columns:
-                return np.zeros(slots.size, np.int64), np.zeros(slots.size, np.int32)
-            return self._columns[name][slots], self._lengths[name][slots]
+            slots = self._lookup(np.asarray(ids, np.int64))
+            known = slots >= 0
+            slots = np.maximum(slots, 0)
+            features = None if layout is None else self._features(self._stores[layout], slots)
+            nothing = np.zeros(slots.size, np.int64), np.zeros(slots.size, np.int32)
+            values = {
+                name: (self._columns[name][slots], np.where(known, self._lengths[name][slots], 0))
+                if name in self._columns
+                else nothing
+                for name in columns
+            }
+        return Taken(known, features, values)
 
-    def batch(self, slots: np.ndarray) -> pa.RecordBatch:
-        """Returns the columns of the videos in slots [N] as they came, lists cut to the items that are kept."""
+    def _features(self, store: _Store, slots: np.ndarray) -> Features:
+        groups = tuple(GroupIds(ids[slots], valid[slots]) for ids, valid in zip(store.ids, store.valid, strict=True))
+        return Features(groups, tuple(None if one is None else one[slots] for one in store.weights), store.dense[slots])
+
+    def batch(self, ids: np.ndarray) -> pa.RecordBatch:
+        """Returns the columns of videos [N] as they came, lists cut to what is kept; of unknown ones the id alone."""
+        taken = self.take(ids, columns=self.config.columns)
         arrays = []
         for name in self.config.columns:
-            values, lengths = self.column(name, slots)
-            if values.ndim == 1:
+            values, lengths = taken.columns[name]
+            if name == "video_id":
+                arrays.append(pa.array(np.asarray(ids, np.int64)))
+            elif values.ndim == 1:
                 arrays.append(pa.array(values, mask=lengths == 0))
             else:
                 offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -274,11 +300,14 @@ class Catalogue:
         return pa.RecordBatch.from_arrays(arrays, list(self.config.columns))
 
     def values(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a column of single values for video ids [N], 0 where it is not known, and where it is, bool [N]."""
-        slots = self.slots(ids)
-        values, lengths = self.column(name, np.maximum(slots, 0))
-        known = (slots >= 0) & (lengths > 0)
-        return np.where(known, values, 0), known
+        """Returns a column of single values for videos [N], 0 where it is not known, and where it is, bool [N]."""
+        values, lengths = self.take(ids, columns=(name,)).columns[name]
+        return np.where(lengths > 0, values, 0), lengths > 0
+
+    def ids(self) -> np.ndarray:
+        """Returns the ids of all videos, int64 [N], in no order."""
+        with self._lock:
+            return self._maps.entries(0)[0]
 
     def sweep(self, number: int) -> np.ndarray:
         """Returns the ids of the next videos, going round all of them for ever, at most `number`, int64 [N]."""

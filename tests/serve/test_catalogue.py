@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -55,10 +56,11 @@ def test_features_are_those_of_the_columns_after_any_upserts():
             rows[video] = batch.slice(at, 1)
         assert sorted(upserted.new.tolist()) == sorted(set(rows) - known) and not upserted.removed.size
     asked = list(rows)
-    slots = catalogue.slots(np.array(asked))
-    assert len(catalogue) == len(rows) and (slots >= 0).all() and np.unique(slots).size == slots.size
+    assert len(catalogue) == len(rows)
     wanted = featurize(pa.concat_batches([rows[video] for video in asked]), LAYOUT)
-    found = catalogue.features(slots)
+    taken = catalogue.take(np.array([*asked, 10**6]), 0)
+    assert taken.known.tolist() == [True] * len(asked) + [False] and taken.features is not None
+    found = jax.tree.map(lambda array: array[:-1], taken.features)
     for mine, theirs in zip(found.groups, wanted.groups, strict=True):
         np.testing.assert_array_equal(mine.valid, theirs.valid)
         np.testing.assert_array_equal(mine.ids[mine.valid], theirs.ids[mine.valid])
@@ -69,7 +71,7 @@ def test_the_columns_come_back_as_they_came_and_give_the_same_features():
     rng = np.random.default_rng(1)
     catalogue, batch = make(), videos(rng, list(range(-50, 50)))
     catalogue.upsert(batch)
-    back = catalogue.batch(catalogue.slots(batch.column("video_id").to_numpy()))
+    back = catalogue.batch(batch.column("video_id").to_numpy())
     assert back.schema.names == list(COLUMNS)
     for name in ("video_id", "author_id", "sound_id", "duration_ms"):
         assert back.column(name).to_pylist() == batch.column(name).to_pylist(), name
@@ -90,10 +92,10 @@ def test_a_full_catalogue_lets_the_oldest_go_first():
     catalogue.upsert(videos(rng, [0, 1]))  # Known ones take no room.
     upserted = catalogue.upsert(videos(rng, list(range(100, 103))))
     assert sorted(upserted.removed.tolist()) == [0, 1, 2] and len(catalogue) == 50
-    assert (catalogue.slots(np.array([0, 1, 2])) == -1).all() and (catalogue.slots(np.arange(3, 50)) >= 0).all()
+    assert not catalogue.known(np.array([0, 1, 2])).any() and catalogue.known(np.arange(3, 50)).all()
     # One that is given again is not among those that make room for the others of its batch.
     upserted = catalogue.upsert(videos(rng, [3, 104]))
-    assert upserted.removed.tolist() == [4] and catalogue.slots(np.array([3]))[0] >= 0
+    assert upserted.removed.tolist() == [4] and catalogue.known(np.array([3])).all()
 
 
 def test_more_videos_in_one_batch_than_there_is_room_for_leaves_a_full_catalogue():
