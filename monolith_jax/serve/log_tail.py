@@ -116,7 +116,9 @@ class LogTail:
             if self._places() != before:
                 came_s = time.monotonic()
             elif time.monotonic() - came_s > STALLED_S:
-                raise OSError(f"{self._config.url} has brought nothing for {STALLED_S:.0f} s, although there are unread messages")
+                raise OSError(
+                    f"{self._config.url} has brought nothing for {STALLED_S:.0f} s, although there are unread messages"
+                )
 
     def unread(self) -> int:
         """Returns how many messages are ahead, as far as is known."""

@@ -141,9 +141,7 @@ class RecentItems:
             np.uint8(skip), repeats, self.items, self.times, self.marks, self.play_ms, self.heads, self.sizes,
         )  # fmt: skip
 
-    def newest(
-        self, slots: np.ndarray, before: np.ndarray, most: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def newest(self, slots: np.ndarray, before: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Returns the newest items of slots.
 
         Args:
