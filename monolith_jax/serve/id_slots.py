@@ -64,8 +64,8 @@ def _take(ids, stamps, slot_ids, used, slots, fresh):
 class IdSlots:
     """The slots of ids. One caller at a time.
 
-    Buckets fill unevenly: where as many ids are used as there are slots, about one in seven has none; where half as many, one in
-    a hundred and fifty.
+    Buckets fill unevenly: where as many ids are used as there are slots, about one in seven has none; where half as many, one
+    in a hundred and fifty.
     """
 
     def __init__(self, number: int) -> None:
@@ -104,8 +104,8 @@ class IdSlots:
             stamps: int64 [N], when each is used; an id keeps its largest.
 
         Returns:
-            int64 [N]: the slot of each id; -1 where an id after it in this call has taken the slot over. int64 [M]: the slots that
-            were given in this call, some perhaps twice: what is kept there is another id's, so clear it first.
+            int64 [N]: the slot of each id; -1 where an id after it in this call has taken the slot over. int64 [M]: the slots
+            that were given in this call, some perhaps twice: what is kept there is another id's, so clear it first.
         """
         slots, fresh = np.empty(ids.size, np.int64), np.empty(ids.size, np.int64)
         given, replaced = _take(ids, stamps, self.ids, self.used, slots, fresh)

@@ -1,8 +1,8 @@
 """The end of a log of impressions and actions, as it grows: what user state is rebuilt from, and kept up by.
 
-In: the address of a log, and how far back to begin. Out: record batches of impressions and of actions, in the log's order within
-each partition, which is all that one user's events need. Unlike `stream.live` it joins nothing and writes nothing down: two
-tails of one log read the same events of each user in the same order.
+In: the address of a log, and how far back to begin. Out: record batches of impressions and of actions, in the log's order
+within each partition, which is all that one user's events need. Unlike `stream.live` it joins nothing and writes nothing down:
+two tails of one log read the same events of each user in the same order.
 """
 
 from __future__ import annotations

@@ -12,46 +12,65 @@ from monolith_jax.ids.lines import jit
 
 
 @jit
+def _find(items, head, size, item):
+    # The place of the newest entry of an item in one slot's ring, -1 if there is none. head: the place after the newest.
+    for k in range(size):
+        place = head - 1 - k if head > k else head - 1 - k + items.size
+        if items[place] == item:
+            return place
+    return -1
+
+
+@jit
+def _num_newer(times, head, size, time):
+    # How many entries of one slot's ring are newer than a time.
+    for k in range(size):
+        place = head - 1 - k if head > k else head - 1 - k + times.size
+        if times[place] <= time:
+            return k
+    return size
+
+
+@jit
+def _make_room(values, head, newer):
+    # Moves the newest entries of one slot's ring on by one place.
+    to = head
+    for _ in range(newer):
+        place = to - 1 if to > 0 else values.size - 1
+        values[to] = values[place]
+        to = place
+
+
+@jit
 def _add(slots, items, times, marks, play_ms, skip, repeats, ring_items, ring_times, ring_marks, ring_play_ms, heads, sizes):
-    # In order. heads: the place after the newest. Returns how many items came too late for a full ring.
+    # In order. Returns how many items came too late for a full ring.
     length, marked, late = ring_items.shape[1], ring_marks.shape[1] > 0, 0
     for i in range(slots.size):
         slot = slots[i]
         if slot < 0:
             continue
-        head, size, found = heads[slot], sizes[slot], np.int64(-1)
-        for k in range(0 if repeats else size):
-            place = head - 1 - k if head > k else head - 1 - k + length
-            if ring_items[slot, place] == items[i]:
-                found = place
-                break
-        if found >= 0:
-            if marked and play_ms[i] > ring_play_ms[slot, found]:
+        head, size = np.int64(heads[slot]), np.int64(sizes[slot])
+        at = np.int64(-1) if repeats else _find(ring_items[slot], head, size, items[i])
+        if at >= 0:
+            if marked and play_ms[i] > ring_play_ms[slot, at]:
                 # The largest play time counts: it says whether this was a skip.
-                ring_play_ms[slot, found] = play_ms[i]
-                ring_marks[slot, found] = (ring_marks[slot, found] & ~skip) | marks[i]
+                ring_play_ms[slot, at] = play_ms[i]
+                ring_marks[slot, at] = (ring_marks[slot, at] & ~skip) | marks[i]
             elif marked:
-                ring_marks[slot, found] |= marks[i] & ~skip
+                ring_marks[slot, at] |= marks[i] & ~skip
             continue
-        newer = 0
-        while newer < size:
-            place = head - 1 - newer if head > newer else head - 1 - newer + length
-            if ring_times[slot, place] <= times[i]:
-                break
-            newer += 1
+        newer = _num_newer(ring_times[slot], head, size, times[i])
         if newer == length:
             late += 1
             continue
-        to = head
-        for _ in range(newer):
-            place = to - 1 if to > 0 else length - 1
-            ring_items[slot, to], ring_times[slot, to] = ring_items[slot, place], ring_times[slot, place]
-            if marked:
-                ring_marks[slot, to], ring_play_ms[slot, to] = ring_marks[slot, place], ring_play_ms[slot, place]
-            to = place
-        ring_items[slot, to], ring_times[slot, to] = items[i], times[i]
+        _make_room(ring_items[slot], head, newer)
+        _make_room(ring_times[slot], head, newer)
+        at = head - newer if head >= newer else head - newer + length
+        ring_items[slot, at], ring_times[slot, at] = items[i], times[i]
         if marked:
-            ring_marks[slot, to], ring_play_ms[slot, to] = marks[i], play_ms[i]
+            _make_room(ring_marks[slot], head, newer)
+            _make_room(ring_play_ms[slot], head, newer)
+            ring_marks[slot, at], ring_play_ms[slot, at] = marks[i], play_ms[i]
         heads[slot] = head + 1 if head + 1 < length else 0
         sizes[slot] = min(size + 1, length)
     return late
@@ -150,8 +169,8 @@ class RecentItems:
             most: At most so many of each.
 
         Returns:
-            int64 [T] items, newest first within each slot, int64 [T] their times, uint8 [T] their marks ([0] without marks), and
-            int32 [N], how many each slot has.
+            int64 [T] items, newest first within each slot, int64 [T] their times, uint8 [T] their marks ([0] without marks),
+            and int32 [N], how many each slot has.
         """
         most = min(most, self.items.shape[1])
         items, times = np.empty(slots.size * most, np.int64), np.empty(slots.size * most, np.int64)

@@ -1,7 +1,7 @@
 """What a user has seen, so that it is not shown again: a ring of 32-bit fingerprints of the last videos of each user.
 
-In: users and the videos that were shown to them. Out: which of some candidates are new to a user. What left the ring, or was shown
-to a user who was forgotten since, is new again. A video that was never shown is taken for seen with a chance of at most
+In: users and the videos that were shown to them. Out: which of some candidates are new to a user. What left the ring, or was
+shown to a user who was forgotten since, is new again. A video that was never shown is taken for seen with a chance of at most
 `videos` / 2^32 (1,000 remembered: one in four million candidates), and is so for that user only.
 """
 
