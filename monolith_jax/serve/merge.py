@@ -1,6 +1,7 @@
 """The candidates of a request: the lists of all sources made one, each video once and none that was seen.
 
-In: a list of videos of each source, best first, and how many are wanted of each. Out: the candidates, and which sources have them.
+In: a list of videos of each source, best first, and how many are wanted of each. Out: the candidates, and which sources have
+them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from monolith_jax.ids.lines import jit, mix
 
 SOURCES = ("two_tower", "fresh", "trending", "followed", "explore")
-"""By their numbers. A video that several would give counts for the first of these, so that the quotas of the others bring others."""
+"""By their numbers. A video that several would give is given by the first of these, and the others give others."""
 FILLS = ("two_tower", "trending", "fresh", "followed", "explore")
 """Who takes, in this order, the places that sources could not fill."""
 

@@ -1,8 +1,8 @@
 """What each source is worth: its share of the feeds, and how often what it gave was liked.
 
-In: feeds with the source of each video, and later the actions. Out: by source, the videos that were fed, and how many of them had a
-positive action. Memory is bounded: of more videos in feeds than `max_open`, the oldest are no longer waited for, and count as
-without action.
+In: feeds with the source of each video, and later the actions. Out: by source, the videos that were fed, and how many of them
+had a positive action. Memory is bounded: of more videos in feeds than `max_open`, the oldest are no longer waited for, and
+count as without action.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class SourceReport:
         """Has counted nothing yet.
 
         Args:
-            max_open: Videos in feeds that actions are waited for; costs 17 bytes each. They are kept in buckets (`id_slots`), so
-                give twice what is shown in the time in which actions come.
+            max_open: Videos in feeds that actions are waited for; costs 17 bytes each. They are kept in buckets (`id_slots`),
+                so give twice what is shown in the time in which actions come.
         """
         self._slots = IdSlots(max_open)
         self._source = np.full(self._slots.size, -1, np.int8)
@@ -78,7 +78,7 @@ class SourceReport:
             self._hits += np.bincount(sources[sources >= 0], minlength=len(SOURCES))
 
     def report(self) -> dict[str, dict[str, float]]:
-        """Returns by source: `fed` and `hits`, counts; `share` of all that was fed and `hit_rate` = hits / fed, 0 if none was."""
+        """Returns by source: `fed` and `hits`, counts; `share` of all that was fed; `hit_rate`, hits / fed, 0 if none was."""
         with self._lock:
             fed, hits = self._fed.tolist(), self._hits.tolist()
         every = max(1, sum(fed))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from monolith_jax.serve.id_slots import EMPTY, IdSlots, id_slots_bytes
+from monolith_jax.serve.merge import SOURCES
 from monolith_jax.serve.recent import RecentItems, recent_bytes
 from monolith_jax.serve.trending import Trending, TrendingConfig, trending_bytes
 
@@ -37,7 +38,7 @@ class SourcesConfig:
     explore_impressions: int = 100
     """Explore draws videos that were shown less often than this, as long as there are any."""
     max_videos: int = 1 << 17
-    """Newest videos among which explore draws. Costs 29 bytes each."""
+    """Newest videos among which explore draws. Costs 20 bytes each."""
     max_authors: int = 20_000
     """Authors whose newest videos are kept; the least recently active of more are forgotten."""
     videos_per_author: int = 20
@@ -47,7 +48,7 @@ class SourcesConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError if a field is out of range."""
-        for name in ("two_tower", "fresh", "trending", "followed", "explore", "explore_impressions"):
+        for name in (*SOURCES, "explore_impressions"):
             if getattr(self, name) < 0:
                 raise ValueError(f"SourcesConfig.{name} must be at least 0, got {getattr(self, name)}")
         for name in ("fresh_s", "max_fresh", "max_videos", "max_authors", "videos_per_author"):
@@ -57,7 +58,7 @@ class SourcesConfig:
     @property
     def quotas(self) -> dict[str, int]:
         """The candidates of each source, for `merge`."""
-        return {name: getattr(self, name) for name in ("two_tower", "fresh", "trending", "followed", "explore")}
+        return {name: getattr(self, name) for name in SOURCES}
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,13 @@ class _Fresh:
 
 
 class Sources:
-    """All that is not learned. Any number ask while others tell."""
+    """All that is not learned. One caller tells at a time, any number ask."""
 
     def __init__(self, config: SourcesConfig) -> None:
         """Knows no videos yet."""
         self._config = config
         self._videos = IdSlots(config.max_videos)
-        size = self._videos.size
-        self._shown = np.zeros(size, np.int32)
-        self._author_ids, self._has_author = np.zeros(size, np.int64), np.zeros(size, np.bool_)
+        self._shown = np.zeros(self._videos.size, np.int32)
         self._authors = IdSlots(config.max_authors)
         self._uploads = RecentItems(self._authors.size, config.videos_per_author)
         self._fresh = _Fresh(np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -90,21 +89,18 @@ class Sources:
         """Takes uploads in.
 
         Args:
-            ids: int64 [N]. One that comes again keeps its impressions.
+            ids: int64 [N]. One that comes again keeps its impressions, and stays with a former author too.
             authors: int64 [N].
             times_ms: int64 [N], when each was uploaded.
             authors_known: bool [N], whose author is known; None: all.
         """
         known = np.ones(ids.size, np.bool_) if authors_known is None else authors_known
+        self._fresh = self._with(ids, times_ms)
         with self._lock:
-            slots, fresh = self._videos.take(ids, times_ms)
-            self._shown[fresh] = 0
-            kept = slots >= 0
-            self._author_ids[slots[kept]], self._has_author[slots[kept]] = authors[kept], known[kept]
-            author_slots, new = self._authors.take(authors[known], times_ms[known])
+            self._shown[self._videos.take(ids, times_ms)[1]] = 0
+            slots, new = self._authors.take(authors[known], times_ms[known])
             self._uploads.clear(new)
-            self._uploads.add(author_slots, ids[known], times_ms[known])
-            self._fresh = self._with(ids, times_ms)
+            self._uploads.add(slots, ids[known], times_ms[known])
 
     def _with(self, ids: np.ndarray, times_ms: np.ndarray) -> _Fresh:
         every = np.concatenate([ids[::-1], self._fresh.videos])
@@ -127,18 +123,12 @@ class Sources:
     def remove(self, ids: np.ndarray) -> None:
         """Forgets videos, int64 [N], at once: no source gives them any more until they are uploaded again."""
         self._counts.remove(ids)
+        stay = ~np.isin(self._fresh.videos, ids)
+        self._fresh = _Fresh(self._fresh.videos[stay], self._fresh.times_ms[stay])
+        slots, places = np.nonzero(np.isin(self._uploads.items, ids))  # Some milliseconds, in which requests go on.
         with self._lock:
-            slots = self._videos.find(ids)
-            there = slots >= 0
-            there[there] = self._has_author[slots[there]]
-            self._uploads.drop(self._authors.find(self._author_ids[slots[there]]), ids[there])
-            if not there.all():
-                # Forgotten among newer ones, so that its author is not known any more.
-                slot, place = np.nonzero(np.isin(self._uploads.items, ids[~there]))
-                self._uploads.drop(slot, self._uploads.items[slot, place])
             self._videos.remove(ids)
-            stay = ~np.isin(self._fresh.videos, ids)
-            self._fresh = _Fresh(self._fresh.videos[stay], self._fresh.times_ms[stay])
+            self._uploads.drop(slots, self._uploads.items[slots, places])
 
     def fresh(self, n: int, now_ms: int) -> np.ndarray:
         """Returns the newest videos that are fresh at a time, int64 [M], M <= n, newest first; none that is uploaded later."""
@@ -200,4 +190,4 @@ def sources_bytes(config: SourcesConfig) -> int:
     """Returns the bytes of the arrays of `Sources`: with the defaults, about 12 MB."""
     videos, authors = id_slots_bytes(config.max_videos), id_slots_bytes(config.max_authors)
     of_authors = authors + recent_bytes(authors // 16, config.videos_per_author)
-    return videos + videos // 16 * 13 + of_authors + 16 * config.max_fresh + trending_bytes(config.counts)
+    return videos + videos // 16 * 4 + of_authors + 16 * config.max_fresh + trending_bytes(config.counts)

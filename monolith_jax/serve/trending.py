@@ -1,10 +1,11 @@
 """What many do now: decayed counts of videos on the stream.
 
-In: videos, what an action on each weighs, and when it was. Out: the videos of the highest decayed counts. Forward decay (Cormode,
-Shkapenyuk, Srivastava, Xu: Forward decay, ICDE 2009): an event at time t adds weight * 2^((t - landmark) / half-life), so nothing
-that is kept changes with time, order of arrival does not matter (but for the last bits of sums), and which video is ahead does not
-depend on when one asks. A bounded number of videos is counted, in buckets of eight as `id_slots` has them: in a full one a new
-video takes the place of the least.
+In: videos, what an action on each weighs, and when it was. Out: the videos of the highest decayed counts.
+
+Forward decay (Cormode, Shkapenyuk, Srivastava, Xu, ICDE 2009): an event at time t adds weight * 2^((t - landmark) / half-life).
+So nothing that is kept changes with time, the order of arrival does not matter (but for the last bits of sums), and which video
+is ahead does not depend on when one asks. A bounded number of videos is counted, in buckets of eight as `id_slots` has them: in
+a full one a new video takes the place of the least.
 """
 
 from __future__ import annotations
@@ -92,10 +93,10 @@ class Trending:
 
         Args:
             videos: int64 [N], may repeat.
-            weights: float [N], above 0; others, NaN too, are set aside and counted.
+            weights: float [N], above 0 and at most 1e9; others, NaN too, are set aside and counted.
             times_ms: int64 [N].
         """
-        good = (weights > 0) & (weights < np.inf)
+        good = (weights > 0) & (weights <= 1e9)
         with self._lock:
             self._set_aside += int(good.size - np.count_nonzero(good))
             if not good.any():
