@@ -82,7 +82,8 @@ def test_agrees_with_lists(
                     models[slot].entries = [one for one in models[slot].entries if one.item != item]
         found = rings.newest(np.array([2, -1, 0, 1]), np.array([before, 99, before, 99]), most)
         wanted = [
-            [one for one in models[slot].entries if one.time < until][:most] for slot, until in ((2, before), (0, before), (1, 99))
+            [one for one in models[slot].entries if one.time < until][:most]
+            for slot, until in ((2, before), (0, before), (1, 99))
         ]
         assert found[3].tolist() == [len(wanted[0]), 0, len(wanted[1]), len(wanted[2])]
         flat = [one for entries in wanted for one in entries]
