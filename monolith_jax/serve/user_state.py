@@ -5,10 +5,12 @@ columns that `stream.history` adds to examples: same names, same bits, only what
 user has followed. Memory is bounded: the least recently active of more users is forgotten. Nothing is saved: after a restart
 the state is rebuilt from the log, and as a user's events are read in the log's order both times, it is the one before.
 
-The first action on a video makes it the newest of its user; further ones add to its bits and move nothing. An example is an
-entry of its own each time, as in `stream.history`.
+The first action on a video makes it the newest of its user; further ones add to its bits and move nothing. A video that was shown
+and had no action, not even a play, is not in the history, whereas an example always is: an entry of its own each time, as in
+`stream.history`.
 """
 
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import threading
@@ -201,7 +203,7 @@ class UserState:
             values = pc.fill_null(pc.cast(actions.column("value"), pa.float64(), safe=False), float("nan"))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise ValueError(f"actions need strings in column 'action' and numbers in 'value': {error}") from None
-        code = pc.fill_null(pc.index_in(action, _NAMES), -1).to_numpy(zero_copy_only=False)  # pyright: ignore[reportAttributeAccessIssue]
+        code = pc.fill_null(pc.index_in(action, _NAMES), -1).to_numpy(zero_copy_only=False)
         value = values.to_numpy(zero_copy_only=False)
         timed = code >= len(ACTIONS)
         rows = self._without(

@@ -34,8 +34,8 @@ def tail_of(folder: Path, horizon_s: float = 0.0, **fields: int) -> LogTail:
 
 def videos_of(found: list[Events]) -> tuple[list[int], list[int]]:
     impressions, actions = zip(*found, strict=True) if found else ((), ())
-    both = ([one.column("video_id").to_pylist() for one in side if one is not None] for side in (impressions, actions))
-    one, other = (sorted(sum(lists, [])) for lists in both)
+    both = ([video for one in side if one for video in one.column("video_id").to_pylist()] for side in (impressions, actions))
+    one, other = map(sorted, both)
     return one, other
 
 
@@ -60,7 +60,7 @@ def test_events_of_one_partition_keep_their_order(tmp_path: Path, producer: File
         append(producer, "actions", 2, video, second, action="like")
     with closing(tail_of(tmp_path, float("inf"), poll_messages=2)) as tail:
         found = [one.actions.column("video_id").to_pylist() for one in tail.catch_up() if one.actions is not None]
-    assert sum(found, []) == list(range(6)) and len(found) > 1
+    assert [video for part in found for video in part] == list(range(6)) and len(found) > 1
 
 
 @pytest.mark.parametrize(("horizon_s", "first"), [(5.0, 14), (0.5, 19), (1e6, 0), (float("inf"), 0)])

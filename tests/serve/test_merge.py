@@ -45,7 +45,7 @@ def test_nothing_gives_nothing() -> None:
 
 
 def test_refuses_what_is_no_source() -> None:
-    with pytest.raises(ValueError, match="'tarot'.*two_tower"):
+    with pytest.raises(ValueError, match=r"'tarot'.*two_tower"):
         merge({"tarot": np.arange(3)}, {})
     with pytest.raises(ValueError, match="'fresh'"):
         merge({}, {"fresh": -1})

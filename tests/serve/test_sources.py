@@ -140,4 +140,4 @@ def test_quotas_bytes_and_bad_configs() -> None:
     assert sources_bytes(config) == sum(array.nbytes for array in arrays)
     for fields in ({"two_tower": -1}, {"fresh_s": 0.0}, {"fresh_s": float("nan")}, {"max_authors": 0}):
         with pytest.raises(ValueError, match=f"SourcesConfig.{next(iter(fields))}"):
-            SourcesConfig(**fields)
+            SourcesConfig(**fields)  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ T = 1_700_000_000_000
 HOUR_MS = 3_600_000
 
 
-def counted(trending: Trending, *rows: tuple[int, float, int]) -> None:
+def counted(trending: Trending, *rows: tuple[int, float, float]) -> None:
     """Adds (video, weight, hours after T)."""
     videos, weights, hours = (np.array([row[side] for row in rows]) for side in range(3))
     trending.add(videos.astype(np.int64), weights.astype(np.float64), T + (HOUR_MS * hours).astype(np.int64))
@@ -96,4 +96,4 @@ def test_bytes_and_bad_configs() -> None:
     assert trending_bytes(config) == sum(array.nbytes for array in arrays)
     for fields in ({"half_life_s": 0.0}, {"half_life_s": float("nan")}, {"refresh_s": -1.0}, {"max_videos": 0}, {"size": 0}):
         with pytest.raises(ValueError, match="TrendingConfig"):
-            TrendingConfig(**fields)
+            TrendingConfig(**fields)  # pyright: ignore[reportArgumentType]

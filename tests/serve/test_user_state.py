@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
