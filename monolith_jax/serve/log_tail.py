@@ -56,10 +56,18 @@ class LogTail:
             self._log = opened.enter_context(closing(open_log(config.url, config.options)))
             schemas = opened.enter_context(closing(open_log(config.url, config.options)))
             self._decoders = {
-                topic: Decoder(kind, topic, config.format, Schemas(schemas, topic), future_s=config.future_s)
-                for kind, topic in (("impression", config.impressions), ("action", config.actions))
+                config.impressions: Decoder(
+                    "impression",
+                    config.impressions,
+                    config.format,
+                    Schemas(schemas, config.impressions),
+                    future_s=config.future_s,
+                ),
+                config.actions: Decoder(
+                    "action", config.actions, config.format, Schemas(schemas, config.actions), future_s=config.future_s
+                ),
             }
-            topics = (config.impressions, config.actions)
+            topics = tuple(self._decoders)
             self._partitions = [LogPartition(topic, one) for topic in topics for one in range(self._log.num_partitions(topic))]
             self._start(horizon_s)
             self._opened = opened.pop_all()

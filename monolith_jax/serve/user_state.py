@@ -5,9 +5,9 @@ columns that `stream.history` adds to examples: same names, same bits, only what
 user has followed. Memory is bounded: the least recently active of more users is forgotten. Nothing is saved: after a restart
 the state is rebuilt from the log, and as a user's events are read in the log's order both times, it is the one before.
 
-The first action on a video makes it the newest of its user; further ones add to its bits and move nothing. A video that was shown
-and had no action, not even a play, is not in the history, whereas an example always is: an entry of its own each time, as in
-`stream.history`.
+The first action on a video makes it the newest of its user; further ones add to its bits and move nothing. A video that was
+shown and had no action, not even a play, is not in the history, whereas an example always is: an entry of its own each time, as
+in `stream.history`.
 """
 
 # pyright: reportAttributeAccessIssue=false
