@@ -95,6 +95,15 @@ def is_host(path: Path) -> bool:
         "sync/schedule.py",
         "sync/storage.py",
         "sync/touched.py",
+        "serve/id_slots.py",
+        "serve/log_tail.py",
+        "serve/merge.py",
+        "serve/recent.py",
+        "serve/seen.py",
+        "serve/source_report.py",
+        "serve/sources.py",
+        "serve/trending.py",
+        "serve/user_state.py",
     )
 
 
