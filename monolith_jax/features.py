@@ -292,14 +292,18 @@ def _values_as_ids(array: pa.Array, column: str, feature: str) -> np.ndarray:
         ) from None
 
 
+def column_ids(examples: pa.RecordBatch, column: str, feature: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of a flat column, int64 [B], and whether there is one; errors name the feature that needs them."""
+    array = _column(examples, column, feature)
+    return _values_as_ids(array, column, feature), valid_mask(array)
+
+
 def _single(examples: pa.RecordBatch, feature: FeatureConfig) -> tuple[np.ndarray, np.ndarray]:
     """Returns the one id of each example, int64 [B], and whether there is one."""
     all_valid = np.ones(examples.num_rows, np.bool_)
     match feature:
         case IdFeatureConfig():
-            array = _column(examples, feature.column, feature.name)
-            ids = _values_as_ids(array, feature.column, feature.name)
-            return ids, valid_mask(array)
+            return column_ids(examples, feature.column, feature.name)
         case CrossFeatureConfig():
             return _crossed(examples, feature), all_valid
         case BucketFeatureConfig():
