@@ -144,6 +144,17 @@ class GroupIds(NamedTuple):
     """bool [B, P], whether the position holds an id."""
 
 
+class Retrieval(NamedTuple):
+    """What the two-tower learns from in a step of B examples: each is a query, and all R rows of the step are candidates."""
+
+    weight: Array
+    """float32 [B], what the example counts as a positive; 0: it is none."""
+    log_q: Array
+    """float32 [R], log of how often the row's video is among the candidates of a step, in expectation; inf: no candidate."""
+    key: Array
+    """uint32 [R], mixed bits of the video's id: equal for equal videos."""
+
+
 class Cut(NamedTuple):
     """A publication, agreed on by the planners of all processes: of the state right after a step."""
 

@@ -72,16 +72,17 @@ def combine(slots: Sequence[Slot], vectors: jax.Array, valid: jax.Array, weights
     """
     singles = sum(1 for slot in slots if slot.length == 1 and slot.combiner != "none" and not slot.weighted)
     fields = [vectors[:, :singles]]
-    for slot in slots[singles:]:
-        where = slice(slot.start, slot.start + slot.length)
-        of_list = vectors[:, where]
-        if slot.weighted and weights is not None:
-            of_list = of_list * weights[:, where, None].astype(vectors.dtype)
-        fields.append(_combined(slot, of_list, valid[:, where].astype(vectors.dtype).sum(1)[:, None, None]))
+    fields += [combined(slot, vectors, valid, weights) for slot in slots[singles:]]
     return jnp.concatenate(fields, axis=1) if len(fields) > 1 else fields[0]
 
 
-def _combined(slot: Slot, of_list: jax.Array, count: jax.Array) -> jax.Array:
+def combined(slot: Slot, vectors: jax.Array, valid: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Returns what `combine` makes of one slot, float32 [B, 1, D], or [B, N, D] of a list that is kept."""
+    where = slice(slot.start, slot.start + slot.length)
+    of_list = vectors[:, where]
+    if slot.weighted and weights is not None:
+        of_list = of_list * weights[:, where, None].astype(vectors.dtype)
+    count = valid[:, where].astype(vectors.dtype).sum(1)[:, None, None]
     match slot.combiner:
         case "none":
             return of_list
