@@ -2,8 +2,8 @@
 
 In: the vectors of the features that all candidates share, [1, P, D], and of those that each has for itself, [K, P, D]. Out:
 logits [K, T], equal to what `towers.forward` makes of K whole examples but for rounding. The first layer is linear, so
-W x = W_once x_once + W_each x_each; only the second product, and what lies above it, is done K times. Experts are kept apart and
-candidates stay the rows of all products, which spares the CPU the copies that turn one layout into another.
+W x = W_once x_once + W_each x_each; only the second product, and what lies above it, is done K times. Experts are kept apart
+and candidates stay the rows of all products, which spares the CPU the copies that turn one layout into another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from monolith_jax.models.deepfm import DeepFM
 from monolith_jax.models.layers import Mlp, ModelInputs, StackedMlp, combine, flat, num_fields, pairs
 from monolith_jax.models.losses import offsets
 from monolith_jax.models.mmoe import MMoE
-from monolith_jax.models.towers import Towers
+from monolith_jax.models.towers import RETRIEVAL, Towers
 from monolith_jax.tables.update import float_dtype
 from monolith_jax.types import Array
 
@@ -101,8 +101,10 @@ def split(towers: Towers, dims: Sequence[int], each: Collection[str]) -> Split:
         each: Names of the features that each candidate has for itself.
 
     Raises:
-        ValueError: There is no such feature.
+        ValueError: There is no such feature, or no ranker.
     """
+    if towers.graph is None:
+        raise ValueError("this model has no ranker; set Experiment.model, and train with it")
     layout = towers.layout
     names = [feature.name for feature in layout.features]
     of_each = restricted(layout, list(each))
@@ -126,7 +128,9 @@ def prepare(split: Split, weights: Any) -> Prepared:
         split: The sides.
         weights: As `towers.forward` takes them.
     """
-    module = nnx.merge(split.towers.graph, nnx.State(weights))
+    assert split.towers.graph is not None
+    of_ranker = {name: weight for name, weight in weights.items() if name != RETRIEVAL}
+    module = nnx.merge(split.towers.graph, nnx.State(of_ranker))
     match module:
         case DeepFM():
             first, *above = _layers(module.deep)
