@@ -187,7 +187,7 @@ def candidate_logits(split: Split, prepared: Prepared, once: SideInputs, each: S
     """
     of_once, of_each = _inputs(split.once, once), _inputs(split.each, each)
     if prepared.wide is not None:
-        logits = _deepfm(prepared, of_once, of_each)
+        logits = _deepfm(prepared, prepared.wide, of_once, of_each)
     else:
         logits = _mmoe(prepared, of_once, of_each)
     return logits + offsets(split.towers.heads)
@@ -212,14 +212,14 @@ def _above(x: jax.Array, layer: Layer) -> jax.Array:
     return jnp.matmul(nnx.relu(x).astype(layer.bias.dtype), layer.kernel) + layer.bias
 
 
-def _deepfm(prepared: Prepared, once: ModelInputs, each: ModelInputs) -> jax.Array:
+def _deepfm(prepared: Prepared, wide_T: Array, once: ModelInputs, each: ModelInputs) -> jax.Array:
     x = _first_product(prepared.first[0], flat(once), flat(each))
     for layer in prepared.above:
         x = _above(x, layer)
     fields = [jnp.concatenate(side.fields, axis=1) for side in (once, each)]
     linear = fields[0][:, :, 0].sum(1) + fields[1][:, :, 0].sum(1)
     wide = linear + pairs(*(side[:, :, 1:] for side in fields)).sum(1)
-    return x.astype(float_dtype()) + wide[:, None] * prepared.wide
+    return x.astype(float_dtype()) + wide[:, None] * wide_T
 
 
 def _mmoe(prepared: Prepared, once: ModelInputs, each: ModelInputs) -> jax.Array:
