@@ -1,9 +1,9 @@
 """What versions changed in some tables, for who keeps something made from their rows: an index, a catalogue.
 
 In: each version as it comes to be served, and the copy before it. Out: the ids that were written, and those that are gone,
-since they were last asked for. An id that came and went in between is neither. So what is kept of a table is at most the ids that it
-had when it was last asked for and those it has now, however long nobody asks: twice `TableConfig.max_rows`, 10 bytes each, and
-as much again before equal ids are taken together.
+since they were last asked for. An id that came and went in between is neither. So what is kept of a table is at most the ids
+that it had when it was last asked for and those it has now, however long nobody asks: twice `TableConfig.max_rows`, 10 bytes
+each, and as much again before equal ids are taken together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The features of a candidate that cross it with the request: ids made of columns of both.
 
-In: the raw ids of a request's columns [1, m] and of the candidates' [K, n], which a catalogue keeps. Out: ids int64 [K, C], those
-that `features.featurize` makes of whole examples.
+In: the raw ids of a request's columns [1, m] and of the candidates' [K, n], which a catalogue keeps. Out: ids int64 [K, C],
+those that `features.featurize` makes of whole examples.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Crosses:
         for one in mixed:
             if one not in self.features:
                 raise ValueError(
-                    f"feature {one.name!r} reads {', '.join(columns_of(one))}, some of a candidate and some of the request; only "
-                    "a CrossFeatureConfig may: name all of them, or none, as candidate columns"
+                    f"feature {one.name!r} reads {', '.join(columns_of(one))}, some of a candidate and some of the request; "
+                    "only a CrossFeatureConfig may: name all of them, or none, as candidate columns"
                 )
         every = list(dict.fromkeys(column for one in self.features for column in one.columns))
         self.candidate_columns = tuple(column for column in every if column in candidate_columns)

@@ -1,9 +1,9 @@
 """One user and K candidates to scores: the ranker, with the user's side computed once.
 
-In: features of the request (one row) and of the candidates (K rows). Out: scores float32 [K, T], which are those that
-`ServedModel.predict` gives for whole examples, but for rounding. A feature is a candidate's if it reads one of its columns, else the request's. What
-does not depend on the request can be kept ready for each video (`plain_layout`, `crosses.of_candidates`), so that a request
-touches no Arrow but its own row.
+In: features of the request (one row) and of the candidates (K rows). Out: scores float32 [K, T], but for rounding those that
+`ServedModel.predict` gives for whole examples. A feature is a candidate's if it reads one of its columns, else the request's.
+What does not depend on the request can be kept ready for each video (`plain_layout`, `crosses.of_candidates`), so that a
+request touches no Arrow but its own row.
 """
 
 from __future__ import annotations
