@@ -305,7 +305,7 @@ def _single(examples: pa.RecordBatch, feature: FeatureConfig) -> tuple[np.ndarra
         case IdFeatureConfig():
             return column_ids(examples, feature.column, feature.name)
         case CrossFeatureConfig():
-            return _crossed(examples, feature), all_valid
+            return crossed([column_ids(examples, column, feature.name) for column in feature.columns]), all_valid
         case BucketFeatureConfig():
             values, valid = _numbers(_column(examples, feature.column, feature.name), feature.column, feature.name)
             bucket = np.searchsorted(np.asarray(feature.boundaries), values, side="right")
@@ -320,15 +320,21 @@ def _single(examples: pa.RecordBatch, feature: FeatureConfig) -> tuple[np.ndarra
             raise AssertionError("dense features have no ids")
 
 
-def _crossed(examples: pa.RecordBatch, feature: CrossFeatureConfig) -> np.ndarray:
-    crossed = np.zeros(examples.num_rows, np.uint64)
-    for column in feature.columns:
-        array = _column(examples, column, feature.name)
-        ids = _values_as_ids(array, column, feature.name).view(np.uint64)
-        null = ~valid_mask(array)
+def column_ids(examples: pa.RecordBatch, column: str, feature: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the one id of each example in a column of a feature, int64 [B], and whether there is one, bool [B]."""
+    array = _column(examples, column, feature)
+    return _values_as_ids(array, column, feature), valid_mask(array)
+
+
+def crossed(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Returns an id for each combination, int64 [B], given what `column_ids` returned, [B] or [1] of each column."""
+    out = np.zeros(1, np.uint64)
+    for ids, valid in columns:
+        null = ~valid
         # The order of columns matters, and a null differs from every value: both are mixed in.
-        crossed = _mixed(_mixed(crossed + np.uint64(0x9E3779B97F4A7C15)) ^ _mixed(ids + null.astype(np.uint64))) ^ null
-    return crossed.view(np.int64)
+        mixed = _mixed(ids.view(np.uint64) + null.astype(np.uint64))
+        out = _mixed(_mixed(out + np.uint64(0x9E3779B97F4A7C15)) ^ mixed) ^ null
+    return out.view(np.int64)
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

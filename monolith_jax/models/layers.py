@@ -6,6 +6,8 @@ over them. Weights carry the logical axes that `mesh.weight_spec` splits them by
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -100,10 +102,15 @@ def flat(inputs: ModelInputs) -> jax.Array:
     return jnp.concatenate([*fields, inputs.dense.astype(float_dtype())], axis=1)
 
 
-def pairs(fields: jax.Array) -> jax.Array:
-    """Returns the sum over all pairs of fields [B, F, D] of their elementwise products, [B, D], in time linear in F."""
-    total = fields.sum(1)
-    return 0.5 * (total * total - (fields * fields).sum(1))
+def pairs(*fields: jax.Array) -> jax.Array:
+    """Returns the sum over all pairs of fields of their elementwise products, [B, D], in time linear in their number.
+
+    Args:
+        fields: [B, F, D], or several of them whose fields are taken together; one of them may have a B of 1.
+    """
+    total = functools.reduce(operator.add, [part.sum(1) for part in fields])
+    squares = functools.reduce(operator.add, [(part * part).sum(1) for part in fields])
+    return 0.5 * (total * total - squares)
 
 
 class Mlp(nnx.Module):

@@ -76,6 +76,11 @@ class ServedCopy:
         group, index = self._tables[table]
         return self.rows[group].vectors(index, ids)
 
+    def has(self, table: str, ids: np.ndarray) -> np.ndarray:
+        """Returns which ids [N] of a table have a row, bool [N]."""
+        group, index = self._tables[table]
+        return self.rows[group].has(index, ids)
+
     def ids(self, table: str) -> np.ndarray:
         """Returns all ids of a table, int64 [N], in no order."""
         group, index = self._tables[table]

@@ -21,9 +21,11 @@ import numpy as np
 import pyarrow as pa
 from flax import nnx
 
-from monolith_jax.features import FeatureConfig, Features, feature_layout, featurize
+from monolith_jax.features import FeatureConfig, FeatureLayout, feature_layout, featurize
 from monolith_jax.models.losses import HeadConfig
 from monolith_jax.models.towers import ModelConfig, make_towers, weights_of
+from monolith_jax.models.two_tower import TwoTowerConfig
+from monolith_jax.serve.changes import Changed, Changes
 from monolith_jax.serve.scorer import Scorer
 from monolith_jax.serve.served_copy import Loaded, ServedCopy, TooFull, check_fits
 from monolith_jax.serve.sides import Sides
@@ -45,11 +47,13 @@ class ServedModel:
         root: str | Path,
         features: Sequence[FeatureConfig],
         tables: Sequence[TableConfig],
-        model_config: ModelConfig,
+        model_config: ModelConfig | None,
         heads: Sequence[HeadConfig],
         reader: str = "",
         num_shards: int = 64,
         batch_sizes: Sequence[int] = (64, 256, 1024),
+        two_tower: TwoTowerConfig | None = None,
+        follow: Sequence[str] = (),
     ) -> None:
         """Loads the newest base and the deltas behind it, and compiles the towers.
 
@@ -57,26 +61,29 @@ class ServedModel:
             root: The folder of deltas.
             features: As in training.
             tables: As in training: `max_rows` is the room for ids.
-            model_config: As in training.
+            model_config: As in training; None: no ranker.
             heads: As in training.
             reader: Name of this reader in the folder; empty: host and process.
             num_shards: `MeshConfig.num_shards` of the trainer: with the same one each id that has a row there has room here.
             batch_sizes: Numbers of examples that requests are padded to; larger ones are cut into parts.
+            two_tower: `Experiment.retrieval`, as in training.
+            follow: Tables that `take_changed` is asked for.
 
         Raises:
             ValueError: There is no base, it is damaged, or it is of another model.
         """
         self._folder, self._reader = DeltaFolder(root), reader or f"{socket.gethostname()}-{os.getpid()}"
         self._groups = make_groups(tables, num_shards)
-        names = [group.maps.names for group in self._groups]
-        self._layout = feature_layout(features, names)
-        self._position_tables = [
-            np.array(self._layout.position_tables(group, of_group), np.int32) for group, of_group in enumerate(names)
-        ]
-        towers, weights = make_towers(model_config, self._layout, [group.dim for group in self._groups], heads, 0)
+        self.layout = feature_layout(features, [group.maps.names for group in self._groups])
+        self.dims = tuple(group.dim for group in self._groups)
+        self._position_tables = self.position_tables(self.layout)
+        self.towers, weights = make_towers(model_config, self.layout, self.dims, heads, 0, two_tower)
         pure = nnx.to_pure_dict(weights)
         self._like = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, weight.dtype), pure)
-        self._scorer = Scorer(towers, batch_sizes)
+        self._scorer = Scorer(self.towers, batch_sizes)
+        for table in follow:
+            self._check_table(table)
+        self._changes = Changes(follow)
         self._polling, self._closed = threading.Lock(), threading.Event()
         self._begun: Version | None = None
         self._watcher: threading.Thread | None = None
@@ -85,9 +92,11 @@ class ServedModel:
         self._apply_s, self.last_fault = 0.0, ""
         first = self._first()
         self._sides = Sides(ServedCopy(self._groups, first), ServedCopy(self._groups, first))
+        self._changes.note(None, first)
         self._count(first)
         self.poll()
-        self._warm_up()
+        if model_config is not None:
+            self._scorer.warm_up(self._gather)
 
     def _first(self) -> Loaded:
         """Returns the newest base that is whole."""
@@ -118,15 +127,6 @@ class ServedModel:
             named = {name: np.array(array) for name, array in content.dense.items()}
             weights = jax.device_put(weights_of(named, self._like))
         return Loaded(manifest, content, weights)
-
-    def _warm_up(self) -> None:
-        groups, weights = [], []
-        for index, slots in enumerate(self._layout.groups):
-            shape = (0, self._layout.num_positions(index))
-            groups.append(GroupIds(np.zeros(shape, np.int64), np.zeros(shape, np.bool_)))
-            weights.append(np.zeros(shape, np.float32) if any(slot.weighted for slot in slots) else None)
-        dense = np.zeros((0, self._layout.num_dense), np.float32)
-        self._scorer.warm_up(Features(tuple(groups), tuple(weights), dense), self._gather)
 
     @property
     def _manifest(self) -> Manifest:
@@ -231,7 +231,9 @@ class ServedModel:
             self._sides.idle.copy_from(self._sides.live)
         self._begun = version
         self._sides.idle.apply(loaded)
-        self._sides.swap().apply(loaded)
+        before = self._sides.swap()
+        self._changes.note(before, loaded)  # Not earlier: who is told reads the new rows.
+        before.apply(loaded)
         self._begun = None
         self._apply_s = time.perf_counter() - begun
         self._count(loaded)
@@ -303,10 +305,43 @@ class ServedModel:
         Raises:
             ValueError: A column is missing or of a type that its feature cannot read.
         """
-        return self._scorer.score(featurize(examples, self._layout), self._gather)
+        if self.towers.graph is None:
+            raise ValueError("this model has no ranker to predict with; `serve.encode` gives the vectors of its two-tower")
+        return self._scorer.score(featurize(examples, self.layout), self._gather)
 
-    def _gather(self, ids: Sequence[np.ndarray], valid: Sequence[np.ndarray]) -> tuple[Sequence[np.ndarray], Any]:
+    def _gather(self, groups: Sequence[GroupIds]) -> tuple[Sequence[np.ndarray], Any]:
+        (vectors,), weights = self.gather([(groups, self._position_tables)])
+        return vectors, weights
+
+    def position_tables(self, layout: FeatureLayout) -> tuple[np.ndarray, ...]:
+        """Returns of each group the index of the table of each position, int32 [P], for `gather`."""
+        groups = enumerate(self._groups)
+        return tuple(np.array(layout.position_tables(index, group.maps.names), np.int32) for index, group in groups)
+
+    def gather(self, parts: Sequence[tuple[Sequence[GroupIds], Sequence[np.ndarray]]]) -> tuple[list[list[np.ndarray]], Any]:
+        """Returns vectors and the dense weights that belong to them, all of one version.
+
+        Args:
+            parts: Examples of several layouts (`features.restricted`): their ids by group, [B, P], and what `position_tables`
+                returned for their layout.
+
+        Returns:
+            Of each part and group float32 [B, P, D], zeros where there is no id or it has no row; and the weights.
+        """
         with self._sides.read() as copy:
-            parts = zip(copy.rows, ids, valid, self._position_tables, strict=True)
-            vectors = [of_group.vectors_of_batch(keys, there, tables)[0] for of_group, keys, there, tables in parts]
+            vectors = [
+                [
+                    rows.vectors_of_batch(ids, valid, of_group)[0]
+                    for rows, (ids, valid), of_group in zip(copy.rows, *part, strict=True)
+                ]
+                for part in parts
+            ]
             return vectors, copy.weights
+
+    def take_changed(self, table: str) -> Changed:
+        """Returns what changed in a table of `follow` since the last call; at the first one, all that is there.
+
+        Raises:
+            ValueError: The table is not followed.
+        """
+        return self._changes.take(table)

@@ -120,6 +120,10 @@ class ServedRows:
         out, found = self.vectors_of_batch(ids[None], valid, tables)
         return out[0], found[0]
 
+    def has(self, table: int, ids: np.ndarray) -> np.ndarray:
+        """Returns which ids [N] of one table have a row, bool [N]."""
+        return self._places(ids[None], np.ones((1, ids.size), np.bool_), np.full(ids.size, table, np.int32))[0] >= 0
+
     def vectors_of_batch(
         self, ids: np.ndarray, valid: np.ndarray, position_tables: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -133,13 +137,17 @@ class ServedRows:
         Returns:
             float32 [B, P, D], zeros where there is no id or it has no row; bool [B, P], whether it has one.
         """
+        places = self._places(ids, valid, position_tables)
+        out = np.empty((*ids.shape, self.dim), np.float32)
+        self._read(places.reshape(-1), out.reshape(-1, self.dim))
+        return out, places >= 0
+
+    def _places(self, ids: np.ndarray, valid: np.ndarray, position_tables: np.ndarray) -> np.ndarray:
         places = np.empty(ids.shape, np.int64)
         keys = np.ascontiguousarray(ids).view(np.uint64)
         sizes = (self.maps.tables, self.layout.row_offsets, self.layout.rows_per_shard)
         places_of_batch(keys, np.ascontiguousarray(valid), position_tables, *sizes, self.maps.arrays.lines, places)
-        out = np.empty((*ids.shape, self.dim), np.float32)
-        self._read(places.reshape(-1), out.reshape(-1, self.dim))
-        return out, places >= 0
+        return places
 
     def _read(self, places: np.ndarray, out: np.ndarray) -> None:
         match self.format:

@@ -1,0 +1,89 @@
+"""The features of a candidate that cross it with the request: ids made of columns of both.
+
+In: the raw ids of a request's columns [1, m] and of the candidates' [K, n], which a catalogue keeps. Out: ids int64 [K, C],
+those that `features.featurize` makes of whole examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from monolith_jax.features import (
+    BucketFeatureConfig,
+    CrossFeatureConfig,
+    DenseFeatureConfig,
+    FeatureConfig,
+    IdFeatureConfig,
+    TimeFeatureConfig,
+    column_ids,
+    crossed,
+)
+from monolith_jax.types import GroupIds
+
+
+def columns_of(feature: FeatureConfig) -> tuple[str, ...]:
+    """Returns the columns that a feature reads."""
+    match feature:
+        case IdFeatureConfig():
+            return (feature.column, feature.weight_column) if feature.weight_column else (feature.column,)
+        case CrossFeatureConfig():
+            return feature.columns
+        case TimeFeatureConfig():
+            return ("event_time_ms",)
+        case BucketFeatureConfig() | DenseFeatureConfig():
+            return (feature.column,)
+
+
+class Crosses:
+    """The crosses over columns of both kinds, in the order of the features."""
+
+    def __init__(self, features: Sequence[FeatureConfig], candidate_columns: Collection[str]) -> None:
+        """Finds them.
+
+        Raises:
+            ValueError: Another feature reads columns of both kinds.
+        """
+        mixed = [one for one in features if 0 < len(set(columns_of(one)) & set(candidate_columns)) < len(set(columns_of(one)))]
+        self.features = tuple(one for one in mixed if isinstance(one, CrossFeatureConfig))
+        for one in mixed:
+            if one not in self.features:
+                raise ValueError(
+                    f"feature {one.name!r} reads {', '.join(columns_of(one))}, some of a candidate and some of the request; "
+                    "only a CrossFeatureConfig may: name all of them, or none, as candidate columns"
+                )
+        every = list(dict.fromkeys(column for one in self.features for column in one.columns))
+        self.candidate_columns = tuple(column for column in every if column in candidate_columns)
+        self.request_columns = tuple(column for column in every if column not in candidate_columns)
+
+    def of_request(self, request: pa.RecordBatch) -> GroupIds:
+        """Returns the raw ids of the request's columns, [1, m]."""
+        return self._raw(request, self.request_columns)
+
+    def of_candidates(self, candidates: pa.RecordBatch) -> GroupIds:
+        """Returns the raw ids of the candidates' columns, [K, n]."""
+        return self._raw(candidates, self.candidate_columns)
+
+    def _raw(self, batch: pa.RecordBatch, columns: Sequence[str]) -> GroupIds:
+        ids, valid = (np.zeros((batch.num_rows, len(columns)), dtype) for dtype in (np.int64, np.bool_))
+        for index, column in enumerate(columns):
+            of_feature = next(one.name for one in self.features if column in one.columns)
+            ids[:, index], valid[:, index] = column_ids(batch, column, of_feature)
+        return GroupIds(ids, valid)
+
+    def ids(self, request: GroupIds, candidates: GroupIds) -> np.ndarray:
+        """Returns the id of each cross, int64 [K, C].
+
+        Args:
+            request: What `of_request` returned.
+            candidates: What `of_candidates` returned, or rows of it.
+        """
+        places = {column: (request, index) for index, column in enumerate(self.request_columns)}
+        places |= {column: (candidates, index) for index, column in enumerate(self.candidate_columns)}
+        out = np.empty((candidates.ids.shape[0], len(self.features)), np.int64)
+        for index, feature in enumerate(self.features):
+            of_columns = [places[column] for column in feature.columns]
+            out[:, index] = crossed([(side.ids[:, at].copy(), side.valid[:, at]) for side, at in of_columns])
+        return out
