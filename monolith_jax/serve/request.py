@@ -16,7 +16,7 @@ import pyarrow as pa
 
 FLAGS = {
     "unknown_user": "nothing is known of the user: no row in the tables and no action",
-    "no_candidates": "no source had a video that the user has not seen; those seen are shown again",
+    "seen_again": "too few of the candidates may be shown; popular videos, and any others, were added, be they seen or not",
     "no_index": "the index is empty, or there is no two-tower model: the other sources fill the feed",
     "no_ranker": "there is no ranking model: the order is that of recall",
     "recall_failed": "recall raised an error: popular videos in its place",
@@ -63,7 +63,7 @@ class Feed:
     values: np.ndarray
     """float32 [N], what they were ordered by; NaN where nothing was predicted."""
     scores: np.ndarray
-    """float32 [N, T], calibrated predictions of each head; NaN where nothing was predicted."""
+    """[N, T], calibrated predictions of each head; NaN where nothing was predicted."""
     heads: tuple[str, ...]
     sources: tuple[str, ...]
     """Of each video, the source that it came from."""
@@ -78,7 +78,9 @@ class Feed:
     version: tuple[int, int] | None
     """Of the ranking model, epoch and sequence; None: there was none."""
     timings_ms: Mapping[str, float]
-    """Of each stage."""
+    """Of each stage, and in total."""
+    impressions: pa.RecordBatch | None
+    """What is to be logged when it is shown (`feed_log`): features as the models saw them, source, propensity."""
 
     def __len__(self) -> int:
         """Returns the number of videos."""

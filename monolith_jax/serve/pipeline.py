@@ -1,0 +1,373 @@
+"""A request to a feed: recall, rank, rerank, in process.
+
+In: a `Request`, and what has happened (events, videos, deltas of the trainer). Out: a `Feed`. One call takes a user from all
+videos to a feed:
+
+    request -> user state -> recall (two-tower, fresh, trending, followed, explore) -> rank (1,000) -> rerank -> feed
+
+A stage that fails, or for which there is no time, is replaced by something simpler, and the feed says so (`request.FLAGS`); an
+answer is empty only where there is no video that may be shown.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from monolith_jax.features import IdFeatureConfig
+from monolith_jax.serve.asked import Asked, Clock
+from monolith_jax.serve.catalogue import Catalogue, CatalogueConfig, Taken
+from monolith_jax.serve.crosses import columns_of
+from monolith_jax.serve.encode import Encoder
+from monolith_jax.serve.events import Events
+from monolith_jax.serve.feed_log import impressions_of
+from monolith_jax.serve.index import IndexConfig, VideoIndex
+from monolith_jax.serve.indexer import Indexer
+from monolith_jax.serve.merge import FILLS, SOURCES, Merged
+from monolith_jax.serve.rank import Ranker
+from monolith_jax.serve.recall import Recall
+from monolith_jax.serve.request import Feed, Request, request_row
+from monolith_jax.serve.rerank import Pool, RerankConfig, SetAside, Slate, rerank
+from monolith_jax.serve.seen import SeenConfig, SeenFilter
+from monolith_jax.serve.served_model import ServedModel
+from monolith_jax.serve.source_report import SourceReport
+from monolith_jax.serve.sources import Sources, SourcesConfig
+from monolith_jax.serve.user_state import HISTORY_COLUMNS, UserState, UserStateConfig
+from monolith_jax.serve.values import RankConfig, Values
+from monolith_jax.types import GroupIds
+
+_POOL = 200
+"""Candidates that the rules of the feed choose from: the best ones; those of the explore source come on top."""
+_PRIORITY = np.array([FILLS.index(name) for name in SOURCES])
+"""The order of sources where nothing is ranked."""
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """The way from a request to a feed."""
+
+    catalogue: CatalogueConfig = field(default_factory=CatalogueConfig)
+    """The videos that are known."""
+    index: IndexConfig = field(default_factory=IndexConfig)
+    """Where the two-tower's vectors of them are searched."""
+    user_state: UserStateConfig = field(default_factory=UserStateConfig)
+    """What is kept of each user's last actions."""
+    seen: SeenConfig = field(default_factory=SeenConfig)
+    """What is kept of the videos that each user has seen."""
+    sources: SourcesConfig = field(default_factory=SourcesConfig)
+    """Where candidates come from, and how many."""
+    rank: RankConfig | None = None
+    """What a prediction is worth; None only where there is no ranker."""
+    rerank: RerankConfig = field(default_factory=RerankConfig)
+    """The rules of a feed."""
+    refresh_per_s: int = 1000
+    """Vectors made anew in a second, beside those whose rows changed: the dense weights move all of them a little."""
+    seed: int = 0
+    """Of exploring."""
+
+
+class _Candidates(NamedTuple):
+    """Candidates with what is known of them."""
+
+    ids: np.ndarray
+    source: np.ndarray
+    """int8 [K], the first source that gave each."""
+    is_explore: np.ndarray
+    """bool [K], whether the explore source has it."""
+    is_spare: np.ndarray
+    """bool [K], whether it is there only because others are too few."""
+    taken: Taken
+    values: np.ndarray
+    """float32 [K]"""
+    scores: np.ndarray | None
+    """float32 [K, T]"""
+
+
+class Pipeline:
+    """The For You path of one process. Any number of threads may ask; one at a time tells it of events."""
+
+    def __init__(self, config: ServingConfig, ranker: ServedModel | None, retrieval: ServedModel | None) -> None:
+        """Takes over the served models; knows no videos and no users yet.
+
+        Args:
+            config: The way.
+            ranker: Ranks; None: the feed is in the order of recall.
+            retrieval: Holds the two-tower, made with `follow` of the table of videos; the same as `ranker` where both were
+                trained together. None: the other sources alone.
+
+        Raises:
+            ValueError: The configs do not fit the models.
+        """
+        if ranker is not None and config.rank is None:
+            raise ValueError("ServingConfig.rank is not set: name the heads that count, and what each is worth (RankConfig)")
+        self.config = config
+        self._model = ranker or retrieval
+        self._models = list(dict.fromkeys(one for one in (ranker, retrieval) if one is not None))
+        self._ranker = Ranker(ranker, config.catalogue.columns) if ranker else None
+        self._values = Values(config.rank, ranker.towers.heads) if ranker and config.rank else None
+        self._num_candidates = config.rank.num_candidates if config.rank else sum(config.sources.quotas.values())
+        self._encoder = Encoder(retrieval) if retrieval else None
+        layouts = [self._ranker.plain_layout] if self._ranker else []
+        layouts += [self._encoder.video_layout] if self._encoder else []
+        self.catalogue = Catalogue(config.catalogue, layouts)
+        self.user_state, self.seen = UserState(config.user_state), SeenFilter(config.seen)
+        self.sources, self.report = Sources(config.sources), SourceReport()
+        self.index = VideoIndex(config.index, self._encoder.dim) if self._encoder else None
+        self.indexer = None
+        if self._encoder and retrieval and self.index:
+            two_tower = retrieval.towers.two_tower
+            assert two_tower is not None
+            parts = retrieval, self._encoder, self.catalogue, len(layouts) - 1, self.index
+            self.indexer = Indexer(
+                *parts, _table_of(retrieval, two_tower.video_column), config.refresh_per_s, self.sources.remove
+            )
+        self.events = Events(self.catalogue, self.indexer, self.user_state, self.seen, self.sources, self.report)
+        self._clock = Clock()
+        states = self.sources, self.seen, self.user_state, self.catalogue
+        self._recall = Recall(config.sources.quotas, self._encoder, self.index, *states, self._clock)
+        self._columns = self._columns_of_candidates()
+        self._request_columns = self._columns_of_requests()
+        self._user_table = _table_of(self._model, "user_id") if self._model else ""
+        self._requests, self._first_request = itertools.count(1), time.time_ns() // 1_000_000 << 20
+        self._counts: Counter[str] = Counter()
+
+    def _columns_of_candidates(self) -> list[str]:
+        """Returns the columns of candidates that a request reads: the rules', and those that are crossed with the request's."""
+        wanted = ["author_id", "sound_id", "tag_id", "duration_ms"]
+        if self._ranker:
+            wanted += self._ranker.crosses.candidate_columns
+        config = self.config.catalogue
+        unsafe = [config.unsafe_column] if config.unsafe_column else []
+        return [name for name in dict.fromkeys(wanted) if name in config.columns] + unsafe
+
+    def _columns_of_requests(self) -> list[str]:
+        """Returns the columns that a request has: those that features of the user and of the request read."""
+        layouts = [self._ranker.once_layout] if self._ranker else []
+        layouts += [self._encoder.user_layout] if self._encoder else []
+        columns = ["user_id", "event_time_ms", *(self._ranker.crosses.request_columns if self._ranker else ())]
+        columns += [column for layout in layouts for feature in layout.features for column in columns_of(feature)]
+        return list(dict.fromkeys(columns))
+
+    def recommend(self, request: Request) -> Feed:
+        """Answers a request.
+
+        Raises:
+            ValueError: The request cannot be understood: a negative number of videos, a context that no column can hold.
+        """
+        return self.recommend_batch([request])[0]
+
+    def recommend_batch(self, requests: Sequence[Request]) -> list[Feed]:
+        """Answers requests; users' vectors are made, and the index is searched, for all of them at once."""
+        asked = [self._ask(request, time.perf_counter()) for request in requests]
+        hits = self._recall.search(asked)
+        return [self._answer(one, of_one) for one, of_one in zip(asked, hits, strict=True)]
+
+    def _ask(self, request: Request, began_s: float) -> Asked:
+        """Looks up what is known of the user."""
+        if request.number < 0:
+            raise ValueError(f"Request.number must be at least 0, got {request.number}")
+        time_ms = int(1000 * time.time()) if request.time_ms is None else request.time_ms
+        videos, bits = self.user_state.history(request.user_id, time_ms)
+        known: dict[str, np.ndarray] = dict(zip(HISTORY_COLUMNS, (videos, bits), strict=True))
+        row = request_row(request, time_ms, self._request_columns, known)
+        count = next(self._requests)
+        rng = np.random.default_rng([self.config.seed, count])
+        asked = Asked(request, self._first_request + count, time_ms, row, began_s, rng, [], {})
+        if not videos.size and not self._has_row(request.user_id):
+            asked.flags.append("unknown_user")
+        self._clock.note([asked], "user", began_s)
+        return asked
+
+    def _has_row(self, user_id: int) -> bool:
+        """Returns whether training knows the user."""
+        model, table = self._model, self._user_table
+        return model is not None and table != "" and bool(model.vectors(table, np.array([user_id]))[1][0])
+
+    def _answer(self, asked: Asked, hits: np.ndarray) -> Feed:
+        candidates = self._rank(asked, self._recall.candidates(asked, hits))
+        slate, rows = self._rerank(asked, candidates)
+        if slate.order.size < asked.request.number:
+            # Too few may be shown: behind them whatever else there is, such as was seen already.
+            asked.flags.append("seen_again")
+            candidates = self._rank(asked, self._recall.anything(asked, candidates.ids, candidates.source))
+            slate, rows = self._rerank(asked, candidates)
+        return self._feed(asked, candidates, slate, rows)
+
+    def _rank(self, asked: Asked, merged: Merged) -> _Candidates:
+        """Returns what the candidates are worth: by the ranker, or where it cannot, by their order."""
+        began_s, number = time.perf_counter(), self._num_candidates
+        ids = merged.ids[:number]
+        taken = self.catalogue.take(ids, 0 if self._ranker else None, self._columns)
+        source, explore = merged.source[:number], (merged.sources[:number] >> SOURCES.index("explore")).astype(np.bool_)
+        places = np.argsort(np.argsort(_PRIORITY[source], kind="stable"))
+        by_order = np.where(taken.known, -places, -np.inf).astype(np.float32)
+        found = _Candidates(ids, source, explore, merged.sources[:number] == 0, taken, by_order, None)
+        if self._ranker is None:
+            asked.flags.append("no_ranker")
+        elif ids.size and self._clock.has_time(asked, "rank"):
+            try:
+                found = self._ranked(asked, found)
+            except Exception as error:  # The order of recall has to do.
+                self._clock.failed([asked], "rank", error)
+            self._clock.note([asked], "rank", began_s)
+        return found
+
+    def _ranked(self, asked: Asked, candidates: _Candidates) -> _Candidates:
+        ranker, values, taken = self._ranker, self._values, candidates.taken
+        assert ranker is not None and values is not None and taken.features is not None
+        once, crosses = ranker.once_features(asked.row), ranker.crosses
+        number = candidates.ids.size
+        raw = GroupIds(np.zeros((number, len(crosses.candidate_columns)), np.int64), np.zeros((number, 0), np.bool_))
+        lengths = [taken.columns[name][1] for name in crosses.candidate_columns]
+        for at, name in enumerate(crosses.candidate_columns):
+            raw.ids[:, at] = taken.columns[name][0]
+        raw = raw._replace(valid=np.stack(lengths, axis=1) > 0 if lengths else raw.valid)
+        each = ranker.joined(taken.features, crosses.ids(crosses.of_request(asked.row), raw))
+        scores = ranker.scores(once, each)
+        duration_ms = taken.columns.get("duration_ms", (np.zeros(number),))[0]
+        of_candidates = values(scores, duration_ms, asked.request.group)
+        return candidates._replace(values=np.where(taken.known, of_candidates, -np.inf), scores=scores)
+
+    def _rerank(self, asked: Asked, candidates: _Candidates) -> tuple[Slate, np.ndarray]:
+        """Returns the slate, and which candidates its pool had."""
+        began_s = time.perf_counter()
+        rows = _best(_behind(candidates.values, candidates.is_spare), candidates.is_explore, _POOL)
+        pool = self._pool(asked, candidates, rows)
+        try:
+            slate = rerank(pool, self.config.rerank, asked.request.number, asked.rng)
+        except Exception as error:  # Only what must not be shown is left out.
+            self._clock.failed([asked], "rerank", error)
+            slate = _by_score(pool, asked.request.number)
+        self._clock.note([asked], "rerank", began_s)
+        return slate, rows
+
+    def _pool(self, asked: Asked, candidates: _Candidates, rows: np.ndarray) -> Pool:
+        columns = candidates.taken.columns
+
+        def single(name: str) -> tuple[np.ndarray, np.ndarray]:
+            values, lengths = columns.get(name, (np.zeros(candidates.ids.size, np.int64),) * 2)
+            return values[rows], lengths[rows] > 0
+
+        authors, author_known = single("author_id")
+        sounds, sound_known = single("sound_id")
+        tags, of_tags = columns.get("tag_id", (np.zeros((candidates.ids.size, 1), np.int64), np.zeros(candidates.ids.size)))
+        tags = tags[rows].reshape(rows.size, -1)
+        unsafe = single(self.config.catalogue.unsafe_column)[0].astype(np.bool_)
+        blocked = author_known & np.isin(authors, np.array(asked.request.blocked_authors, np.int64))
+        return Pool(
+            ids=candidates.ids[rows],
+            scores=_behind(candidates.values[rows], candidates.is_spare[rows]),
+            authors=authors,
+            author_known=author_known,
+            sounds=sounds,
+            sound_known=sound_known,
+            tags=tags,
+            tag_known=np.arange(tags.shape[1]) < of_tags[rows, None],
+            explore=candidates.is_explore[rows],
+            unsafe=unsafe,
+            blocked=blocked,
+            vectors=self.index.vectors(candidates.ids[rows])[0] if self.index else None,
+        )
+
+    def _feed(self, asked: Asked, candidates: _Candidates, slate: Slate, rows: np.ndarray) -> Feed:
+        began_s, picked = time.perf_counter(), rows[slate.order]
+        ids, source = candidates.ids[picked], candidates.source[picked]
+        if ids.size < asked.request.number:
+            asked.flags.append("short" if ids.size else "empty")
+        heads = tuple(head.label for head in self._ranker.heads) if self._ranker else ()
+        scores, values = np.full((ids.size, len(heads)), np.nan), np.full(ids.size, np.nan, np.float32)
+        if candidates.scores is not None and self._values:
+            scores, values = self._values.calibrated(candidates.scores[picked]), candidates.values[picked]
+        feed = Feed(
+            request_id=asked.request_id,
+            user_id=asked.request.user_id,
+            time_ms=asked.time_ms,
+            video_ids=ids,
+            values=values,
+            scores=scores,
+            heads=heads,
+            sources=tuple(SOURCES[number] for number in source.tolist()),
+            explored=slate.explored,
+            propensities=slate.propensity,
+            relaxed=slate.relaxed,
+            flags=tuple(dict.fromkeys(asked.flags)),
+            version=self._model.version if self._model else None,
+            timings_ms=asked.timings_ms,
+            impressions=None,
+        )
+        feed = replace(feed, impressions=impressions_of(feed, asked.row, self.catalogue.batch(ids)))
+        self.seen.add(feed.user_id, ids)
+        self.report.fed(feed.request_id, ids, source)
+        self._counts.update(feed.flags)
+        self._counts["feeds"] += 1
+        self._clock.note([asked], "feed", began_s)
+        asked.timings_ms["total"] = 1000 * (time.perf_counter() - asked.began_s)
+        return feed
+
+    def watch(self, model_period_s: float = 0.1, index_period_s: float = 0.1) -> None:
+        """Starts threads that follow the trainer's deltas and keep the index in step with them."""
+        for model in self._models:
+            model.watch(model_period_s)
+        if self.indexer:
+            self.indexer.watch(index_period_s)
+
+    def close(self) -> None:
+        """Ends all threads; the served models are closed too."""
+        self.events.close()
+        if self.indexer:
+            self.indexer.close()
+        for model in self._models:
+            model.close()
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns counts of feeds and flags, the expected time of each stage, and what the parts tell."""
+        found: dict[str, Any] = {
+            "counts": dict(self._counts),
+            "costs_ms": dict(self._clock.costs_ms),
+            "last_fault": self._clock.last_fault,
+            "events": self.events.metrics(),
+        }
+        if self._values:
+            found["values"] = self._values.metrics()
+        if self.indexer:
+            found["index"] = self.indexer.metrics()
+        return found
+
+
+def _table_of(model: ServedModel, column: str) -> str:
+    """Returns the table that a model keeps the ids of a column in; empty: it has no such feature."""
+    found = [one.table for one in model.layout.features if isinstance(one, IdFeatureConfig) and one.column == column]
+    return found[0] if found else ""
+
+
+def _best(values: np.ndarray, always: np.ndarray, number: int) -> np.ndarray:
+    """Returns the candidates with the highest values, and those that are to be there always, in their order, int64 [N]."""
+    if values.size <= number:
+        return np.arange(values.size)
+    chosen = always.copy()
+    chosen[np.argpartition(-values, number)[:number]] = True
+    return np.flatnonzero(chosen)
+
+
+def _behind(values: np.ndarray, is_spare: np.ndarray) -> np.ndarray:
+    """Returns values [K] with those of spare candidates moved below all others, by three standard deviations."""
+    fine = np.isfinite(values)
+    first = fine & ~is_spare
+    if not is_spare.any() or not first.any():
+        return values
+    spare = fine & is_spare
+    gap = values[first].min() - 3 * values[first].std() - values[spare].max(initial=-np.inf) if spare.any() else 0.0
+    return np.where(spare, values + min(gap, 0.0), values).astype(np.float32)
+
+
+def _by_score(pool: Pool, number: int) -> Slate:
+    """Returns the best of a pool that may be shown, without any other rule."""
+    fine = np.isfinite(pool.scores) & ~pool.unsafe & ~pool.blocked
+    order = np.argsort(np.where(fine, -pool.scores, np.inf), kind="stable")[: min(number, int(fine.sum()))]
+    return Slate(order, np.ones(order.size, np.float32), np.zeros(order.size, np.bool_), (), SetAside(0, 0, 0, 0), 0)
