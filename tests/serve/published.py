@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from monolith_jax.features import feature_layout
+from monolith_jax.features import FeatureConfig, feature_layout
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.towers import ModelConfig, make_towers, named_weights
+from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.serve.served_model import ServedModel
 from monolith_jax.sync.delta import Content, DeltaFolder, Manifest, Rows, Version
 from monolith_jax.tables.table import TableConfig, make_groups
@@ -24,16 +25,24 @@ SIZES = (16, 64)
 class Log:
     """A folder of deltas that grows."""
 
-    def __init__(self, root: Path, tables: Sequence[TableConfig] = TABLES, config: ModelConfig | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        tables: Sequence[TableConfig] = TABLES,
+        config: ModelConfig | None = None,
+        features: Sequence[FeatureConfig] = FEATURES,
+        two_tower: TwoTowerConfig | None = None,
+    ) -> None:
         """Writes nothing yet."""
         self.root, self.tables, self.config = root, tables, config or DeepFMConfig(hidden=())
+        self.features, self.two_tower = features, two_tower
         self.folder = DeltaFolder(root)
         self.last: Version | None = None
         self.step = 0
         self.base = Version(1, 0)
         groups = make_groups(tables, NUM_SHARDS)
-        layout = feature_layout(FEATURES, [group.maps.names for group in groups])
-        _, weights = make_towers(self.config, layout, [group.dim for group in groups], HEADS, 0)
+        layout = feature_layout(features, [group.maps.names for group in groups])
+        _, weights = make_towers(self.config, layout, [group.dim for group in groups], HEADS, 0, two_tower)
         self.dense = {name: np.asarray(weight) for name, weight in named_weights(nnx.to_pure_dict(weights)).items()}
 
     def publish(
@@ -89,8 +98,8 @@ class Log:
 
     def serve(self, **options: Any) -> ServedModel:
         """Returns a reader."""
-        options = {"num_shards": NUM_SHARDS, "batch_sizes": SIZES} | options
-        return ServedModel(self.root, FEATURES, self.tables, self.config, HEADS, **options)
+        options = {"num_shards": NUM_SHARDS, "batch_sizes": SIZES, "two_tower": self.two_tower} | options
+        return ServedModel(self.root, self.features, self.tables, self.config, HEADS, **options)
 
 
 def trained_rows(small: Small) -> dict[str, tuple[np.ndarray, np.ndarray]]:
