@@ -1,0 +1,371 @@
+"""An approximate index of videos' vectors that lives with the stream: videos enter, move and leave, and nothing is ever rebuilt.
+
+In: ids and vectors from the video tower. Out: for a user's vector the ids of the videos with the largest inner products.
+
+Streaming vector quantisation (arXiv 2501.08695; research in `index_lists`): K codes, a list of int8 vectors for each, all nearest
+lists read until enough videos were looked at, the best of them scored again with float16 vectors. Every change also moves a few
+of the other videos to the cluster that is theirs by now, so an index that drifts repairs itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from monolith_jax.ids.cuckoo import IdMaps, MapLayout
+from monolith_jax.ids.threads import ShardThreads
+from monolith_jax.serve import index_lists
+from monolith_jax.serve.index_codes import learned_codes
+from monolith_jax.serve.index_kernels import read_vectors, search
+from monolith_jax.serve.int8_blocks import LANES
+
+_WRITTEN = 32
+"""Videos that are written while searches wait: about 0.1 ms."""
+_SEARCHED = 8
+"""Queries that are searched for before a change may come in between."""
+_BUILT = 1 << 14
+"""Videos of a block of `build`."""
+_SHARDS = 16
+_WAIT_S = 20e-6
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """The index of videos."""
+
+    max_videos: int = 1_000_000
+    """Videos that there is room for; memory is taken as they come."""
+    num_codes: int = 0
+    """K, clusters; 0: a 128th of max_videos, at least 32 and at most 32,768."""
+    scanned: int = 16_384
+    """Videos that a search looks at. More of them: more recall, more time."""
+    rescored: float = 2.0
+    """Videos that are scored exactly, as a multiple of the number asked for."""
+    crowding: float = 1.0
+    """s: the distance to a cluster of c videos counts min(s c / mean(c), 1) times. 0 would put all into one cluster."""
+    swept: float = 1.0
+    """Other videos that are looked at with each that changes, and moved if another cluster is theirs by now."""
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            ValueError: One is out of range.
+        """
+        for name, least in (("max_videos", 1), ("num_codes", 0), ("scanned", 1), ("rescored", 1), ("swept", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"IndexConfig.{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.crowding > 0:
+            raise ValueError(f"IndexConfig.crowding must be above 0, got {self.crowding}")
+        if self.max_videos > 2**26:
+            raise ValueError(f"IndexConfig.max_videos must be at most {2**26:,}, got {self.max_videos:,}: use several indexes")
+
+    @property
+    def codes(self) -> int:
+        """K, a multiple of the lanes of a block."""
+        wanted = self.num_codes or min(max(self.max_videos // 128, LANES), 32768)
+        return -(-wanted // LANES) * LANES
+
+
+class _Gate:
+    """Many searches or one change at a time; changes go first."""
+
+    def __init__(self) -> None:
+        self._door, self._inside = threading.Lock(), set[object]()
+
+    @contextmanager
+    def search(self) -> Iterator[None]:
+        """Is inside together with other searches."""
+        token = object()
+        with self._door:
+            self._inside.add(token)
+        try:
+            yield
+        finally:
+            self._inside.discard(token)
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Is inside alone: keeps others from entering, and waits for those that are there."""
+        with self._door:
+            while self._inside:
+                time.sleep(_WAIT_S)
+            yield
+
+
+class _Content:
+    """The arrays of an index; `build` makes new ones."""
+
+    def __init__(self, config: IndexConfig, dim: int) -> None:
+        layout = MapLayout(("video",), (config.max_videos,), _SHARDS)
+        self.maps, self.per_shard = IdMaps(layout), layout.rows_per_shard
+        self.codes, self.lists, self.videos = index_lists.make_lists(_SHARDS * self.per_shard, config.codes, dim)
+        self.size = 0
+
+    def slots(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the slots of ids [N], int64, -1 where there is none."""
+        shards, rows = self.maps.lookup(ids, 0)
+        return np.where(rows < 0, -1, shards.astype(np.int64) * self.per_shard + rows)
+
+    def new_slots(self, ids: np.ndarray, most: int) -> tuple[np.ndarray, int]:
+        """Returns the slots of distinct ids [N], made where there is none, int64, and how many found no room (slot -1)."""
+        new = np.flatnonzero(self.maps.lookup(ids, 0)[1] < 0)
+        refused = new[max(most - self.size, 0) :]
+        slots = np.full(ids.size, -1, np.int64)
+        kept = np.ones(ids.size, np.bool_)
+        kept[refused] = False
+        seen_s = np.zeros(int(kept.sum()), np.uint32)
+        shards, rows, fresh, full, no_path = self.maps.lookup_or_insert(ids[kept], 0, seen_s)
+        slots[kept] = np.where(rows < 0, -1, shards.astype(np.int64) * self.per_shard + rows)
+        self.size += int(fresh.sum())
+        return slots, refused.size + full + no_path
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """All arrays."""
+        return [*self.codes, *self.lists, *self.videos, *self.maps.arrays]
+
+
+class VideoIndex:
+    """The vectors of videos, searched by inner product.
+
+    Recall is that of vectors of length 1; others may be indexed, too, with scores that are right. Any number of threads search
+    while one at a time changes. What comes out depends on the order of changes only.
+    """
+
+    def __init__(self, config: IndexConfig, dim: int) -> None:
+        """Makes an empty index of vectors of length `dim`.
+
+        Raises:
+            ValueError: `dim` is no dimension.
+        """
+        if not 1 <= dim <= 1024:
+            raise ValueError(f"the dim of an index must be from 1 to 1024, got {dim}")
+        self.config, self.dim = config, dim
+        self._content, self._gate, self._writer = _Content(config, dim), _Gate(), threading.Lock()
+        self._swept_to, self._owed = 0, 0.0
+        self._refused = {"not_finite": 0, "zero_length": 0, "full": 0}
+        self._done = {"swept": 0, "moved": 0, "splits": 0}
+
+    def __len__(self) -> int:
+        """Videos."""
+        return self._content.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, all of which may come to be used."""
+        return sum(array.nbytes for array in self._content.arrays)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns how many videos there are, what was refused by reason, and how even the clusters are."""
+        counts = self._content.lists.counts
+        used = counts[counts > 0]
+        even = {"codes_used": used.size, "largest_cluster": int(counts.max()), "mean_cluster": float(used.mean()) if used.size else 0.0}
+        return {
+            "videos": len(self),
+            **{f"refused_{reason}": number for reason, number in self._refused.items()},
+            **even,
+            **self._done,
+        }
+
+    def vectors(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the vectors of ids [N] as they are kept, float32 [N, D], zeros for those unknown; and which are known."""
+        with self._gate.search():
+            slots = self._content.slots(np.asarray(ids, np.int64))
+            out = np.empty((slots.size, self.dim), np.float32)
+            read_vectors(self._content.videos.halves, slots, out)
+        return out, slots >= 0
+
+    def search(self, queries: np.ndarray, k: int, scanned: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the videos with the largest inner products.
+
+        Args:
+            queries: float32 [Q, D].
+            k: How many.
+            scanned: Instead of the config's, if not 0.
+
+        Returns:
+            ids int64 [Q, k] and scores float32 [Q, k], best first; score -inf (and id 0) where there are fewer.
+
+        Raises:
+            ValueError: A query is not finite or of another length, or k is below 1.
+        """
+        queries = np.ascontiguousarray(queries, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise ValueError(f"queries must be float32 [Q, {self.dim}], got {queries.shape}")
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if not np.isfinite(queries).all():
+            raise ValueError("queries have NaN or infinite numbers; the user tower must give finite ones")
+        ids, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+        for first in range(0, len(queries), _SEARCHED):
+            where = slice(first, first + _SEARCHED)
+            with self._gate.search():
+                content = self._content
+                most = max(min(k, content.size), 1)
+                budget = min(scanned or self.config.scanned, max(content.size, 1))
+                # Small clusters come together: ask for twice as many as would do on average.
+                clusters = min(2 * budget * self.config.codes // max(content.size, 1) + 8, self.config.codes)
+                exact = min(int(most * self.config.rescored) + LANES, max(content.size, 1))
+                arrays = content.codes, content.lists, content.videos
+                search(queries[where], *arrays, clusters, budget, exact, ids[where], scores[where])
+        return ids, scores
+
+    def upsert(self, ids: np.ndarray, vectors: np.ndarray) -> int:
+        """Adds videos, and moves those that are there. Of an id that comes twice, the last one counts.
+
+        One that is not finite, has the length zero (both as float16), or finds no room is refused and counted; if it is there
+        already, it stays as it was.
+
+        Args:
+            ids: int64 [N], any.
+            vectors: float32 [N, D].
+
+        Returns:
+            How many were refused.
+        """
+        with self._writer:
+            ids, halves, vectors, refused = self._checked(ids, vectors)
+            for first in range(0, ids.size, _WRITTEN):
+                where = slice(first, first + _WRITTEN)
+                refused += self._write(ids[where], halves[where], vectors[where])
+                self._sweep(vectors[where].shape[0])
+        return refused
+
+    def remove(self, ids: np.ndarray) -> int:
+        """Removes videos; returns how many were there. Once this returns, no search that begins finds them."""
+        number = 0
+        with self._writer:
+            ids = np.unique(np.asarray(ids, np.int64))
+            for first in range(0, ids.size, _WRITTEN):
+                content, some = self._content, ids[first : first + _WRITTEN]
+                with self._gate.change():
+                    slots = content.slots(some)
+                    index_lists.take_out(slots, content.lists, content.codes, content.videos)
+                    content.maps.erase(some, 0)
+                    gone = int((slots >= 0).sum())
+                    content.size -= gone
+                number += gone
+                self._sweep(gone)
+        return number
+
+    def build(self, ids: np.ndarray, vectors: np.ndarray) -> int:
+        """Replaces all content; searches go on in the old one meanwhile, whose memory is given back afterwards.
+
+        Args:
+            ids: int64 [N].
+            vectors: float32 [N, D].
+
+        Returns:
+            How many were refused, as `upsert` does.
+        """
+        with self._writer:
+            ids, halves, vectors, refused = self._checked(ids, vectors)
+            content = _Content(self.config, self.dim)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            threads = ShardThreads(cores, ())
+            clusters = np.full(ids.size, -1, np.int32)
+            if ids.size:
+                learned_codes(vectors, content.codes, threads)
+                empty, zero, one = content.lists.counts.copy(), np.float32(0), np.float32(1)
+                threads.run(
+                    lambda a, b: index_lists.choose(vectors[a:b], content.codes, empty, zero, one, clusters[a:b]), ids.size
+                )
+                content.codes.sums[:] = 0
+            for first in range(0, ids.size, _BUILT):
+                where = slice(first, first + _BUILT)
+                slots, full = content.new_slots(ids[where], self.config.max_videos)
+                self._refused["full"] += full
+                refused += full
+                some = slots, ids[where], halves[where], vectors[where], clusters[where]
+                index_lists.put(*some, content.lists, content.codes, content.videos, False)
+            index_lists.set_codes(content.codes)
+            for cluster in np.flatnonzero(content.lists.counts > self._largest(content)):
+                self._split(content, int(cluster))
+            with self._gate.change():
+                self._content, self._swept_to = content, 0
+        return refused
+
+    def _checked(self, ids: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Returns distinct ids, the bits of their float16 vectors, those as float32, and how many were refused."""
+        ids, vectors = np.asarray(ids), np.asarray(vectors)
+        if ids.ndim != 1 or vectors.shape != (ids.size, self.dim):
+            raise ValueError(f"expected ids [N] and vectors [N, {self.dim}], got {ids.shape} and {vectors.shape}")
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            halves = vectors.astype(np.float16)
+        finite, zero = np.isfinite(halves).all(1), ~halves.any(1)
+        self._refused["not_finite"] += int((~finite).sum())
+        self._refused["zero_length"] += int(zero.sum())
+        good = np.flatnonzero(finite & ~zero)
+        refused = ids.size - good.size
+        _, last = np.unique(ids[good][::-1], return_index=True)
+        good = good[np.sort(good.size - 1 - last)]
+        halves = np.ascontiguousarray(halves[good])
+        return ids[good].astype(np.int64), halves.view(np.uint16), halves.astype(np.float32), refused
+
+    def _write(self, ids: np.ndarray, halves: np.ndarray, vectors: np.ndarray) -> int:
+        content = self._content
+        clusters = self._choose(content, vectors)
+        with self._gate.change():
+            slots, full = content.new_slots(ids, self.config.max_videos)
+            index_lists.put(slots, ids, halves, vectors, clusters, content.lists, content.codes, content.videos, True)
+        self._refused["full"] += full
+        self._repair(content, clusters)
+        return full
+
+    def _choose(self, content: _Content, vectors: np.ndarray) -> np.ndarray:
+        clusters = np.empty(len(vectors), np.int32)
+        used = max(int((content.lists.counts > 0).sum()), 1)
+        mean, crowding = np.float32(content.size / used), np.float32(self.config.crowding)
+        index_lists.choose(vectors, content.codes, content.lists.counts, mean, crowding, clusters)
+        return clusters
+
+    def _sweep(self, changes: int) -> None:
+        """Looks at some videos, and moves those for which another cluster is the right one by now."""
+        content, self._owed = self._content, self._owed + self.config.swept * changes
+        number = min(int(self._owed), content.videos.places.size)
+        self._owed -= number
+        for first in range(0, number, _WRITTEN):
+            slots = np.arange(self._swept_to, self._swept_to + min(_WRITTEN, number - first)) % content.videos.places.size
+            self._swept_to = int(slots[-1]) + 1
+            slots = slots[content.videos.places[slots] >= 0]
+            vectors = np.empty((slots.size, self.dim), np.float32)
+            read_vectors(content.videos.halves, slots, vectors)
+            clusters = self._choose(content, vectors)
+            moves = np.flatnonzero(clusters != content.lists.owners[content.videos.places[slots] // LANES])
+            self._done["swept"] += slots.size
+            self._done["moved"] += moves.size
+            if moves.size:
+                slots, clusters = slots[moves], clusters[moves]
+                some = slots, content.videos.ids[slots], content.videos.halves[slots], vectors[moves], clusters
+                with self._gate.change():
+                    index_lists.put(*some, content.lists, content.codes, content.videos, True)
+                self._repair(content, clusters)
+
+    def _largest(self, content: _Content) -> int:
+        return max(2 * content.size // self.config.codes, index_lists.SMALLEST)
+
+    def _repair(self, content: _Content, clusters: np.ndarray) -> None:
+        """Splits those of the clusters that have grown too large."""
+        for cluster in np.unique(np.maximum(clusters, 0)):
+            if content.lists.counts[cluster] > self._largest(content):
+                self._split(content, int(cluster))
+
+    def _split(self, content: _Content, cluster: int) -> None:
+        counts = content.lists.counts
+        into = int(counts.argmin())
+        if 4 * int(counts[into]) > self._largest(content) or into == cluster:
+            return
+        if counts[into] > 0:
+            with self._gate.change():
+                if not index_lists.dissolve(into, content.lists, content.codes, content.videos):
+                    return
+        with self._gate.change():
+            index_lists.split(cluster, into, content.lists, content.codes, content.videos)
+        self._done["splits"] += 1

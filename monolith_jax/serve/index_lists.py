@@ -1,0 +1,341 @@
+"""The lists of an index: which cluster each video is in, and the kernels that change it.
+
+In: vectors by slot. Out: blocks of each cluster, codes that are the means of their clusters. A cluster is a chain of blocks;
+only its first one has empty lanes, so a video that leaves is replaced by the one that came last. A code is the direction of the
+exact mean of its cluster, kept up to date with each change; there is no other training of it.
+
+The choice of the cluster is that of streaming vector quantisation (arXiv 2501.08695): argmin of |e - v|^2 r, where
+r = min(s c / mean(c), 1) lets small clusters look near. A cluster that grows too large is split, into a code that nobody has or
+the one of the smallest cluster, whose videos go to their next neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from monolith_jax.ids.lines import inline, inner, jit
+from monolith_jax.serve.index_kernels import scan, sort_best
+from monolith_jax.serve.int8_blocks import LANES, float_of_half, quantise, write_lane
+from monolith_jax.types import Array
+
+NEIGHBOURS = 8
+"""Codes that a video may go to: the nearest ones."""
+SMALLEST = 2 * LANES
+"""Videos of a cluster that is never split."""
+
+
+class Lists(NamedTuple):
+    """The videos of K clusters in B blocks."""
+
+    data: Array
+    """uint8 [B, G, 32, 4], as `int8_blocks` lays it out."""
+    scales: Array
+    """float32 [B, 32], NaN: nobody is there."""
+    slots: Array
+    """int32 [B, 32]"""
+    nexts: Array
+    """int32 [B], the next block of the cluster, -1: none."""
+    owners: Array
+    """int32 [B], the cluster."""
+    heads: Array
+    """int32 [K], the first block, -1: none."""
+    counts: Array
+    """int32 [K], videos."""
+    free: Array
+    """int32 [B], the first `num_free[0]` are blocks that nobody uses."""
+    num_free: Array
+    """int64 [1]"""
+
+
+class Codes(NamedTuple):
+    """The K codes; one without videos is never found."""
+
+    data: Array
+    """uint8 [K / 32, G, 32, 4], their directions as int8."""
+    scales: Array
+    """float32 [K / 32, 32]"""
+    blocks: Array
+    """int32 [K / 32]: 0, 1, 2, ..."""
+    sums: Array
+    """float64 [K, D], of the clusters' vectors, which are float16: as good as exact."""
+    directions: Array
+    """float32 [K, D], of length 1."""
+
+
+class Videos(NamedTuple):
+    """What is known of each of S slots."""
+
+    ids: Array
+    """int64 [S]"""
+    places: Array
+    """int32 [S], block * 32 + lane, -1: there is no video."""
+    halves: Array
+    """uint16 [S, D], bits of float16."""
+
+
+def _aligned(shape: tuple[int, ...], dtype: type, fill: float | None = None) -> np.ndarray:
+    """Returns an array whose lines are cache lines (and its huge pages whole ones), not touched without `fill`."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    align = 2**21 if size > 2**22 else 64
+    raw = np.empty(size + align, np.uint8)
+    start = -raw.ctypes.data % align
+    array = raw[start : start + size].view(dtype).reshape(shape)
+    if fill is not None:
+        array[:] = fill
+    return array
+
+
+def make_lists(num_slots: int, num_codes: int, dim: int) -> tuple[Codes, Lists, Videos]:
+    """Returns empty lists for so many videos. Their blocks always suffice: full ones, and one of each cluster that is not."""
+    groups, blocks = -(-dim // 4), -(-num_slots // LANES) + num_codes
+    lists = Lists(
+        _aligned((blocks, groups, LANES, 4), np.uint8),
+        _aligned((blocks, LANES), np.float32, np.nan),
+        _aligned((blocks, LANES), np.int32),
+        np.full(blocks, -1, np.int32),
+        np.full(blocks, -1, np.int32),
+        np.full(num_codes, -1, np.int32),
+        np.zeros(num_codes, np.int32),
+        np.arange(blocks, dtype=np.int32)[::-1].copy(),
+        np.array([blocks]),
+    )
+    of_codes = num_codes // LANES
+    codes = Codes(
+        _aligned((of_codes, groups, LANES, 4), np.uint8, 128),
+        _aligned((of_codes, LANES), np.float32, np.nan),
+        np.arange(of_codes, dtype=np.int32),
+        np.zeros((num_codes, dim)),
+        np.zeros((num_codes, dim), np.float32),
+    )
+    videos = Videos(np.empty(num_slots, np.int64), np.full(num_slots, -1, np.int32), _aligned((num_slots, dim), np.uint16))
+    return codes, lists, videos
+
+
+@inner
+def set_code(codes, cluster):
+    """Makes the code of a cluster the direction of its sum; one without a direction is never found."""
+    length = 0.0
+    for d in range(codes.sums.shape[1]):
+        length += codes.sums[cluster, d] ** 2
+    length = np.sqrt(length)
+    if length < 1e-6:
+        codes.scales[cluster // LANES, cluster % LANES] = np.nan
+        return
+    for d in range(codes.sums.shape[1]):
+        codes.directions[cluster, d] = codes.sums[cluster, d] / length
+    write_lane(codes.data, codes.scales, cluster // LANES, cluster % LANES, codes.directions[cluster])
+
+
+@jit
+def set_codes(codes):
+    """Makes all codes the directions of their sums."""
+    for cluster in range(codes.sums.shape[0]):
+        set_code(codes, cluster)
+
+
+@inner
+def _add(codes, halves, slot, cluster, sign):
+    """Adds the vector of a slot to a cluster's sum, or takes it away."""
+    for d in range(halves.shape[1]):
+        codes.sums[cluster, d] += sign * np.float64(float_of_half(halves[slot, d]))
+
+
+@inner
+def _insert(lists, codes, videos, slot, cluster, vector):
+    """Puts a video, whose vector [D] is in `videos`, into a cluster."""
+    lane = lists.counts[cluster] % LANES
+    if lane == 0:
+        lists.num_free[0] -= 1
+        block = lists.free[lists.num_free[0]]
+        lists.nexts[block], lists.owners[block], lists.heads[cluster] = lists.heads[cluster], cluster, block
+        lists.scales[block, :] = np.nan
+    block = lists.heads[cluster]
+    write_lane(lists.data, lists.scales, block, lane, vector)
+    lists.slots[block, lane] = slot
+    lists.counts[cluster] += 1
+    videos.places[slot] = block * LANES + lane
+    _add(codes, videos.halves, slot, cluster, 1.0)
+
+
+@inner
+def _take_out(lists, codes, videos, slot):
+    """Takes a video out of its cluster, which is returned. The one that came last takes its lane."""
+    block, lane = videos.places[slot] // LANES, videos.places[slot] % LANES
+    cluster = lists.owners[block]
+    _add(codes, videos.halves, slot, cluster, -1.0)
+    lists.counts[cluster] -= 1
+    last, last_lane = lists.heads[cluster], lists.counts[cluster] % LANES
+    moved = lists.slots[last, last_lane]
+    for group in range(lists.data.shape[1]):
+        for byte in range(4):
+            lists.data[block, group, lane, byte] = lists.data[last, group, last_lane, byte]
+    lists.scales[block, lane], lists.slots[block, lane] = lists.scales[last, last_lane], moved
+    videos.places[moved] = block * LANES + lane
+    lists.scales[last, last_lane] = np.nan
+    videos.places[slot] = -1
+    if last_lane == 0:
+        lists.heads[cluster] = lists.nexts[last]
+        lists.free[lists.num_free[0]] = last
+        lists.num_free[0] += 1
+    if lists.counts[cluster] == 0:
+        codes.sums[cluster, :] = 0
+    return cluster
+
+
+@inner
+def _choose(vector, codes, counts, mean, crowding, avoid, numbers, scores, places):
+    """Returns the cluster for a vector float32 [D], -1 where there is no code; never `avoid`."""
+    scale, start = quantise(vector, numbers)
+    count = scan(codes.data, codes.scales, codes.blocks, codes.blocks.size, numbers, scale, start, NEIGHBOURS, scores, places)
+    sort_best(scores, places, count)
+    length, best, nearest = np.float32(0), -1, np.float32(np.inf)
+    for d in range(vector.size):
+        length += vector[d] * vector[d]
+    length = np.sqrt(length)
+    for i in range(count):
+        cluster, dot = places[i], np.float32(0)
+        for d in range(vector.size):
+            dot += vector[d] * codes.directions[cluster, d]
+        distance = max(np.float32(2) - np.float32(2) * dot / length, np.float32(0))
+        if mean > 0:
+            distance *= min(crowding * counts[cluster] / mean, np.float32(1))
+        if distance < nearest and cluster != avoid:
+            best, nearest = cluster, distance
+    return best
+
+
+@jit
+def choose(vectors, codes, counts, mean, crowding, clusters):
+    """Writes the cluster of each of float32 vectors [N, D] to int32 `clusters` [N]; changes nothing.
+
+    Args:
+        vectors: See above.
+        codes: `Codes`.
+        counts: int32 [K], videos of the clusters.
+        mean: float32, of the counts; 0: crowding does not count.
+        crowding: float32, s.
+        clusters: Out, -1 where there is no code at all.
+    """
+    numbers = np.zeros(4 * codes.data.shape[1], np.int8)
+    scores, places = np.empty(NEIGHBOURS + 2 * LANES, np.float32), np.empty(NEIGHBOURS + 2 * LANES, np.int32)
+    for i in range(vectors.shape[0]):
+        clusters[i] = _choose(vectors[i], codes, counts, mean, crowding, -1, numbers, scores, places)
+
+
+@jit
+def put(slots, ids, halves, vectors, clusters, lists, codes, videos, follow):
+    """Puts videos into clusters, new ones and such as are in another one.
+
+    Args:
+        slots: int64 [N], -1: left out.
+        ids: int64 [N].
+        halves: uint16 [N, D], bits of float16.
+        vectors: float32 [N, D], the same numbers.
+        clusters: int32 [N], -1 where there is no code yet: such a video gets the first one.
+        lists: `Lists`.
+        codes: `Codes`.
+        videos: `Videos`.
+        follow: Whether the codes follow at once.
+    """
+    for i in range(slots.size):
+        slot, cluster = slots[i], max(clusters[i], 0)
+        if slot < 0:
+            continue
+        if videos.places[slot] >= 0:
+            was = _take_out(lists, codes, videos, slot)
+            if follow and was != cluster:
+                set_code(codes, was)
+        for d in range(vectors.shape[1]):
+            videos.halves[slot, d] = halves[i, d]
+        videos.ids[slot] = ids[i]
+        _insert(lists, codes, videos, slot, cluster, vectors[i])
+        if follow:
+            set_code(codes, cluster)
+
+
+@jit
+def take_out(slots, lists, codes, videos):
+    """Takes the videos of slots int64 [N] out; -1 is left out. Codes follow."""
+    for i in range(slots.size):
+        if slots[i] >= 0:
+            set_code(codes, _take_out(lists, codes, videos, slots[i]))
+
+
+@inner
+def _move(slot, cluster, lists, codes, videos, vector):
+    """Moves a video to a cluster; codes do not follow. `vector` is scratch."""
+    _take_out(lists, codes, videos, slot)
+    for d in range(vector.size):
+        vector[d] = float_of_half(videos.halves[slot, d])
+    _insert(lists, codes, videos, slot, cluster, vector)
+
+
+@inline
+def _members(lists, cluster, slots):
+    """Writes the slots of a cluster; returns how many."""
+    number, block, lanes = 0, lists.heads[cluster], (lists.counts[cluster] - 1) % LANES + 1
+    while block >= 0:
+        for lane in range(lanes):
+            slots[number] = lists.slots[block, lane]
+            number += 1
+        block, lanes = lists.nexts[block], LANES
+    return number
+
+
+@jit
+def dissolve(cluster, lists, codes, videos):
+    """Moves the videos of a cluster to their next neighbours, whose codes follow; returns whether it is empty now."""
+    numbers = np.zeros(4 * codes.data.shape[1], np.int8)
+    scores, places = np.empty(NEIGHBOURS + 2 * LANES, np.float32), np.empty(NEIGHBOURS + 2 * LANES, np.int32)
+    slots, vector = np.empty(lists.counts[cluster], np.int32), np.empty(codes.sums.shape[1], np.float32)
+    for i in range(_members(lists, cluster, slots)):
+        for d in range(vector.size):
+            vector[d] = float_of_half(videos.halves[slots[i], d])
+        zero, one = np.float32(0), np.float32(1)
+        to = _choose(vector, codes, lists.counts, zero, one, cluster, numbers, scores, places)
+        if to >= 0:
+            _move(slots[i], to, lists, codes, videos, vector)
+            set_code(codes, to)
+    set_code(codes, cluster)
+    return lists.counts[cluster] == 0
+
+
+@jit
+def split(cluster, into, lists, codes, videos):
+    """Moves about half of a cluster to the empty cluster `into`: those nearer to the second of two means."""
+    number, dim = lists.counts[cluster], codes.sums.shape[1]
+    slots, side = np.empty(number, np.int32), np.zeros(number, np.bool_)
+    _members(lists, cluster, slots)
+    vectors = np.empty((number, dim), np.float32)
+    for i in range(number):
+        for d in range(dim):
+            vectors[i, d] = float_of_half(videos.halves[slots[i], d])
+    apart = np.zeros(dim, np.float32)  # the difference of the two means; first, from the mean to the video farthest from it
+    farthest, lowest = 0, np.float32(np.inf)
+    for i in range(number):
+        near = np.float32(0)
+        for d in range(dim):
+            near += vectors[i, d] * codes.directions[cluster, d]
+        if near < lowest:
+            farthest, lowest = i, near
+    for d in range(dim):
+        apart[d] = vectors[farthest, d] - codes.directions[cluster, d]
+    along = np.empty(number, np.float32)
+    for _ in range(4):
+        for i in range(number):
+            along[i] = 0
+            for d in range(dim):
+                along[i] += vectors[i, d] * apart[d]
+        middle = np.median(along)  # halves of equal size: balance is what a split is for
+        apart[:] = 0
+        for i in range(number):
+            side[i] = along[i] > middle
+            for d in range(dim):
+                apart[d] += vectors[i, d] if side[i] else -vectors[i, d]
+    for i in range(number):
+        if side[i]:
+            _move(slots[i], into, lists, codes, videos, vectors[i])
+    set_code(codes, cluster)
+    set_code(codes, into)
