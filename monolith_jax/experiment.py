@@ -35,6 +35,15 @@ from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.losses import HeadConfig
 from monolith_jax.models.mmoe import MMoEConfig
 from monolith_jax.models.two_tower import TwoTowerConfig
+from monolith_jax.serve.catalogue import CatalogueConfig
+from monolith_jax.serve.index import IndexConfig
+from monolith_jax.serve.pipeline import ServingConfig
+from monolith_jax.serve.rerank import RerankConfig
+from monolith_jax.serve.seen import SeenConfig
+from monolith_jax.serve.sources import SourcesConfig
+from monolith_jax.serve.trending import TrendingConfig
+from monolith_jax.serve.user_state import UserStateConfig
+from monolith_jax.serve.values import CalibrationConfig, GroupValuesConfig, RankConfig
 from monolith_jax.snapshot import SnapshotConfig
 from monolith_jax.stream.columns import ColumnsConfig
 from monolith_jax.stream.counters import CountersConfig
@@ -59,6 +68,8 @@ CONFIGS: tuple[type, ...] = (
     *(TableConfig, AdmissionConfig, MapperConfig, OptimizerConfig),
     *(DeepFMConfig, MMoEConfig, HeadConfig, TwoTowerConfig),
     *(TrainConfig, SnapshotConfig, PublisherConfig, MeshConfig, WireConfig, PrequentialConfig),
+    *(ServingConfig, CatalogueConfig, IndexConfig, UserStateConfig, SeenConfig, SourcesConfig, TrendingConfig),
+    *(RankConfig, GroupValuesConfig, CalibrationConfig, RerankConfig),
 )
 """Every dataclass that a file may bind, in the order of `configs/reference.gin`: the order of the data."""
 
@@ -102,6 +113,8 @@ class Experiment:
     rounds as that one does."""
     prequential: PrequentialConfig = field(default_factory=PrequentialConfig)
     """How predictions are measured along the stream."""
+    serving: ServingConfig | None = None
+    """How requests are answered with the model (`launch.recommend`); training does not look at it."""
 
 
 def load(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Experiment:

@@ -166,7 +166,11 @@ class VideoIndex:
         """Returns how many videos there are, what was refused by reason, and how even the clusters are."""
         counts = self._content.lists.counts
         used = counts[counts > 0]
-        even = {"codes_used": used.size, "largest_cluster": int(counts.max()), "mean_cluster": float(used.mean()) if used.size else 0.0}
+        even = {
+            "codes_used": used.size,
+            "largest_cluster": int(counts.max()),
+            "mean_cluster": float(used.mean()) if used.size else 0.0,
+        }
         return {
             "videos": len(self),
             **{f"refused_{reason}": number for reason, number in self._refused.items()},
