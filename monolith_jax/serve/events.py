@@ -44,6 +44,8 @@ class Events:
         self._seen, self._sources, self._report = seen, sources, report
         self._closed, self._thread = threading.Event(), None
         self.faults, self.last_fault = 0, ""
+        self.latest = (0, 0)
+        """Who was shown something last, and when, Unix time in ms."""
 
     def videos(self, videos: pa.RecordBatch) -> None:
         """Takes videos in, new ones and new values of known ones.
@@ -84,6 +86,11 @@ class Events:
         self._sources.impressions(videos[there])
         both = there & known
         self._seen.add(users[both], videos[both])
+        times = impressions.column("event_time_ms")
+        both &= valid_mask(times)
+        if both.any():
+            last = int(np.flatnonzero(both)[-1])
+            self.latest = int(users[last]), times[last].as_py()
 
     def actions(self, actions: pa.RecordBatch) -> None:
         """Takes actions in, in the order in which they come: the next request of their users feels them.

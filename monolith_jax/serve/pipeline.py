@@ -120,7 +120,7 @@ class Pipeline:
         self.sources, self.report = Sources(config.sources), SourceReport()
         self.index = VideoIndex(config.index, self._encoder.dim) if self._encoder else None
         self.indexer = None
-        if self._encoder and retrieval and self.index:
+        if self._encoder is not None and retrieval is not None and self.index is not None:
             two_tower = retrieval.towers.two_tower
             assert two_tower is not None
             parts = retrieval, self._encoder, self.catalogue, len(layouts) - 1, self.index
@@ -272,7 +272,7 @@ class Pipeline:
             explore=candidates.is_explore[rows],
             unsafe=unsafe,
             blocked=blocked,
-            vectors=self.index.vectors(candidates.ids[rows])[0] if self.index else None,
+            vectors=self.index.vectors(candidates.ids[rows])[0] if self.index is not None else None,
         )
 
     def _feed(self, asked: Asked, candidates: _Candidates, slate: Slate, rows: np.ndarray) -> Feed:

@@ -235,6 +235,22 @@ def _content_column(config: SyntheticConfig, shown: Shown) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))
 
 
+def videos(config: SyntheticConfig, video: np.ndarray, time_ms: int) -> pa.RecordBatch:
+    """Returns what can be told of videos, whether they were shown or not: the columns of an impression that are the video's.
+
+    Args:
+        config: The world.
+        video: Indexes, int64 [B].
+        time_ms: Unix time that the rows carry.
+    """
+    times = np.full(video.size, time_ms, np.int64)
+    shown = world.describe(config, times, np.zeros(video.size, np.int64), video)
+    columns = {f"{space}_id": world.ids_of(config.seed, space, getattr(shown, space)) for space in ("video", "author", "sound")}
+    batch = pa.record_batch({"event_time_ms": times, **columns, "duration_ms": shown.duration_ms})
+    batch = batch.append_column("tag_id", _tag_column(config, shown))
+    return batch.append_column("content", _content_column(config, shown)) if config.content_dim else batch
+
+
 @dataclass(frozen=True)
 class SyntheticSource:
     """A `Source` of synthetic examples with the columns of `SCHEMA`, and with `content_dim` the list `content`.

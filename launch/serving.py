@@ -1,0 +1,79 @@
+"""A trained run to a pipeline that answers requests.
+
+In: an experiment, and a folder of deltas or an export. Out: a `Pipeline`, with the videos and users that the run's source tells
+of. What recommending, its benchmark and its tests share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from launch.readers import open_source
+from monolith_jax.experiment import Experiment
+from monolith_jax.serve.log_tail import LogTail
+from monolith_jax.serve.pipeline import Pipeline
+from monolith_jax.serve.served_model import ServedModel
+from monolith_jax.stream.log_source import LogConfig
+
+
+def open_pipeline(experiment: Experiment, deltas: Path, retrieval: tuple[Experiment, Path] | None = None) -> Pipeline:
+    """Returns a pipeline that serves the newest version; it knows no videos yet (`replay`).
+
+    Args:
+        experiment: Of the ranker, and of the two-tower where both were trained together; its `serving` says how to answer.
+        deltas: Their folder of deltas.
+        retrieval: Of a two-tower that was trained apart: its experiment and folder.
+
+    Raises:
+        ValueError: There is nothing to serve, or `Experiment.serving` is not set or does not fit.
+    """
+    if experiment.serving is None:
+        raise ValueError(
+            "Experiment.serving is not set: give --gin.Experiment.serving=@ServingConfig(), and a RankConfig; "
+            "configs/for_you.gin shows how"
+        )
+    both = (experiment, deltas) if experiment.retrieval and retrieval is None else retrieval
+    ranker = _served(experiment, deltas) if experiment.model else None
+    if both is None:
+        return Pipeline(experiment.serving, ranker, None)
+    two_tower = ranker if ranker and both[0] is experiment else _served(*both)
+    return Pipeline(experiment.serving, ranker, two_tower)
+
+
+def _served(experiment: Experiment, deltas: Path) -> ServedModel:
+    columns = {getattr(feature, "column", ""): getattr(feature, "table", "") for feature in experiment.features}
+    two_tower = experiment.retrieval
+    follow = (columns[two_tower.video_column],) if two_tower and columns.get(two_tower.video_column) else ()
+    return ServedModel(
+        deltas, experiment.features, experiment.tables, experiment.model, experiment.heads,
+        num_shards=experiment.mesh.num_shards, batch_sizes=(64,), two_tower=two_tower, follow=follow,
+    )  # fmt: skip
+
+
+def replay(pipeline: Pipeline, experiment: Experiment, most: int, tell: Callable[[int], None] = lambda number: None) -> int:
+    """Tells a pipeline what a run's source has: from files the first examples, from a log its newest events.
+
+    Args:
+        pipeline: It.
+        experiment: Of the run.
+        most: Examples at most, or of a log, seconds that it goes back.
+        tell: Called now and then with how many were read.
+
+    Returns:
+        How many examples or events there were.
+    """
+    if isinstance(experiment.source, LogConfig):
+        tail = LogTail(experiment.source, float(most))
+        number = pipeline.events.rebuild(tail)
+        tail.close()
+        return number
+    number = 0
+    for chunk in open_source(experiment.source).read({}):
+        examples = chunk.examples.slice(0, most - number)
+        if not examples.num_rows or chunk.epoch:
+            break
+        pipeline.events.examples(examples)
+        number += examples.num_rows
+        tell(number)
+    return number
