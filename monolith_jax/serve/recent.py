@@ -128,7 +128,6 @@ class RecentItems:
     def clear(self, slots: np.ndarray) -> None:
         """Empties slots, int64 [M]."""
         self.sizes[slots] = 0
-        self.heads[slots] = 0
 
     def add(
         self,

@@ -46,6 +46,9 @@ def test_more_users_than_there_is_room_for_forget_all_of_the_oldest() -> None:
     assert seen.unseen(1, np.array([1, 2])).all()
     assert seen.unseen(8, np.array([1, 2, 9])).tolist() == [True, True, False]
     assert not seen.unseen(0, np.array([1, 2, 3])).any()
+    for user in (0, *range(2, 8), 1):  # The last comes back to the slot that was taken from it.
+        seen.add(user, np.array([4]))
+    assert seen.unseen(1, np.array([1, 2, 4])).tolist() == [True, True, False]
 
 
 def test_bytes_and_bad_configs() -> None:

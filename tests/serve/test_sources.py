@@ -75,6 +75,14 @@ def test_videos_without_a_known_author() -> None:
     assert sources.of_authors(ids_of(), 5).size == 0
 
 
+def test_of_more_authors_than_there_is_room_for_the_least_active_are_forgotten() -> None:
+    sources = small(max_authors=8)
+    uploaded(sources, *((author, author, author) for author in range(8)))
+    uploaded(sources, (100, 0, 20), (101, 8, 21))
+    assert [sources.of_authors(ids_of(author), 5).tolist() for author in (0, 1, 8)] == [[100, 0], [], [101]]
+    assert sources.metrics()["authors_replaced"] == 1
+
+
 def test_explore_draws_what_few_have_been_shown() -> None:
     sources, rng = small(explore_impressions=2), np.random.default_rng(0)
     uploaded(sources, *((video, 0, video) for video in range(100)))

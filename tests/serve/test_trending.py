@@ -49,6 +49,15 @@ def test_order_does_not_depend_on_when_one_asks_and_equals_go_by_id() -> None:
     np.testing.assert_allclose(later[1], now[1] * 2.0**-50)
 
 
+def test_counts_stay_in_range_however_long_it_runs() -> None:
+    trending = Trending(TrendingConfig())
+    for step in range(40):
+        counted(trending, (step, 1, 100 * step))
+    videos, scores = trending.top(3, T + 3900 * HOUR_MS)
+    assert videos.tolist() == [39, 38, 37]
+    np.testing.assert_allclose(scores, [1, 2.0**-100, 2.0**-200])
+
+
 def test_the_list_is_made_anew_every_so_often() -> None:
     trending = Trending(TrendingConfig(size=2, refresh_s=3600))
     counted(trending, (1, 1, 0), (2, 2, 0))

@@ -39,7 +39,9 @@ def state_of(length: int = 3, **fields: Any) -> UserState:
 def durations_of(known: dict[int, int]) -> Lookup:
     def durations(videos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = [known.get(video) for video in videos.tolist()]
-        return np.array([one or 0 for one in found]), np.array([one is not None for one in found], np.bool_)
+        return np.array([1 if one is None else one for one in found], np.int64), np.array(
+            [one is not None for one in found], np.bool_
+        )
 
     return durations
 
