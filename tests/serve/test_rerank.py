@@ -52,7 +52,7 @@ def feed(pool: Pool, config: RerankConfig, number: int = 10, seed: int = 0) -> l
     return rerank(pool, config, number, np.random.default_rng(seed)).order.tolist()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(pools(), configs(), st.integers(0, 30), st.integers(0, 5))
 def test_each_position_breaks_least_and_logs_it(pool: Pool, config: RerankConfig, number: int, seed: int) -> None:
     slate = rerank(pool, config, number, np.random.default_rng(seed))

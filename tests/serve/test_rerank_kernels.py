@@ -50,12 +50,12 @@ def test_each_pick_adds_most(seed: int, size: int, kind: DiversityKind, weight: 
 
 
 def test_dpp_is_greedy_on_the_determinant_of_the_kernel() -> None:
-    # Written as in the paper: L = diag(q) S diag(q), q = exp(alpha r), alpha = (1 - weight) / (2 weight).
+    # Written as in the paper: L = diag(q) S diag(q), S = (1 + cosine) / 2, q = exp(alpha r), alpha = (1 - weight) / (2 weight).
     pool, weight, number = pool_of(4, 30, 12), 0.4, 8
     config = RerankConfig(0, 0, 0, 0, diversity="dpp", diversity_weight=weight)
     relevance = np.array([oracle.relevances(pool, config)[row] for row in range(30)])
     q = np.exp((1 - weight) / (2 * weight) * relevance)
-    kernel = q[:, None] * oracle.cosines(pool, list(range(30))) * q
+    kernel = q[:, None] * (1 + oracle.cosines(pool, list(range(30)))) / 2 * q
     greedy: list[int] = []
     for _ in range(number):
         rest = [row for row in range(30) if row not in greedy]
@@ -79,12 +79,12 @@ def test_weight_goes_from_scores_to_spread(kind: DiversityKind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_come_last_but_come(kind: DiversityKind) -> None:
-    # Three directions in two dimensions, each four times: after two the span is full, and the feed goes on by score.
+    # Three directions, each four times: after three there are copies only, and the feed goes on by score.
     vectors = np.repeat(np.array([[1, 0], [0, 1], [1, 1]], np.float32), 4, axis=0)
     pool = pool_of(2, 12, 2)._replace(vectors=vectors, scores=np.linspace(1, 0, 12, dtype=np.float32))
     rows = order(pool, RerankConfig(0, 0, 0, 0, diversity=kind, diversity_weight=0.9), 12)
-    assert sorted(rows) == list(range(12)) and rows[:2] == [0, 4]
-    assert [row for row in rows if row < 4] == [0, 1, 2, 3]
+    assert sorted(rows) == list(range(12)) and rows[:3] == [0, 4, 8]
+    assert rows[3:] == [1, 2, 3, 5, 6, 7, 9, 10, 11]
 
 
 @pytest.mark.parametrize("kind", KINDS)
