@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def recommend(experiment: Any, asked: argparse.Namespace, console: Any) -> None:
     """Makes the pipeline, asks it, prints the answer."""
-    from launch.serving import open_pipeline, replay
+    from launch.serving import actions_of, open_pipeline, replay
     from monolith_jax.serve.request import FLAGS, Request
 
     with console.status("loading the model"):
@@ -116,7 +116,8 @@ def recommend(experiment: Any, asked: argparse.Namespace, console: Any) -> None:
         user = user if asked.user is None else int(asked.user)
         request = Request(user, asked.number, time_ms=time_ms + 1, group=asked.group)
         if asked.like:
-            pipeline.events.actions(likes(user, [int(one) for one in asked.like.split(",")], time_ms))
+            liked = [int(one) for one in asked.like.split(",")]
+            pipeline.events.actions(actions_of(user, liked, ["like"] * len(liked), time_ms))
         pipeline.recommend(replace(request, user_id=user ^ 1))  # Someone else: compiles what is left to compile.
         feed = pipeline.recommend(request)
         videos, _ = pipeline.user_state.history(user, time_ms + 1)
@@ -127,26 +128,6 @@ def recommend(experiment: Any, asked: argparse.Namespace, console: Any) -> None:
         console.print(", ".join(f"{stage} {took:.1f} ms" for stage, took in feed.timings_ms.items()), highlight=False)
     finally:
         pipeline.close()
-
-
-def likes(user: int, videos: Sequence[int], time_ms: int) -> Any:
-    """Returns actions: a user likes videos, one ms after the other."""
-    import numpy as np
-    import pyarrow as pa
-
-    from monolith_jax.stream.events import ACTION
-
-    number = len(videos)
-    columns = {
-        "event_time_ms": pa.array(time_ms - number + np.arange(number)),
-        "request_id": pa.nulls(number, pa.int64()),
-        "user_id": pa.array(np.full(number, user)),
-        "video_id": pa.array(np.array(videos, np.int64)),
-        "action": pa.array(["like"] * number),
-        "value": pa.nulls(number, pa.int64()),
-        "event_id": pa.nulls(number, pa.int64()),
-    }
-    return pa.RecordBatch.from_arrays([columns[field.name] for field in ACTION], schema=ACTION)
 
 
 if __name__ == "__main__":

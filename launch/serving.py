@@ -6,14 +6,18 @@ of. What recommending, its benchmark and its tests share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 
 from launch.readers import open_source
 from monolith_jax.experiment import Experiment
 from monolith_jax.serve.log_tail import LogTail
 from monolith_jax.serve.pipeline import Pipeline
 from monolith_jax.serve.served_model import ServedModel
+from monolith_jax.stream.events import ACTION
 from monolith_jax.stream.log_source import LogConfig
 
 
@@ -77,3 +81,20 @@ def replay(pipeline: Pipeline, experiment: Experiment, most: int, tell: Callable
         number += examples.num_rows
         tell(number)
     return number
+
+
+def actions_of(
+    user_id: int, videos: np.ndarray | Sequence[int], names: Sequence[str], time_ms: int, request_id: int | None = None
+) -> pa.RecordBatch:
+    """Returns actions of a user, the last at a time and each before it a millisecond earlier, as `stream.events.ACTION`."""
+    number = len(names)
+    columns = {
+        "event_time_ms": pa.array(time_ms - number + 1 + np.arange(number)),
+        "request_id": pa.array([request_id] * number, pa.int64()),
+        "user_id": pa.array(np.full(number, user_id)),
+        "video_id": pa.array(np.asarray(videos, np.int64)),
+        "action": pa.array(list(names), pa.string()),
+        "value": pa.nulls(number, pa.int64()),
+        "event_id": pa.nulls(number, pa.int64()),
+    }
+    return pa.RecordBatch.from_arrays([columns[field.name] for field in ACTION], schema=ACTION)

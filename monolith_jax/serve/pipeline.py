@@ -168,6 +168,16 @@ class Pipeline:
         hits = self._recall.search(asked)
         return [self._answer(one, of_one) for one, of_one in zip(asked, hits, strict=True)]
 
+    def user_vectors(self, requests: Sequence[Request]) -> np.ndarray:
+        """Returns the two-tower's vectors of users who would ask now, float32 [B, D].
+
+        Raises:
+            ValueError: There is no two-tower.
+        """
+        if self.indexer is None:
+            raise ValueError("there is no two-tower: give the pipeline a model that was trained with Experiment.retrieval")
+        return self._recall.user_vectors([self._ask(request, time.perf_counter()).row for request in requests])
+
     def _ask(self, request: Request, began_s: float) -> Asked:
         """Looks up what is known of the user."""
         if request.number < 0:
@@ -330,6 +340,7 @@ class Pipeline:
         found: dict[str, Any] = {
             "counts": dict(self._counts),
             "costs_ms": dict(self._clock.costs_ms),
+            "version": self._model.version if self._model else None,
             "last_fault": self._clock.last_fault,
             "events": self.events.metrics(),
         }

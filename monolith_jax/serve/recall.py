@@ -61,14 +61,18 @@ class Recall:
         if not all([self._clock.has_time(one, "recall") for one in asked]):
             return none
         try:
-            rows = asked[0].row if len(asked) == 1 else _together([one.row for one in asked])
-            vectors = self._encoder.users(featurize(rows, self._encoder.user_layout))
-            ids, scores = self._index.search(vectors, number + _SPARE)
+            ids, scores = self._index.search(self.user_vectors([one.row for one in asked]), number + _SPARE)
         except Exception as error:  # Whatever went wrong, the other sources go on.
             self._clock.failed(asked, "recall", error)
             return none
         self._clock.note(asked, "recall", began_s)
         return [of_one[found > -np.inf] for of_one, found in zip(ids, scores, strict=True)]
+
+    def user_vectors(self, rows: Sequence[pa.RecordBatch]) -> np.ndarray:
+        """Returns the two-tower's vectors of users, float32 [B, D], given the row of each request."""
+        assert self._encoder is not None
+        together = rows[0] if len(rows) == 1 else _together(rows)
+        return self._encoder.users(featurize(together, self._encoder.user_layout))
 
     def candidates(self, asked: Asked, hits: np.ndarray) -> Merged:
         """Returns the candidates of a request, given what `search` returned for it."""
