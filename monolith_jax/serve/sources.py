@@ -187,7 +187,7 @@ class Sources:
 
 
 def sources_bytes(config: SourcesConfig) -> int:
-    """Returns the bytes of the arrays of `Sources`: with the defaults, about 12 MB."""
+    """Returns the bytes of the arrays of `Sources`: with the defaults, about 11 MB."""
     videos, authors = id_slots_bytes(config.max_videos), id_slots_bytes(config.max_authors)
     of_authors = authors + recent_bytes(authors // 16, config.videos_per_author)
     return videos + videos // 16 * 4 + of_authors + 16 * config.max_fresh + trending_bytes(config.counts)

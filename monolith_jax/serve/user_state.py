@@ -165,18 +165,21 @@ class UserState:
         videos, bits, _ = self._newest(self._videos, np.array([user_id], np.int64), np.array([now_ms], np.int64))
         return videos, bits.astype(np.int64)
 
-    def history_columns(self, user_ids: np.ndarray, now_ms: np.ndarray | int) -> dict[str, pa.ListArray]:
+    def history_columns(
+        self, user_ids: np.ndarray, now_ms: np.ndarray | int, known: np.ndarray | None = None
+    ) -> dict[str, pa.ListArray]:
         """Returns the histories of users as columns of features.
 
         Args:
             user_ids: int64 [B].
             now_ms: int64 [B] or one time for all; see `history`.
+            known: bool [B], which requests have a user; the others have no history. None: all.
 
         Returns:
             `HISTORY_COLUMNS`, lists of int64 [B].
         """
         before = np.broadcast_to(np.asarray(now_ms, np.int64), user_ids.shape)
-        videos, bits, lengths = self._newest(self._videos, user_ids, before)
+        videos, bits, lengths = self._newest(self._videos, user_ids, before, known)
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         values = (videos, bits.astype(np.int64))
         return {
@@ -253,10 +256,13 @@ class UserState:
                     self._followed.add(np.where(follows[1][part], slots, -1), follows[0][part], times[part])
 
     def _newest(
-        self, rings: RecentItems, user_ids: np.ndarray, before: np.ndarray
+        self, rings: RecentItems, user_ids: np.ndarray, before: np.ndarray, known: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         with self._lock:
-            items, _, bits, lengths = rings.newest(self._slots.find(user_ids), before, rings.items.shape[1])
+            slots = self._slots.find(user_ids)
+            if known is not None:
+                slots[~known] = -1
+            items, _, bits, lengths = rings.newest(slots, before, rings.items.shape[1])
         return items, bits, lengths
 
 

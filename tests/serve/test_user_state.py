@@ -146,6 +146,8 @@ def test_an_action_is_seen_at_once_and_moves_nothing() -> None:
     assert asked(state, 7) == [(2, COMPLETE), (1, CLICK | LIKE)]
     assert asked(state, 7, 10) == [(1, CLICK | LIKE)]  # Strictly earlier.
     assert asked(state, 7, 0) == [] and asked(state, 8) == []
+    columns = state.history_columns(np.array([7, 7, 8]), np.array([T + 10, T + 99, T + 99]), np.array([True, False, True]))
+    assert [one.to_pylist() for one in columns.values()] == [[[1], [], []], [[CLICK | LIKE], [], []]]
     # One that comes late stands where its time says.
     state.observe(done((7, 3, "click", None, 5)))
     assert [video for video, _ in asked(state, 7)] == [2, 3, 1]
