@@ -1,7 +1,6 @@
-"""Two-tower training as a whole: on one device and eight, alone and beside a ranker, stopped and continued, and that it learns."""
+"""Two-tower training as a whole: on one device and eight, alone and beside a ranker, stopped and continued; it learns."""
 
 import dataclasses
-import functools
 import io
 import json
 import subprocess
@@ -17,9 +16,11 @@ from rich.console import Console
 from launch.bench import kill
 from launch.export import export
 from launch.plan import plan
-from launch.run import identity, train
+from launch.readers import make_readers
+from launch.run import assemble, identity, train
 from monolith_jax.experiment import Experiment, load
 from monolith_jax.models.mmoe import MMoEConfig
+from monolith_jax.models.towers import user_vectors, video_vectors
 from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.negatives import NegativeSampler
 from monolith_jax.planner import Planned, Planner
@@ -29,9 +30,11 @@ from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.sync.delta import DeltaFolder
 from monolith_jax.tables.update import OptimizerConfig
 from monolith_jax.train.shapes import input_shapes
-from monolith_jax.train.step import make_train_step
+from monolith_jax.train.step import make_read, make_train_step
 from tests.small_model import SmallSource, make_small
-from tests.test_flow import SMALL, rows
+from tests.test_flow import SMALL, compile_cache, rows
+
+__all__ = ["compile_cache"]  # A fixture, for all tests of this module.
 
 ROOT = Path(__file__).parent.parent
 SIZES = (
@@ -92,7 +95,11 @@ def learned(folder: Path, num_devices: int, **options: Any) -> tuple[list[Any], 
 
 def assert_near(one: Any, other: Any, tolerance: float) -> None:
     (told, state), (other_told, other_state) = one, other
-    assert told[-1].retrieval.loss < told[0].retrieval.loss
+    # The second pass over the data is known better than the first, of 12 steps.
+    means = [
+        sum(one.retrieval.loss for one in part) / sum(one.retrieval.weight for one in part) for part in (told[:12], told[12:])
+    ]
+    assert means[1] < means[0]
     for a, b in zip(told, other_told, strict=True):
         np.testing.assert_allclose(b.loss, a.loss, rtol=tolerance)
         np.testing.assert_allclose(b.retrieval.loss, a.retrieval.loss, rtol=tolerance)
@@ -101,10 +108,9 @@ def assert_near(one: Any, other: Any, tolerance: float) -> None:
         np.testing.assert_allclose(b, a, rtol=0, atol=tolerance * max(float(np.abs(a).max()), 1e-30))
 
 
-@pytest.mark.parametrize("partitions", [1, 2])
-def test_one_device_equals_eight(tmp_path: Path, partitions: int) -> None:
-    one = learned(tmp_path / "1", 1, partitions=partitions)
-    assert_near(one, learned(tmp_path / "8", 8, partitions=partitions), 2e-5)
+def test_one_device_equals_eight(tmp_path: Path) -> None:
+    one = learned(tmp_path / "1", 1, partitions=2)
+    assert_near(one, learned(tmp_path / "8", 8, partitions=2), 2e-5)
 
 
 def in_float64() -> dict[str, float]:
@@ -165,7 +171,7 @@ def test_drawn_videos_are_no_examples(tmp_path: Path) -> None:
 def test_a_drawn_video_does_not_keep_its_id_from_expiring(tmp_path: Path) -> None:
     small, plans = plans_of(tmp_path)
     seen_s = np.concatenate([group.maps.entries(table)[3] for group in small.mapper.groups
-                             for table in range(len(group.maps.names))])  # fmt: skip
+                             for table in range(len(group.maps.layout.names))])  # fmt: skip
     # Each chunk of the source is 1,000 s after the one before: with their time, the drawn videos would be as new as the last.
     assert plans[-1].stats["occurrences"] > 0 and np.unique(seen_s).size > 5
 
@@ -182,13 +188,7 @@ def run(experiment: Experiment, workdir: Path) -> str:
     return text.getvalue()
 
 
-@functools.cache
-def uninterrupted(folder: Path, model: bool, partitions: int) -> Path:
-    run(experiment_of(f"TrainConfig.partitions = {partitions}", model=model), folder)
-    return folder
-
-
-@pytest.mark.parametrize(("model", "partitions"), [(True, 1), (True, 2), (False, 1)])
+@pytest.mark.parametrize(("model", "partitions"), [(True, 2), pytest.param(False, 1, marks=pytest.mark.slow)])
 def test_stopped_and_continued_equals_uninterrupted(tmp_path: Path, model: bool, partitions: int) -> None:
     overrides = (f"TrainConfig.partitions = {partitions}", "TrainConfig.log_every = 2")
     run(experiment_of(*overrides, model=model), tmp_path / "whole")
@@ -211,6 +211,7 @@ def test_what_is_published_and_exported_has_both(tmp_path: Path) -> None:
         assert dense is not None and {name.partition("/")[0] for name in dense} >= {"retrieval", "experts", "towers"}
 
 
+@pytest.mark.slow
 def test_a_ranker_warm_starts_both(tmp_path: Path) -> None:
     run(load(["configs/quickstart.gin"], [*SMALL, "TrainConfig.steps = 5"]), tmp_path / "ranker")
     text = run(experiment_of(f"TrainConfig.warm_start = '{tmp_path / 'ranker'}'", steps=2), tmp_path / "both")
@@ -222,7 +223,7 @@ def test_identity_and_refusals(tmp_path: Path) -> None:
     alone = load(["configs/quickstart.gin"], SMALL)
     assert "retrieval" not in identity(alone) and "content_dim" not in identity(alone)["source"]
     assert identity(experiment_of())["retrieval"]["dim"] == 8
-    with pytest.raises(ValueError, match="set Experiment.model, Experiment.retrieval or both"):
+    with pytest.raises(ValueError, match=r"set Experiment\.model, Experiment\.retrieval or both"):
         run(dataclasses.replace(alone, model=None, heads=()), tmp_path)
     with pytest.raises(ValueError, match="num_negatives is 33, which 1 devices and 2 partitions cannot share evenly"):
         run(experiment_of("TwoTowerConfig.num_negatives = 33", "TrainConfig.partitions = 2"), tmp_path)
@@ -235,7 +236,63 @@ def alone_for(experiment: Experiment, steps: int) -> Experiment:
     return dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=steps))
 
 
+@pytest.mark.slow
 def test_the_footprint_counts_the_drawn_videos() -> None:
     both, alone = plan(experiment_of()), plan(dataclasses.replace(experiment_of(), retrieval=None))
     assert both.device.inputs > alone.device.inputs and both.host.memories > alone.host.memories
     assert both.parameters > alone.parameters
+
+
+WORLD = (
+    *("SyntheticConfig.live_users = 300", "SyntheticConfig.live_videos = 400", "SyntheticConfig.users_per_day = 10"),
+    *("SyntheticConfig.videos_per_day = 40", "SyntheticConfig.drift_days = 1000.0", "SyntheticConfig.num_examples = 72_000"),
+    *("TrainConfig.batch_size = 256", "TwoTowerConfig.num_negatives = 64", "TwoTowerConfig.pool_size = 1024"),
+    *("TableConfig.dim = 8", "TwoTowerConfig.dim = 16", "TwoTowerConfig.positives = ('like',)", "Experiment.publisher = None"),
+    *("TwoTowerConfig.positive_weights = (1.0,)", "TwoTowerConfig.user_hidden = (32,)", "TwoTowerConfig.video_hidden = (32,)"),
+    *(
+        "Experiment.mesh = @MeshConfig()",
+        "MeshConfig.num_devices = 1",
+        "MeshConfig.num_shards = 8",
+        "MeshConfig.cpu_devices = 8",
+    ),
+)
+
+
+def recalls(experiment: Experiment, folder: Path, steps: int, most: int) -> dict[str, float]:
+    """Returns the share of later positives whose video is among the `most` best of all videos shown there, by way to rank."""
+    parts = assemble(experiment)
+    readers = make_readers(experiment, experiment.source, parts.partitions, parts.memories, folder, layout=parts.model.layout)
+    planner = Planner(parts.model, readers, parts.mapper)
+    step, read, model, state = make_train_step(parts.model), make_read(parts.model), parts.model, parts.state
+    encode = jax.jit(
+        lambda *given: [of(model.towers, given[0], model.layout, *given[1:]) for of in (user_vectors, video_vectors)]
+    )
+    liked: dict[int, float] = {}
+    seen: list[tuple[Any, Any, Any]] = []
+    for number, planned in enumerate(planner):
+        inputs = planned.inputs
+        assert inputs.retrieval is not None
+        key, weight = np.asarray(inputs.retrieval.key), np.asarray(inputs.retrieval.weight)
+        if number < steps:
+            for one, of_one in zip(key.tolist(), weight.tolist(), strict=False):
+                liked[one] = liked.get(one, 0.0) + of_one
+            state, _ = step(state, inputs)
+            continue
+        _, vectors, valid = read(state.groups, inputs.plans)
+        seen.append((key, weight, encode(state.weights, vectors, valid, inputs.weights, inputs.dense)))
+    planner.close()
+    keys, first = np.unique(np.concatenate([key for key, _, _ in seen]), return_index=True)
+    videos = np.concatenate([of_both[1] for _, _, of_both in seen])[first]
+    users = np.concatenate([of_both[0][: weight.size][weight > 0] for _, weight, of_both in seen])
+    own = np.searchsorted(keys, np.concatenate([key[: weight.size][weight > 0] for key, weight, _ in seen]))
+    popular = np.array([liked.get(int(key), 0.0) for key in keys])
+    assert own.size > 200 and keys.size > 200
+    ways = {"two-tower": users @ videos.T, "popular": np.tile(popular, (own.size, 1))}
+    mine = np.arange(own.size)
+    return {name: float(np.mean((scores > scores[mine, own][:, None]).sum(1) < most)) for name, scores in ways.items()}
+
+
+def test_it_finds_more_of_what_a_user_watches_than_popularity(tmp_path: Path) -> None:
+    experiment = dataclasses.replace(load(["configs/for_you.gin"], WORLD), model=None, heads=())
+    found = recalls(experiment, tmp_path, 240, 20)
+    assert found["two-tower"] > 1.1 * found["popular"] > 0.05, found
