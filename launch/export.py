@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from monolith_jax.sync.manifest import Manifest, Version
 
 EXAMPLE = "python -m launch.export --workdir=checkpoints/quickstart --output=served/quickstart --format=float16"
-_OF_SERVING = ("features", "tables", "model", "heads", "num_shards")
+_OF_SERVING = ("features", "tables", "model", "retrieval", "heads", "num_shards")
 _OF_RUNS = ("snapshots", "metrics.jsonl", "deltas")
 
 
@@ -129,7 +129,7 @@ def _check_output(output: Path, who: Mapping[str, Any]) -> None:
         what = "is a run folder" if names & set(_OF_RUNS) else "holds something else than an export"
         raise ValueError(f"{output} {what} ({', '.join(sorted(names)[:5])}); give a new folder as --output")
     saved = identity(load([output / "config.gin"]))
-    theirs, ours = ({name: one[name] for name in _OF_SERVING} for one in (saved, who))
+    theirs, ours = ({name: one.get(name) for name in _OF_SERVING} for one in (saved, who))
     if (lines := differences(theirs, ours)) and not can_grow(theirs, ours):
         where = [line.partition(":")[0] for line in lines]
         more = f" and {len(where) - 5} more" if len(where) > 5 else ""

@@ -90,6 +90,7 @@ def plan(experiment: Experiment, devices: int = 0, hosts: int = 0) -> Footprint:
             experiment.dense_optimizer, experiment.train.seed, experiment.mesh.num_shards,
             mesh,  # pyright: ignore[reportArgumentType]  # an abstract one is enough to trace
             experiment.wire,
+            experiment.retrieval,
         )
     )  # fmt: skip
     hosts = hosts or max(1, devices // HOST_DEVICES)

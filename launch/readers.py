@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from monolith_jax.experiment import Experiment, SourceConfig
+from monolith_jax.features import FeatureLayout
 from monolith_jax.models.losses import HeadConfig
+from monolith_jax.negatives import NegativeSampler
 from monolith_jax.reader import Memory, Reader
 from monolith_jax.stream.batcher import batches
 from monolith_jax.stream.columns import ColumnsConfig, ColumnsSource
@@ -79,6 +81,7 @@ def make_readers(
     memories: Sequence[Sequence[Memory]],
     workdir: Path,
     suffix: str = "",
+    layout: FeatureLayout | None = None,
 ) -> list[Reader]:
     """Returns the readers of partitions; rejected rows of partition 0 go to `dead_letters<suffix>.jsonl`.
 
@@ -89,6 +92,7 @@ def make_readers(
         memories: Of each of these.
         workdir: The run folder.
         suffix: Sets the files of one source apart from those of another.
+        layout: The features, for the videos that a two-tower is trained with; None: none is trained from this source.
     """
     train = experiment.train
     rows = train.batch_size // train.partitions
@@ -103,7 +107,11 @@ def make_readers(
             assert whole is not None
             source = partition(whole, index, train.partitions, column)
         name = f"dead_letters{suffix}.{index}.jsonl" if index else f"dead_letters{suffix}.jsonl"
-        readers.append(Reader(batches(source, rows), of_partition, DeadLetters(workdir / name), rows))
+        negatives = None
+        if experiment.retrieval and layout:
+            numbers = (train.batch_size, train.partitions, index, train.seed)
+            negatives = NegativeSampler(experiment.retrieval, layout, *numbers)
+        readers.append(Reader(batches(source, rows), of_partition, DeadLetters(workdir / name), rows, negatives))
     return readers
 
 

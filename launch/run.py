@@ -32,6 +32,7 @@ from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.messages import everyone
 from monolith_jax.ids.threads import make_threads
 from monolith_jax.mesh import make_mesh, num_devices
+from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.planner import Planner
 from monolith_jax.reader import Memory, Reader
 from monolith_jax.snapshot import Committed, SnapshotConfig, Snapshots, find
@@ -56,6 +57,10 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     for name in parts:
         value = getattr(experiment, name)
         plain[name] = [_plain(part) for part in value] if isinstance(value, tuple) else _plain(value)
+    if experiment.retrieval:
+        plain["retrieval"] = _plain(experiment.retrieval)
+    if not plain["source"].get("content_dim", 1):
+        del plain["source"]["content_dim"]  # Nor is a column that is not there; snapshots from before it was known go on.
     for table in plain["tables"]:
         # Where rows are kept changes nothing that is learned or saved.
         del table["memory"], table["device_rows"]
@@ -100,9 +105,12 @@ def assemble(experiment: Experiment) -> Parts:
     exchange = Exchange() if jax.process_count() > 1 else None
     process_id, num_processes = (exchange.process_id, exchange.num_processes) if exchange else (0, 1)
     _check_batch(config, num_devices(mesh), num_processes)
+    if experiment.retrieval:
+        _check_negatives(experiment.retrieval, config.partitions, num_devices(mesh))
     model, weights = make_model(
         experiment.model, experiment.tables, experiment.features, corrected_heads(experiment),
         experiment.dense_optimizer, config.seed, experiment.mesh.num_shards, mesh, experiment.wire,
+        experiment.retrieval,
     )  # fmt: skip
     threads = make_threads(experiment.mapper)
     mappers = [
@@ -137,6 +145,14 @@ def _check_batch(config: TrainConfig, devices: int, num_processes: int) -> None:
         raise ValueError(
             f"TrainConfig.partitions is {config.partitions}, which {num_processes} processes cannot share evenly; set it to a "
             f"multiple of {num_processes} (for a new run: it stays for the run's life), or start fewer processes"
+        )
+
+
+def _check_negatives(config: TwoTowerConfig, partitions: int, devices: int) -> None:
+    if config.num_negatives % devices or config.num_negatives % partitions:
+        raise ValueError(
+            f"TwoTowerConfig.num_negatives is {config.num_negatives}, which {devices} devices and {partitions} partitions "
+            "cannot share evenly; use a multiple of both"
         )
 
 
@@ -177,7 +193,7 @@ def _train(experiment: Experiment, workdir: Path, parts: Parts, first: bool, con
     tell = partial(_tell_committed, console, publisher) if first else None
     snapshots = Snapshots(experiment.snapshots, workdir / "snapshots", tell=tell, exchange=parts.exchange)
     config = experiment.train
-    readers = make_readers(experiment, experiment.source, parts.partitions, parts.memories, workdir)
+    readers = make_readers(experiment, experiment.source, parts.partitions, parts.memories, workdir, layout=parts.model.layout)
     planner = Planner(
         parts.model, readers, parts.mapper, parts.exchange, freeze_every=experiment.snapshots.period_steps,
         max_steps=config.steps, cuts=publisher.schedule if publisher else None,
@@ -330,8 +346,13 @@ def _finish(
     if any(told):
         names = dict.fromkeys(name for one in told for name in one if not name.endswith("_s"))
         summary["stream"] = {name: sum(one.get(name, 0) for one in told) for name in names}
+    summary |= log.retrieval
     log.write([*totals.values(), *tests, summary])
-    console.print(closing_table(totals, tests))
+    if totals:
+        console.print(closing_table(totals, tests))
+    if log.retrieval:
+        found = ", ".join(f"{name.removeprefix('retrieval_')} {value:.4f}" for name, value in log.retrieval.items())
+        console.print(f"two-tower, before training on each batch: {found} (of the batch's videos)", highlight=False)
     letters = set_aside(rejected, workdir / "dead_letters*.jsonl")
     console.print(f"{log.steps:,} steps, {log.examples:,} examples, {summary['rows']:,} ids in tables, {letters}")
     if "stream" in summary:

@@ -34,6 +34,7 @@ from monolith_jax.mesh import MeshConfig
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.losses import HeadConfig
 from monolith_jax.models.mmoe import MMoEConfig
+from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.snapshot import SnapshotConfig
 from monolith_jax.stream.columns import ColumnsConfig
 from monolith_jax.stream.counters import CountersConfig
@@ -56,7 +57,7 @@ CONFIGS: tuple[type, ...] = (
     *(HistoryConfig, CountersConfig),
     *(IdFeatureConfig, CrossFeatureConfig, BucketFeatureConfig, TimeFeatureConfig, DenseFeatureConfig),
     *(TableConfig, AdmissionConfig, MapperConfig, OptimizerConfig),
-    *(DeepFMConfig, MMoEConfig, HeadConfig),
+    *(DeepFMConfig, MMoEConfig, HeadConfig, TwoTowerConfig),
     *(TrainConfig, SnapshotConfig, PublisherConfig, MeshConfig, WireConfig, PrequentialConfig),
 )
 """Every dataclass that a file may bind, in the order of `configs/reference.gin`: the order of the data."""
@@ -78,10 +79,12 @@ class Experiment:
     """What the model sees of an example."""
     tables: tuple[TableConfig, ...]
     """The name spaces of ids that the features refer to."""
-    model: DeepFMConfig | MMoEConfig
-    """The towers from vectors to logits."""
-    heads: tuple[HeadConfig, ...]
-    """What is predicted, and the loss of each."""
+    model: DeepFMConfig | MMoEConfig | None = None
+    """The ranker, from vectors to logits; None, where there is `retrieval`: none."""
+    retrieval: TwoTowerConfig | None = None
+    """The two-tower, which finds videos for a user; None: none. A ranker beside it is trained jointly, over the same tables."""
+    heads: tuple[HeadConfig, ...] = ()
+    """What the ranker predicts, and the loss of each."""
     dense_optimizer: OptimizerConfig
     """How the weights outside the tables learn."""
     train: TrainConfig = field(default_factory=TrainConfig)

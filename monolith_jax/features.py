@@ -292,6 +292,12 @@ def _values_as_ids(array: pa.Array, column: str, feature: str) -> np.ndarray:
         ) from None
 
 
+def column_ids(examples: pa.RecordBatch, column: str, feature: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of a flat column, int64 [B], and whether there is one; errors name the feature that needs them."""
+    array = _column(examples, column, feature)
+    return _values_as_ids(array, column, feature), valid_mask(array)
+
+
 def _single(examples: pa.RecordBatch, feature: FeatureConfig) -> tuple[np.ndarray, np.ndarray]:
     """Returns the one id of each example, int64 [B], and whether there is one."""
     all_valid = np.ones(examples.num_rows, np.bool_)

@@ -30,6 +30,7 @@ from monolith_jax.ids.footprint import (
 )
 from monolith_jax.ids.group import Rule
 from monolith_jax.ids.sizes import rows_per_device
+from monolith_jax.negatives import sampler_bytes
 from monolith_jax.planner import AHEAD
 from monolith_jax.stream.counters import CountersConfig, counters_bytes
 from monolith_jax.stream.history import HistoryConfig, history_bytes
@@ -187,6 +188,8 @@ def measure(
         rows_per_device(group.maps, num_devices, group.slots_per_shard)
     if batch_size % num_devices:
         raise ValueError(f"TrainConfig.batch_size {batch_size} is no multiple of the {num_devices} devices")
+    if model.num_drawn % num_devices:
+        raise ValueError(f"TwoTowerConfig.num_negatives {model.num_drawn} is no multiple of the {num_devices} devices")
     state = jax.eval_shape(lambda weights: first_state(model, weights), weights)
     of_state = bytes_by(state_shardings(model), state)
     most = _Step(model, state, batch_size, most_distinct)
@@ -286,9 +289,9 @@ class _Step:
     def __init__(self, model: Model, state: TrainState, batch_size: int, distinct: DistinctIds) -> None:
         num_devices, groups = model.mesh.size, model.groups
         tables = [model.layout.position_tables(index, group.maps.names) for index, group in enumerate(groups)]
-        self.model, self.state, self.batch_size = model, state, batch_size
+        self.model, self.state, self.num_rows = model, state, batch_size + model.num_drawn
         self.sizes = [
-            plan_sizes(group.maps, of_group, batch_size, num_devices, distinct)
+            plan_sizes(group.maps, of_group, self.num_rows, num_devices, distinct)
             for group, of_group in zip(groups, tables, strict=True)
         ]
         self.inputs = input_shapes(model, batch_size, self.sizes)
@@ -384,9 +387,11 @@ def _host_bytes(
         of_filters = sum(size for name, size in arrays.items() if name.startswith("filter"))
         maps, filters = maps + sum(arrays.values()) - of_filters, filters + of_filters
         tables += _host_rows(group) + _slot_bytes(group)
-        work += work_bytes(group.maps, _rules(group), step.batch_size * model.layout.num_positions(index))
+        work += work_bytes(group.maps, _rules(group), step.num_rows * model.layout.num_positions(index))
     inputs = sum(whole_bytes(leaf) for leaf in jax.tree.leaves(step.inputs))
     memories = (history_bytes(history) if history else 0) + (counters_bytes(counters) if counters else 0)
+    two_tower = model.towers.two_tower
+    memories += sampler_bytes(two_tower, model.layout) if two_tower else 0
     memories *= -(-partitions // num_hosts)
     maps, filters = -(-maps // num_hosts), -(-filters // num_hosts)
     of_plans = (work + inputs) // num_hosts

@@ -6,8 +6,9 @@ whoever wants to save it gets a frozen copy of it as it was right after one plan
 
     source --chunks--> batcher --batches--> [ planner thread: history, features, labels, ids -> rows ] --2 ahead--> loop
 
-A batch of B examples has B / N of each of N partitions, in their order, which P processes share evenly: each reads, plans and
-copies its part, and all plan in rounds (`rounds`), so that the batches, and what is learned, do not depend on P.
+A batch of B examples (and where a two-tower is trained, M drawn videos) has an Nth of them from each of N partitions, in their
+order, which P processes share evenly: each reads, plans and copies its part, and all plan in rounds (`rounds`), so that the
+batches, and what is learned, do not depend on P.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 
 from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.messages import everyone
+from monolith_jax.negatives import interleaved, side_by_side
 from monolith_jax.packing import pack, stacked, unpack
 from monolith_jax.reader import Fetched, Observed, Part, Reader, joined
 from monolith_jax.rounds import agree, may_go_on
@@ -234,8 +236,15 @@ class Planner:
         self._now_ms = max(self._now_ms, now.watermark_ms)
         shift_ms = np.repeat([part.shift_ms for part in parts], self._readers[0].num_rows)
         times_ms = np.minimum(observed.event_time_ms + shift_ms, self._now_ms)
+        drawn, retrieval = [part.drawn for part in parts if part.drawn is not None], None
+        if drawn:
+            blocks = self._model.mesh.size // (self._exchange.num_processes if self._exchange else 1)
+            features, retrieval = side_by_side(features, drawn, blocks)
+            # No time: that a video is drawn keeps no id from expiring.
+            of_drawn = np.zeros(len(features.dense) - times_ms.size, np.int64)
+            times_ms = interleaved(times_ms, of_drawn, blocks)
         plan = self._mapper.plan(features.groups, times_ms, self._now_ms, self._step, self._insert)
-        inputs = Inputs(plan.groups, features.weights, features.dense, observed.labels, observed.masks)
+        inputs = Inputs(plan.groups, features.weights, features.dense, observed.labels, observed.masks, retrieval)
         inputs = place_inputs(self._model, inputs)
         self._step += 1
         freeze = self._freeze_every and self._step % self._freeze_every == 0

@@ -1,7 +1,8 @@
 """One partition of the stream, read: batches of examples to features and labels of a fixed number of rows.
 
 In: an iterator of `Batch`es, and what the partition remembers (histories, counters). Out: `Part`s, a short one padded. A
-partition has its own memories, dead letters and position, so its examples are the same whoever reads it.
+partition has its own memories, dead letters and position, so its examples are the same whoever reads it. Where a two-tower is
+trained, each part also has rows of drawn videos (`negatives`), which no label, metric or count knows of.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from monolith_jax.features import FeatureLayout, Features, featurize
 from monolith_jax.ids.strings import string_ids
+from monolith_jax.negatives import Drawn, NegativeSampler
 from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.stream.events import labels
 from monolith_jax.types import GroupIds
@@ -75,12 +77,21 @@ class Part(NamedTuple):
     """What is added to event times: a further pass over the data goes on in time where the last one was."""
     told: Mapping[str, float] = {}
     """What a live stream tells of itself."""
+    drawn: Drawn | None = None
+    """What the two-tower learns from beside the examples; None: there is no two-tower."""
 
 
 class Reader:
     """Reads one partition."""
 
-    def __init__(self, batches: Any, memories: Sequence[Memory], dead_letters: DeadLetters, num_rows: int) -> None:
+    def __init__(
+        self,
+        batches: Any,
+        memories: Sequence[Memory],
+        dead_letters: DeadLetters,
+        num_rows: int,
+        negatives: NegativeSampler | None = None,
+    ) -> None:
         """Takes over its parts; nothing is read yet.
 
         Args:
@@ -88,11 +99,13 @@ class Reader:
             memories: Histories and counters, in the order in which they extend examples.
             dead_letters: Where rejected rows go.
             num_rows: Rows of a part, to which short batches are padded.
+            negatives: Draws videos for the two-tower; none: there is none that learns from this.
         """
         self._batches = batches
         self.memories = tuple(memories)
         self.dead_letters = dead_letters
         self.num_rows = num_rows
+        self._negatives = negatives
         self._fetched: Batch | None = None
         self._position: dict[str, Any] = {}
         self._epoch = self._shift_ms = 0
@@ -137,7 +150,8 @@ class Reader:
             self._told = batch.told
         if batch is None or batch.is_idle:
             # What it counted still counts when it has ended.
-            return _empty_part(layout, len(label_names), self.num_rows)._replace(told=self._told)
+            drawn = self._negatives.nothing() if self._negatives else None
+            return _empty_part(layout, len(label_names), self.num_rows)._replace(told=self._told, drawn=drawn)
         if is_further_pass := batch.epoch != self._epoch:
             self._epoch = batch.epoch
             for memory in self.memories:
@@ -146,11 +160,12 @@ class Reader:
         for memory in self.memories:
             examples = memory.extend(examples)
         features = featurize(examples, layout)
+        drawn = self._negatives.take(examples, features) if self._negatives else None
         observed = observe(examples, label_names, group_column)
         if is_further_pass:
             self._shift_ms = now_ms - int(np.median(observed.event_time_ms))
         features, observed = _padded(features, observed, self.num_rows)
-        return Part(features, observed, examples.num_rows, batch.epoch, self._shift_ms, batch.told)
+        return Part(features, observed, examples.num_rows, batch.epoch, self._shift_ms, batch.told, drawn)
 
     @property
     def position(self) -> dict[str, Any]:
@@ -158,8 +173,9 @@ class Reader:
         return self._batches.get_state() if self._fetched is None else self._position
 
     def get_state(self) -> dict[str, Any]:
-        """Returns a copy of all of the partition's state: `memories` are arrays, the rest is small and JSON-able."""
-        return {
+        """Returns a copy of all of the partition's state: memories and negatives are arrays, the rest small and JSON-able."""
+        of_negatives = {"negatives": self._negatives.get_state()} if self._negatives else {}
+        return of_negatives | {
             "memories": [memory.get_state() for memory in self.memories],
             "stream": self.position,
             "dead_letters": self.dead_letters.get_state(),
@@ -171,6 +187,8 @@ class Reader:
         """Takes over what `get_state` returned."""
         for memory, of_memory in zip(self.memories, state["memories"], strict=True):
             memory.set_state(of_memory)
+        if self._negatives:
+            self._negatives.set_state(state["negatives"])
         self._batches.set_state(state["stream"])
         self._fetched = None
         self.dead_letters.set_state(state["dead_letters"])

@@ -12,6 +12,7 @@ from monolith_jax.ids.mapper import Mapper
 from monolith_jax.mesh import MeshConfig, make_mesh
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.losses import HeadConfig
+from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.reader import observe
 from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.tables.update import OptimizerConfig
@@ -67,6 +68,7 @@ def make_small(
     model_parallel: int = 1,
     exchange: Exchange | None = None,
     wire: WireConfig = PADDED,
+    two_tower: TwoTowerConfig | None = None,
 ) -> Small:
     """Makes a model; by default one whose logits are linear in its inputs but for the products of a factorisation machine.
 
@@ -74,7 +76,7 @@ def make_small(
     """
     mesh = make_mesh(MeshConfig(num_devices, model_parallel, num_shards=8))
     config = config or DeepFMConfig(hidden=())
-    model, weights = make_model(config, tables, features, HEADS, dense_optimizer, seed, 8, mesh, wire)
+    model, weights = make_model(config, tables, features, HEADS, dense_optimizer, seed, 8, mesh, wire, two_tower)
     process = (exchange.process_id, exchange.num_processes) if exchange else (0, 1)
     mappers = [
         GroupMapper(

@@ -330,7 +330,7 @@ def _leaves(features: Features) -> list[np.ndarray]:
     return [*(leaf for group in features.groups for leaf in group), *weights, features.dense]
 
 
-def test_a_restricted_layout_gives_the_same_ids_of_fewer_features():
+def test_a_restricted_layout_gives_the_same_ids_of_fewer_features() -> None:
     features = [
         IdFeatureConfig(name="user", column="user_id", table="user"),
         IdFeatureConfig(name="tags", column="tag_id", table="tag", max_length=2),

@@ -178,13 +178,12 @@ class Prequential:
 
         Args:
             config: Periods and memory.
-            heads: Name and kind of each head, in the order of the columns; a kind is "binary" or "regression".
+            heads: Name and kind of each head, in the order of the columns; a kind is "binary" or "regression". Without heads
+                nothing is measured.
 
         Raises:
-            ValueError: No heads, an unknown kind, or a name used twice.
+            ValueError: An unknown kind, or a name used twice.
         """
-        if not heads:
-            raise ValueError("heads must not be empty: there is nothing to measure")
         for name, kind in heads:
             if kind not in KINDS:
                 raise ValueError(f"head {name!r}: kind must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -70,7 +70,7 @@ def offsets(heads: Sequence[HeadConfig]) -> jax.Array:
 
 def scores(logits: jax.Array, heads: Sequence[HeadConfig]) -> jax.Array:
     """Returns predictions, float32 [B, T]: sigmoid for binary heads, softplus for regression."""
-    binary = jnp.asarray([head.kind == "binary" for head in heads])
+    binary = jnp.asarray([head.kind == "binary" for head in heads], jnp.bool_)
     return jnp.where(binary, jax.nn.sigmoid(logits), jax.nn.softplus(logits))
 
 
@@ -85,6 +85,8 @@ def multi_task_loss(logits: jax.Array, labels: jax.Array, masks: jax.Array, head
         masks: float32 [B, T], the example's weight where the label is defined, 0 elsewhere.
         heads: T heads.
     """
+    if not heads:
+        return jnp.zeros((), float_dtype())
     labels, masks = labels.astype(logits.dtype), masks.astype(logits.dtype)
     losses = []
     for task, head in enumerate(heads):

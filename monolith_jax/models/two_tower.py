@@ -96,8 +96,10 @@ class Tower(nnx.Module):
         bias = self.mlp.layers[-1].bias
         assert bias is not None
         bias[...] = _CENTRE * jax.random.normal(rngs.params(), (dim,), float_dtype())
-        self.attention = Mlp((shapes.item_dim, _ATTENTION_HIDDEN, 1), False, "float32", rngs) if shapes.items else None
+        self.attention = Mlp((shapes.item_dim, _ATTENTION_HIDDEN), True, "float32", rngs) if shapes.items else None
         if shapes.items:
+            initial = nnx.initializers.lecun_normal()(rngs.params(), (_ATTENTION_HIDDEN, 1), float_dtype())
+            self.score = nnx.Param(initial[:, 0])
             self.place = nnx.Param(jnp.zeros((shapes.items,), float_dtype()))
 
     def __call__(self, inputs: TowerInputs) -> jax.Array:
@@ -105,7 +107,7 @@ class Tower(nnx.Module):
         seen = [inputs.flat]
         if self.attention is not None:
             assert inputs.items is not None and inputs.there is not None
-            scores_BN = self.attention(inputs.items)[:, :, 0] + self.place[...]
+            scores_BN = self.attention(inputs.items) @ self.score[...] + self.place[...]
             shares_BN = jnp.where(inputs.there, jax.nn.softmax(jnp.where(inputs.there, scores_BN, _NEVER)), 0.0)
             seen.append(jnp.einsum("bn,bnd->bd", shares_BN, inputs.items))
         vectors = self.mlp(jnp.concatenate(seen, axis=1))

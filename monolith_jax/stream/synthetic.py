@@ -229,9 +229,18 @@ def _tag_column(config: SyntheticConfig, shown: Shown) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(world.ids_of(config.seed, "tag", values)))
 
 
+def _content_column(config: SyntheticConfig, shown: Shown) -> pa.Array:
+    values = world.content(config, shown)
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * config.content_dim
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))
+
+
 @dataclass(frozen=True)
 class SyntheticSource:
-    """A `Source` of synthetic examples with the columns of `SCHEMA`. Chunk k is a function of (config, k) alone."""
+    """A `Source` of synthetic examples with the columns of `SCHEMA`, and with `content_dim` the list `content`.
+
+    Chunk k is a function of (config, k) alone.
+    """
 
     config: SyntheticConfig
 
@@ -274,5 +283,7 @@ class SyntheticSource:
         for space in ("user", "video", "author", "sound"):
             columns[f"{space}_id"] = world.ids_of(config.seed, space, getattr(shown, space))
         examples = pa.RecordBatch.from_arrays([pa.array(columns[field.name]) for field in SCHEMA], schema=SCHEMA)
+        if config.content_dim:
+            examples = examples.append_column("content", _content_column(config, shown))
         left = min(config.chunk_rows, config.num_examples - k * config.chunk_rows)
         return Chunk(examples.slice(0, left), (), {"chunk": k + 1})

@@ -55,6 +55,9 @@ DURATION_MS = np.array(
 )
 """Quantiles of the duration, log-linear in between. From the sample's impressions with a known duration."""
 
+CONTENT_NOISE = 0.3
+"""Deviation of what in a video's content says nothing of its topic. Chosen."""
+
 USER_SPREAD, VIDEO_SPREAD = 1.05, 2.2
 """Standard deviation of log activity and log popularity, so that the shares of the top 1 % and 10 % are the sample's."""
 
@@ -87,6 +90,8 @@ class SyntheticConfig:
     """Dimension of tastes and topics."""
     drift_days: float = 14.0
     """Days in which a taste turns into an independent one."""
+    content_dim: int = 0
+    """Numbers in the column `content`: what can be seen of a video before anyone watched it, about its topic. 0: no column."""
 
     def __post_init__(self) -> None:
         """Checks the fields.
@@ -95,7 +100,7 @@ class SyntheticConfig:
             ValueError: A field is out of its range.
         """
         low = {"seed": 0, "num_examples": 0, "start_ms": 0, "users_per_day": 0, "videos_per_day": 0, "live_users": 1}
-        low |= {"live_videos": 1, "chunk_rows": 1, "taste_dim": 1}
+        low |= {"live_videos": 1, "chunk_rows": 1, "taste_dim": 1, "content_dim": 0}
         for name, least in low.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"SyntheticConfig.{name} must be at least {least}, got {getattr(self, name)}")
@@ -291,6 +296,18 @@ def describe(config: SyntheticConfig, time_ms: np.ndarray, user: np.ndarray, vid
     log_duration = np.interp(_uniforms(seed, "duration", video), DURATION_AT, np.log(DURATION_MS))
     duration = np.rint(np.exp(log_duration)).astype(np.int64)
     return Shown(time_ms, user, video, author, sound, duration, topic)
+
+
+def content(config: SyntheticConfig, shown: Shown) -> np.ndarray:
+    """Returns what can be seen of each video whenever it is shown, float32 [B, content_dim].
+
+    Its topic, seen from fixed directions, and noise of its own; an entry's variance over the videos is about 1 of the former
+    and `CONTENT_NOISE` squared of the latter.
+    """
+    directions = normals(config.seed, "content", np.arange(config.content_dim), config.taste_dim)
+    noise = np.float32(CONTENT_NOISE) * normals(config.seed, "content of video", shown.video, config.content_dim)
+    # Row by row: the last bits of a product of matrices may depend on how many rows there are.
+    return np.einsum("bd,cd->bc", shown.topic, directions) / np.float32(math.sqrt(config.taste_dim)) + noise
 
 
 def taste(config: SyntheticConfig, user: np.ndarray, time_ms: np.ndarray) -> np.ndarray:

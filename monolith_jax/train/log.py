@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,6 +91,7 @@ class RunLog:
         self._last_row: tuple[float, int] | None = None
         self._aucs = ""
         self._skipped = 0.0
+        self._retrieval = np.zeros((2, 4))
         self.last_snapshot = "none yet"
         """Named when a loss is not finite."""
 
@@ -123,8 +124,19 @@ class RunLog:
         """Seconds since this process began to train."""
         return time.monotonic() - self._started
 
-    def step(self, planned: Planned, loss: float, scores: np.ndarray) -> None:
+    @property
+    def retrieval(self) -> dict[str, float]:
+        """What the two-tower reached over the run; empty without one."""
+        return _of_retrieval(self._retrieval[0])
+
+    def step(self, planned: Planned, loss: float, scores: np.ndarray, retrieval: Sequence[np.ndarray] | None = None) -> None:
         """Records a step.
+
+        Args:
+            planned: The step.
+            loss: Of all that is trained.
+            scores: float32 [B, T]
+            retrieval: Loss, hits and weight of the two-tower (`models.two_tower.RetrievalLoss`); None: there is none.
 
         Raises:
             FloatingPointError: The loss is not finite.
@@ -147,6 +159,8 @@ class RunLog:
                 observed.event_time_ms, observed.groups, scores, observed.labels, observed.masks, observed.optimal
             )
             self.write(rows)
+            if retrieval is not None:
+                self._retrieval += (1, *map(float, retrieval))
         if self._step % self._log_every == 0:
             self._write_step(planned, loss)
         self._show(loss)
@@ -165,9 +179,11 @@ class RunLog:
             "loss": round(loss, 6),
             "examples_per_s": round(rate, 1),
             **{name: round(value, 4) for name, value in planned.stats.items()},
+            **_of_retrieval(self._retrieval[1]),
             **self._of_live_stream(planned),
             **self.also(),
         }
+        self._retrieval[1] = 0
         self.write([row])
 
     def _of_live_stream(self, planned: Planned) -> dict[str, float]:
@@ -240,7 +256,7 @@ class RunLog:
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
         state = {"bytes": self._bytes, "step": self._step, "examples": self._examples, "skipped": self._skipped}
-        return {**state, "arrays": self._measures.get_state()}
+        return {**state, "retrieval": self._retrieval.tolist(), "arrays": self._measures.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `get_state` returned: cuts metrics.jsonl to its length."""
@@ -248,8 +264,17 @@ class RunLog:
             _cut(self.path, state["bytes"])
         self._bytes, self._step, self._examples = state["bytes"], state["step"], state["examples"]
         self._skipped = state.get("skipped", 0.0)
+        self._retrieval = np.array(state.get("retrieval", np.zeros((2, 4))))
         self._examples_at_start = self._examples
         self._measures.set_state(state["arrays"])
+
+
+def _of_retrieval(sums: np.ndarray) -> dict[str, float]:
+    """Returns what there is to tell of the sums of steps, loss, hits and weight; nothing where there were no steps."""
+    steps, loss, hits, weight = sums.tolist()
+    if not steps:
+        return {}
+    return {"retrieval_loss": round(loss / steps, 6)} | ({"retrieval_hit10": round(hits / weight, 6)} if weight else {})
 
 
 def _cut(path: Path, length: int) -> None:

@@ -134,8 +134,8 @@ def run(
 def _drain(in_flight: deque[tuple[Planned, Metrics]], keep: int, log: RunLog) -> None:
     while len(in_flight) > keep:
         planned, metrics = in_flight.popleft()
-        loss, scores = jax.device_get((metrics.loss, metrics.scores))
-        log.step(planned, float(loss), scores)
+        loss, scores, retrieval = jax.device_get(metrics)
+        log.step(planned, float(loss), scores, retrieval)
 
 
 def predict(

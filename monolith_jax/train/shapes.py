@@ -18,7 +18,7 @@ from monolith_jax.ids.footprint import PlanSizes
 from monolith_jax.mesh import BATCH, REPLICATED, MeshConfig, make_mesh, sharding
 from monolith_jax.train.state import Inputs, Model, TrainState
 from monolith_jax.train.step import make_learn, make_read
-from monolith_jax.types import GroupPlan
+from monolith_jax.types import GroupPlan, Retrieval
 
 
 def trace_model(make: Callable[[], tuple[Model, Any]]) -> tuple[Model, Any]:
@@ -41,8 +41,11 @@ def input_shapes(model: Model, batch_size: int, sizes: Sequence[PlanSizes]) -> I
         return jax.ShapeDtypeStruct(axes, dtype)
 
     num_devices, plans, weights = model.mesh.size, [], []
+    num_rows, retrieval = batch_size + model.num_drawn, None
+    if model.towers.two_tower:
+        retrieval = Retrieval(shape(batch_size), shape(num_rows), shape(num_rows, dtype=jnp.uint32))
     for index, (group, of_plan) in enumerate(zip(model.groups, sizes, strict=True)):
-        positions = (batch_size, model.layout.num_positions(index))
+        positions = (num_rows, model.layout.num_positions(index))
         plans.append(
             GroupPlan(
                 shape(num_devices, of_plan.touched, dtype=jnp.int32),
@@ -57,7 +60,7 @@ def input_shapes(model: Model, batch_size: int, sizes: Sequence[PlanSizes]) -> I
         )
         weights.append(shape(*positions) if any(slot.weighted for slot in model.layout.groups[index]) else None)
     of_tasks = shape(batch_size, len(model.heads))
-    return Inputs(tuple(plans), tuple(weights), shape(batch_size, model.layout.num_dense), of_tasks, of_tasks)
+    return Inputs(tuple(plans), tuple(weights), shape(num_rows, model.layout.num_dense), of_tasks, of_tasks, retrieval)
 
 
 def tower_bytes(model: Model, state: TrainState, inputs: Inputs) -> int:

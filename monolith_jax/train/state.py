@@ -23,10 +23,11 @@ from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, is_shared, sha
 from monolith_jax.models.layers import axes_of
 from monolith_jax.models.losses import HeadConfig
 from monolith_jax.models.towers import ModelConfig, Towers, make_towers
+from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.tables.table import Group, TableConfig, empty_array, make_groups
 from monolith_jax.tables.update import OptimizerConfig, make_optimizer
 from monolith_jax.tables.wire import PADDED, WireConfig, check_wire
-from monolith_jax.types import Array, GroupPlan
+from monolith_jax.types import Array, GroupPlan, Retrieval
 
 
 class TrainState(NamedTuple):
@@ -43,17 +44,22 @@ class TrainState(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the device gets for one step, beside nothing else."""
+    """What the device gets for one step, beside nothing else.
+
+    R is B, or with a two-tower B + M: every device has its share of the examples, then its share of the drawn videos.
+    """
 
     plans: tuple[GroupPlan, ...]
     weights: tuple[Array, ...]
-    """Weights of list items, float32 [B, P] of each group that has some."""
+    """Weights of list items, float32 [R, P] of each group that has some."""
     dense: Array
-    """float32 [B, n]"""
+    """float32 [R, n]"""
     labels: Array
     """float32 [B, T]"""
     masks: Array
     """float32 [B, T], the example's weight where a label is defined."""
+    retrieval: Retrieval | None = None
+    """What the two-tower learns from; None: it does not, and R is B."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,18 @@ class Model:
         return self.towers.heads
 
     @property
+    def num_drawn(self) -> int:
+        """M, videos that are drawn for each step beside the examples; 0 without a two-tower."""
+        return self.towers.two_tower.num_negatives if self.towers.two_tower else 0
+
+    @property
     def transformation(self) -> optax.GradientTransformation:
         """The optimizer of the dense weights, with learning rate 1."""
         return make_optimizer(self.optimizer)
 
 
 def make_model(
-    config: ModelConfig,
+    config: ModelConfig | None,
     tables: Sequence[TableConfig],
     features: Sequence[FeatureConfig],
     heads: Sequence[HeadConfig],
@@ -96,8 +107,9 @@ def make_model(
     num_shards: int,
     mesh: Mesh,
     wire: WireConfig = PADDED,
+    two_tower: TwoTowerConfig | None = None,
 ) -> tuple[Model, Any]:
-    """Returns a model and its first dense weights.
+    """Returns a model and its first dense weights: of a ranker (`config`), of a two-tower, or of both.
 
     Raises:
         ValueError: The configs do not fit together, or the devices cannot do such an exchange.
@@ -109,7 +121,7 @@ def make_model(
         )
     groups = make_groups(tables, num_shards)
     layout = feature_layout(features, [group.maps.names for group in groups])
-    towers, weights = make_towers(config, layout, [group.dim for group in groups], heads, seed)
+    towers, weights = make_towers(config, layout, [group.dim for group in groups], heads, seed, two_tower)
     pure = nnx.to_pure_dict(weights)
     shapes = jax.tree.map(partial(_shape, mesh), pure, axes_of(weights))
     return Model(towers, groups, optimizer, seed, mesh, shapes, wire), pure
@@ -172,4 +184,5 @@ def input_shardings(model: Model, inputs: Inputs) -> Any:
     plan = GroupPlan(rows, rows, sharding(model.mesh, BATCH_ALL), rows, rows, rows, rows)
     weights = tuple(None if array is None else batch for array in inputs.weights)
     plans = tuple(plan if of_group.touched_rows is None else plan._replace(touched_rows=rows) for of_group in inputs.plans)
-    return Inputs(plans, weights, batch, batch, batch)
+    retrieval = Retrieval(batch, batch, batch) if inputs.retrieval is not None else None
+    return Inputs(plans, weights, batch, batch, batch, retrieval)

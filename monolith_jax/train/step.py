@@ -1,11 +1,13 @@
 """One step: read rows, learn, write rows. Pure, jitted, donated.
 
-In: state and inputs. Out: the next state, and the loss and scores of the batch from before it was trained on.
+In: state and inputs. Out: the next state, and the loss and scores of the batch from before it was trained on. Ranker and
+two-tower learn from the same vectors in one backward pass; only the two-tower sees the rows of drawn videos.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,8 @@ import jax.numpy as jnp
 
 from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, is_shared, sharding
 from monolith_jax.models.losses import multi_task_loss, scores
-from monolith_jax.models.towers import forward
+from monolith_jax.models.towers import forward, user_vectors, video_vectors
+from monolith_jax.models.two_tower import RetrievalLoss, retrieval_loss
 from monolith_jax.tables.lookup import gather_rows, return_gradients, send_vectors, write_fresh_rows, write_rows
 from monolith_jax.tables.update import apply_updates, learning_rate
 from monolith_jax.train.state import Inputs, Model, TrainState, state_shardings
@@ -31,6 +34,8 @@ class Metrics(NamedTuple):
     """float32 scalar"""
     scores: Array
     """float32 [B, T]"""
+    retrieval: RetrievalLoss | None = None
+    """Of the two-tower; None: there is none."""
 
 
 def make_train_step(model: Model) -> Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]:
@@ -82,27 +87,47 @@ def make_read(model: Model) -> Callable[..., tuple[Groups, Groups, Groups]]:
 def make_learn(model: Model) -> Callable[..., tuple[jax.Array, Any, Any, Metrics, Groups]]:
     """Returns the forward and backward pass of the towers, with the update of their weights."""
 
-    def loss_and_logits(weights: Any, vectors: Groups, valid: Groups, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        logits = forward(model.towers, weights, vectors, valid, inputs.weights, inputs.dense)
-        return multi_task_loss(logits, inputs.labels, inputs.masks, model.heads), logits
+    def losses(weights: Any, vectors: Groups, valid: Groups, inputs: Inputs) -> tuple[jax.Array, Any]:
+        seen = (vectors, valid, inputs.weights, inputs.dense)
+        if inputs.retrieval is None:
+            logits = forward(model.towers, weights, *seen)
+            return multi_task_loss(logits, inputs.labels, inputs.masks, model.heads), (logits, None)
+        of_examples = partial(_of_examples, model.mesh.size, len(inputs.labels))
+        examples = jax.tree.map(of_examples, seen)
+        logits = forward(model.towers, weights, *examples)
+        users_BD = user_vectors(model.towers, weights, model.layout, *examples)
+        videos_RD = video_vectors(model.towers, weights, model.layout, *seen)
+        config = model.towers.two_tower
+        assert config is not None
+        own = (of_examples(videos_RD), of_examples(inputs.retrieval.log_q), of_examples(inputs.retrieval.key))
+        found = retrieval_loss(users_BD, *own, videos_RD, inputs.retrieval, config.temperature)
+        loss = multi_task_loss(logits, inputs.labels, inputs.masks, model.heads) + config.loss_weight * found.loss
+        return loss, (logits, found)
 
     def learn(
         number: jax.Array, weights: Any, optimizer: Any, vectors: Groups, valid: Groups, inputs: Inputs
     ) -> tuple[Any, ...]:
-        value_and_grad = jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True)
-        (loss, logits), (of_weights, of_vectors) = value_and_grad(weights, vectors, valid, inputs)
+        value_and_grad = jax.value_and_grad(losses, argnums=(0, 1), has_aux=True)
+        (loss, (logits, found)), (of_weights, of_vectors) = value_and_grad(weights, vectors, valid, inputs)
         updates, optimizer = model.transformation.update(of_weights, optimizer, weights)
         weights = apply_updates(model.optimizer, weights, updates, learning_rate(model.optimizer, number))
         # A good loss can still lead to weights that are no numbers; those must not reach a snapshot.
         total = sum(jnp.sum(weight) for weight in jax.tree.leaves(weights))
         loss = jnp.where(jnp.isfinite(total), loss, jnp.nan)
-        return number + 1, weights, optimizer, Metrics(loss, scores(logits, model.heads)), of_vectors
+        return number + 1, weights, optimizer, Metrics(loss, scores(logits, model.heads), found), of_vectors
 
     replicated, batch, where = sharding(model.mesh, REPLICATED), sharding(model.mesh, BATCH), state_shardings(model)
     of_state = (where.step, where.weights, where.optimizer)
     in_shardings = (*of_state, batch, batch, batch)
-    out_shardings = (*of_state, Metrics(replicated, _score_sharding(model)), sharding(model.mesh, BATCH_ALL))
+    of_retrieval: Any = replicated
+    out_shardings = (*of_state, Metrics(replicated, _score_sharding(model), of_retrieval), sharding(model.mesh, BATCH_ALL))
     return jax.jit(learn, donate_argnums=(1, 2), in_shardings=in_shardings, out_shardings=out_shardings)
+
+
+def _of_examples(num_devices: int, num_examples: int, rows: jax.Array) -> jax.Array:
+    """Returns the rows of examples, [B, ...] from [R, ...]: the first of every device's rows, so that none is moved."""
+    blocks = rows.reshape(num_devices, -1, *rows.shape[1:])
+    return blocks[:, : num_examples // num_devices].reshape(num_examples, *rows.shape[1:])
 
 
 def _score_sharding(model: Model) -> Any:

@@ -205,8 +205,6 @@ def test_bad_input_is_refused() -> None:
         Prequential(PrequentialConfig(), [("like", "ordinal")])
     with pytest.raises(ValueError, match="different names"):
         Prequential(PrequentialConfig(), [("like", "binary"), ("like", "binary")])
-    with pytest.raises(ValueError, match="empty"):
-        Prequential(PrequentialConfig(), [])
     for wrong in ({"period_s": 0}, {"max_examples": 0}, {"max_scores": 1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             PrequentialConfig(**wrong)
