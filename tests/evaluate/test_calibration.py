@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from monolith_jax.evaluate.calibration import IDENTITY, fit, gin_lines
+from monolith_jax.evaluate.calibration import IDENTITY, Calibration, fit, gin_lines
 from monolith_jax.experiment import load_as
 from monolith_jax.serve.values import CalibrationConfig, GroupValuesConfig, RankConfig
 
@@ -67,14 +67,16 @@ def test_nothing_to_learn_from_changes_nothing() -> None:
     assert fit(ones / 2, ones * [1, 0], ones, ("binary", "regression")) == [IDENTITY, IDENTITY]
     assert fit(ones / 2, ones, ones * 0, ("binary", "regression")) == [IDENTITY, IDENTITY]
     certain = np.array([[0.0], [1.0]], np.float32).repeat(5, axis=0)
-    assert np.isfinite(fit(certain, certain, np.ones_like(certain), ("binary",))).all()
+    (found,) = fit(certain, certain, np.ones_like(certain), ("binary",))
+    assert np.isfinite([found.slope, found.intercept]).all()
     with pytest.raises(ValueError, match=r"must be \[N, 1\], got \(9, 2\)"):
         fit(ones, ones, ones, ("binary",))
 
 
 def test_corrections_are_lines_of_gin(tmp_path: Path) -> None:
     logits, labels, masks = draw(500)
-    found = dict(zip(("like", "skip"), fit(sigmoid(logits).astype(np.float32), labels, masks, KINDS), strict=False))
+    like, skip, _ = fit(sigmoid(logits).astype(np.float32), labels, masks, KINDS)
+    found: dict[str, Calibration] = {"like": like, "skip": skip}
     for some in (found, {"like": found["like"]}):
         file = tmp_path / "rank.gin"
         file.write_text(f"RankConfig.heads = ('like',)\nRankConfig.weights = (1.0,)\n{gin_lines(some)}\n")

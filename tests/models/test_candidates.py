@@ -13,7 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monolith_jax.features import DenseFeatureConfig, FeatureConfig, IdFeatureConfig, feature_layout
+from monolith_jax.features import Combiner, DenseFeatureConfig, FeatureConfig, IdFeatureConfig, feature_layout
 from monolith_jax.models.candidates import SideInputs, candidate_logits, prepare, split
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.losses import HeadConfig
@@ -21,21 +21,22 @@ from monolith_jax.models.mmoe import MMoEConfig
 from monolith_jax.models.towers import ModelConfig, Towers, forward, make_towers
 from monolith_jax.tables.update import float_dtype
 
-COMBINERS = ("sum", "mean", "sqrtn", "first", "none")
+LISTS: tuple[tuple[str, Combiner, int, bool], ...] = (
+    ("small", "sum", 1, False),
+    ("large", "mean", 3, False),
+    ("small", "sqrtn", 2, False),
+    ("large", "first", 2, False),
+    ("small", "none", 2, False),
+    ("large", "sum", 2, True),
+    ("large", "mean", 1, True),
+)
+"""Table, combiner, length, and whether it has weights."""
 HEADS = (HeadConfig("like", base_rate=0.1), HeadConfig("play_ratio", "regression", base_rate=0.7), HeadConfig("skip"))
 FEATURES: tuple[FeatureConfig, ...] = (
     *(
         IdFeatureConfig(f"{side}_{combiner}{'_w' * weighted}", "c", table, length, combiner, "w" if weighted else "")
         for side in ("once", "each")
-        for table, combiner, length, weighted in (
-            ("small", "sum", 1, False),
-            ("large", "mean", 3, False),
-            ("small", "sqrtn", 2, False),
-            ("large", "first", 2, False),
-            ("small", "none", 2, False),
-            ("large", "sum", 2, True),
-            ("large", "mean", 1, True),
-        )
+        for table, combiner, length, weighted in LISTS
     ),
     IdFeatureConfig("once_id", "c", "large"),
     IdFeatureConfig("each_id", "c", "large"),
@@ -65,7 +66,8 @@ def sides_of(inputs: Any, layouts: tuple[Any, Any]) -> tuple[SideInputs, SideInp
         numbers = [one for one in whole.features if isinstance(one, DenseFeatureConfig)]
         columns = np.flatnonzero(np.repeat([one.name in names for one in numbers], [one.size for one in numbers]))
         parts = [[array[:number, of_group] for array in arrays] for arrays, of_group in zip(of_groups, kept, strict=True)]
-        out.append(SideInputs(*zip(*parts, strict=True), dense[:number, columns]))  # pyright: ignore[reportArgumentType]
+        vectors, valid, weights = zip(*parts, strict=True)
+        out.append(SideInputs(vectors, valid, weights, dense[:number, columns]))
     return out[0], out[1]
 
 

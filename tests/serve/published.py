@@ -11,6 +11,7 @@ from flax import nnx
 
 from monolith_jax.features import FeatureConfig, feature_layout
 from monolith_jax.models.deepfm import DeepFMConfig
+from monolith_jax.models.losses import HeadConfig
 from monolith_jax.models.towers import ModelConfig, make_towers, named_weights
 from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.serve.served_model import ServedModel
@@ -32,17 +33,18 @@ class Log:
         config: ModelConfig | None = None,
         features: Sequence[FeatureConfig] = FEATURES,
         two_tower: TwoTowerConfig | None = None,
+        heads: Sequence[HeadConfig] = HEADS,
     ) -> None:
-        """Writes nothing yet."""
-        self.root, self.tables, self.config = root, tables, config or DeepFMConfig(hidden=())
-        self.features, self.two_tower = features, two_tower
+        """Writes nothing yet; without heads there is no ranker."""
+        self.root, self.tables, self.config = root, tables, config or (DeepFMConfig(hidden=()) if heads else None)
+        self.features, self.two_tower, self.heads = features, two_tower, heads
         self.folder = DeltaFolder(root)
         self.last: Version | None = None
         self.step = 0
         self.base = Version(1, 0)
         groups = make_groups(tables, NUM_SHARDS)
         layout = feature_layout(features, [group.maps.names for group in groups])
-        _, weights = make_towers(self.config, layout, [group.dim for group in groups], HEADS, 0, two_tower)
+        _, weights = make_towers(self.config, layout, [group.dim for group in groups], heads, 0, two_tower)
         self.dense = {name: np.asarray(weight) for name, weight in named_weights(nnx.to_pure_dict(weights)).items()}
 
     def publish(
@@ -99,7 +101,7 @@ class Log:
     def serve(self, **options: Any) -> ServedModel:
         """Returns a reader."""
         options = {"num_shards": NUM_SHARDS, "batch_sizes": SIZES, "two_tower": self.two_tower} | options
-        return ServedModel(self.root, self.features, self.tables, self.config, HEADS, **options)
+        return ServedModel(self.root, self.features, self.tables, self.config, self.heads, **options)
 
 
 def trained_rows(small: Small) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -18,7 +18,7 @@ def vectors(ids: list[int]) -> tuple[list[int], np.ndarray]:
 IDS = st.sets(st.integers(-2, 9)).map(sorted)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     steps=st.lists(st.tuples(st.sampled_from(["delta", "delta", "base"]), IDS, IDS, st.booleans()), max_size=6),
     few=st.sampled_from([0, 1 << 16]),

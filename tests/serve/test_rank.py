@@ -85,7 +85,7 @@ def test_what_is_kept_of_videos_gives_the_features_of_whole_examples(tmp_path: P
         np.testing.assert_array_equal(ours.valid, whole.valid)
         np.testing.assert_array_equal(ours.ids * ours.valid, whole.ids * whole.valid)
     for ours, whole in zip(got.weights, expected.weights, strict=True):
-        assert (ours is None) == (whole is None) and (ours is None or np.array_equal(ours, whole))
+        np.testing.assert_array_equal(ours, whole)  # pyright: ignore[reportArgumentType]
     np.testing.assert_array_equal(got.dense, expected.dense)
 
 
@@ -154,10 +154,20 @@ def test_vectors_of_users_and_videos(tmp_path: Path) -> None:
 
 
 def test_a_two_tower_alone(tmp_path: Path) -> None:
-    from tests.small_model import HEADS  # The ranker's, which there is none of.
-
-    log = published(tmp_path, CONFIGS[0])
-    with pytest.raises(ValueError, match="Experiment.model is not set"):
-        from monolith_jax.serve.served_model import ServedModel
-
-        ServedModel(log.root, CROSSED, TABLES, None, HEADS, num_shards=8, two_tower=TWO_TOWER)
+    log = Log(tmp_path, two_tower=TWO_TOWER, heads=())
+    log.publish({"user": ([1], np.ones((1, 4), np.float32))}, kind="base")
+    served = log.serve()
+    encoder = Encoder(served, user_sizes=(4,), video_sizes=(4,))
+    assert encoder.users(featurize(make_examples(3), encoder.user_layout)).shape == (3, 8)
+    with pytest.raises(ValueError, match="no ranker"):
+        Ranker(served, CANDIDATE)
+    with pytest.raises(ValueError, match="no ranker to predict with"):
+        served.predict(make_examples(3))
+    log = published(tmp_path / "ranker", CONFIGS[0])
+    log.two_tower = None
+    with pytest.raises(ValueError, match="unknown retrieval/user"):
+        log.serve()
+    log = Log(tmp_path / "alone")
+    log.publish({}, kind="base")
+    with pytest.raises(ValueError, match="this model has no two-tower"):
+        Encoder(log.serve())
