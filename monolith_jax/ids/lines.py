@@ -14,6 +14,7 @@ will do.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,19 +119,25 @@ def places_of(starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     return np.arange(numbers.sum()) + np.repeat(starts - (numbers.cumsum() - numbers), numbers)
 
 
-_STAMP = tuple((path.stat().st_mtime, path.stat().st_size) for path in sorted(Path(__file__).parent.glob("*.py")))
+@functools.cache
+def _stamp(folder: Path) -> tuple[tuple[float, int], ...]:
+    files = sorted({*Path(__file__).parent.glob("*.py"), *folder.glob("*.py")})
+    return tuple((path.stat().st_mtime, path.stat().st_size) for path in files)
 
 
-def jit(function: Any, **options: Any) -> Any:
+def jit(function: Any = None, **options: Any) -> Any:
     """Compiles with numba at the first call; cached on disk where some folder can be written."""
+    if function is None:
+        return functools.partial(jit, **options)
     options |= {"nogil": True, "boundscheck": False, "error_model": "numpy", "no_cfunc_wrapper": True}
     try:
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no folder for its cache
         return numba.njit(**options)(function)
-    # numba's cache does not see edits in another module whose functions were inlined, and would run the old ones.
+    # numba's cache does not see edits in another module whose functions were inlined, and would run the old ones. Such a
+    # module is one of these, or lies beside the caller.
     file = compiled._cache._cache_file  # pyright: ignore[reportAttributeAccessIssue]
-    file._source_stamp = (file._source_stamp, _STAMP)
+    file._source_stamp = (file._source_stamp, _stamp(Path(function.__code__.co_filename).parent))
     return compiled
 
 

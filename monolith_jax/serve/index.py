@@ -1,10 +1,10 @@
-"""An approximate index of videos' vectors that lives with the stream: videos enter, move and leave, and nothing is ever rebuilt.
+"""An approximate index of videos' vectors that lives with the stream: they enter, move and leave, and nothing is ever rebuilt.
 
 In: ids and vectors from the video tower. Out: for a user's vector the ids of the videos with the largest inner products.
 
-Streaming vector quantisation (arXiv 2501.08695; research in `index_lists`): K codes, a list of int8 vectors for each, all nearest
-lists read until enough videos were looked at, the best of them scored again with float16 vectors. Every change also moves a few
-of the other videos to the cluster that is theirs by now, so an index that drifts repairs itself.
+Streaming vector quantisation (arXiv 2501.08695, see `index_lists`): K codes, a list of int8 vectors for each; the nearest lists
+are read until enough videos were looked at, and the best of them scored again with float16 vectors. With every change another
+video is looked at, and moved if another cluster is the right one by now, so an index that drifts repairs itself.
 """
 
 from __future__ import annotations
@@ -353,7 +353,8 @@ class VideoIndex:
                 self._repair(content, clusters)
 
     def _largest(self, content: _Content) -> int:
-        return max(2 * content.size // self.config.codes, index_lists.SMALLEST)
+        # A split leaves halves, so clusters are from half of this to all of it, and as many as there are codes.
+        return max(3 * content.size // (2 * self.config.codes), index_lists.SMALLEST)
 
     def _repair(self, content: _Content, clusters: np.ndarray) -> None:
         """Splits those of the clusters that have grown too large."""
@@ -364,7 +365,7 @@ class VideoIndex:
     def _split(self, content: _Content, cluster: int) -> None:
         counts = content.lists.counts
         into = int(counts.argmin())
-        if 4 * int(counts[into]) > self._largest(content) or into == cluster:
+        if 3 * int(counts[into]) > int(counts[cluster]):
             return
         if counts[into] > 0:
             with self._gate.change():

@@ -117,15 +117,12 @@ def _list_blocks(lists, clusters, num_clusters, budget, blocks):
     return number
 
 
+@jit(no_cpython_wrapper=True, fastmath={"reassoc", "contract", "nsz"})
 def _dot(halves, slot, query):
-    total = np.float32(0)
+    total = np.float32(0)  # without leave to reorder the sum, it would not be vectorised
     for d in range(query.size):
         total += float_of_half(halves[slot, d]) * query[d]
     return total
-
-
-# Without leave to reorder the sum, it is not vectorised.
-_dot = jit(_dot, no_cpython_wrapper=True, fastmath={"reassoc", "contract", "nsz"})
 
 
 @inner

@@ -265,10 +265,8 @@ def take_out(slots, lists, codes, videos):
 
 @inner
 def _move(slot, cluster, lists, codes, videos, vector):
-    """Moves a video to a cluster; codes do not follow. `vector` is scratch."""
+    """Moves a video to a cluster; codes do not follow."""
     _take_out(lists, codes, videos, slot)
-    for d in range(vector.size):
-        vector[d] = float_of_half(videos.halves[slot, d])
     _insert(lists, codes, videos, slot, cluster, vector)
 
 
@@ -284,58 +282,61 @@ def _members(lists, cluster, slots):
     return number
 
 
+@inner
+def _read(halves, slots, number, vectors):
+    """Writes the vectors of the first `number` slots to float32 [N, D]."""
+    for i in range(number):
+        for d in range(vectors.shape[1]):
+            vectors[i, d] = float_of_half(halves[slots[i], d])
+
+
 @jit
 def dissolve(cluster, lists, codes, videos):
     """Moves the videos of a cluster to their next neighbours, whose codes follow; returns whether it is empty now."""
     numbers = np.zeros(4 * codes.data.shape[1], np.int8)
     scores, places = np.empty(NEIGHBOURS + 2 * LANES, np.float32), np.empty(NEIGHBOURS + 2 * LANES, np.int32)
-    slots, vector = np.empty(lists.counts[cluster], np.int32), np.empty(codes.sums.shape[1], np.float32)
-    for i in range(_members(lists, cluster, slots)):
-        for d in range(vector.size):
-            vector[d] = float_of_half(videos.halves[slots[i], d])
-        zero, one = np.float32(0), np.float32(1)
-        to = _choose(vector, codes, lists.counts, zero, one, cluster, numbers, scores, places)
+    slots = np.empty(lists.counts[cluster], np.int32)
+    vectors, zero, one = np.empty((slots.size, codes.sums.shape[1]), np.float32), np.float32(0), np.float32(1)
+    _read(videos.halves, slots, _members(lists, cluster, slots), vectors)
+    for i in range(slots.size):
+        to = _choose(vectors[i], codes, lists.counts, zero, one, cluster, numbers, scores, places)
         if to >= 0:
-            _move(slots[i], to, lists, codes, videos, vector)
+            _move(slots[i], to, lists, codes, videos, vectors[i])
             set_code(codes, to)
     set_code(codes, cluster)
     return lists.counts[cluster] == 0
 
 
+@inner
+def _project(vectors, direction, along):
+    """Writes the products of float32 vectors [N, D] with a direction [D]."""
+    for i in range(along.size):
+        along[i] = 0
+        for d in range(direction.size):
+            along[i] += vectors[i, d] * direction[d]
+
+
 @jit
 def split(cluster, into, lists, codes, videos):
-    """Moves about half of a cluster to the empty cluster `into`: those nearer to the second of two means."""
+    """Moves half of a cluster to the empty cluster `into`: those nearer to the second of two means."""
     number, dim = lists.counts[cluster], codes.sums.shape[1]
-    slots, side = np.empty(number, np.int32), np.zeros(number, np.bool_)
-    _members(lists, cluster, slots)
+    slots, along = np.empty(number, np.int32), np.empty(number, np.float32)
     vectors = np.empty((number, dim), np.float32)
-    for i in range(number):
-        for d in range(dim):
-            vectors[i, d] = float_of_half(videos.halves[slots[i], d])
-    apart = np.zeros(dim, np.float32)  # the difference of the two means; first, from the mean to the video farthest from it
-    farthest, lowest = 0, np.float32(np.inf)
-    for i in range(number):
-        near = np.float32(0)
-        for d in range(dim):
-            near += vectors[i, d] * codes.directions[cluster, d]
-        if near < lowest:
-            farthest, lowest = i, near
-    for d in range(dim):
-        apart[d] = vectors[farthest, d] - codes.directions[cluster, d]
-    along = np.empty(number, np.float32)
+    _read(videos.halves, slots, _members(lists, cluster, slots), vectors)
+    # The difference of the two means: first, from the mean to the video that is the farthest from it.
+    _project(vectors, codes.directions[cluster], along)
+    apart = vectors[along.argmin()] - codes.directions[cluster]
+    middle = np.float32(0)
     for _ in range(4):
-        for i in range(number):
-            along[i] = 0
-            for d in range(dim):
-                along[i] += vectors[i, d] * apart[d]
+        _project(vectors, apart, along)
         middle = np.median(along)  # halves of equal size: balance is what a split is for
         apart[:] = 0
         for i in range(number):
-            side[i] = along[i] > middle
+            sign = np.float32(1) if along[i] > middle else np.float32(-1)
             for d in range(dim):
-                apart[d] += vectors[i, d] if side[i] else -vectors[i, d]
+                apart[d] += sign * vectors[i, d]
     for i in range(number):
-        if side[i]:
+        if along[i] > middle:
             _move(slots[i], into, lists, codes, videos, vectors[i])
     set_code(codes, cluster)
     set_code(codes, into)
