@@ -267,7 +267,7 @@ class Pipeline:
         authors, author_known = single("author_id")
         sounds, sound_known = single("sound_id")
         tags, of_tags = columns.get("tag_id", (np.zeros((candidates.ids.size, 1), np.int64), np.zeros(candidates.ids.size)))
-        tags = tags[rows].reshape(rows.size, -1)
+        tags = tags[rows] if tags.ndim == 2 else tags[rows, None]
         unsafe = single(self.config.catalogue.unsafe_column)[0].astype(np.bool_)
         blocked = author_known & np.isin(authors, np.array(asked.request.blocked_authors, np.int64))
         return Pool(

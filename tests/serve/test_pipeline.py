@@ -1,0 +1,342 @@
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from monolith_jax.features import featurize
+from monolith_jax.serve.catalogue import CatalogueConfig
+from monolith_jax.serve.pipeline import Pipeline
+from monolith_jax.serve.request import FLAGS, Feed, Request
+from monolith_jax.serve.rerank import RerankConfig
+from monolith_jax.serve.sources import SourcesConfig
+from tests.serve.small_pipeline import (
+    COLUMNS,
+    HISTORY,
+    NOW_MS,
+    QUOTAS,
+    VIDEOS,
+    World,
+    actions,
+    serving,
+    videos,
+)
+
+PLAIN = RerankConfig(explore_share=0.0, author_gap=0, sound_gap=0, tag_window=0, diversity="none")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("deltas"))
+
+
+@pytest.fixture
+def pipeline(world: World) -> Iterator[Pipeline]:
+    pipeline = world.pipeline()
+    yield pipeline
+    pipeline.close()
+
+
+def ask(pipeline: Pipeline, user: int = 3, number: int = 10, **fields: Any) -> Feed:
+    feed = pipeline.recommend(Request(user, number, **{"time_ms": NOW_MS, **fields}))
+    assert set(feed.flags) <= set(FLAGS)
+    assert len(set(feed.video_ids.tolist())) == len(feed)
+    lengths = (feed.values, feed.scores, feed.sources, feed.explored, feed.propensities)
+    assert all(len(one) == len(feed) for one in lengths)
+    return feed
+
+
+def test_a_feed_has_what_was_asked_for_and_says_why(pipeline: Pipeline) -> None:
+    feed = ask(pipeline)
+    assert len(feed) == 10 and feed.flags == () and feed.version == (1, 0) and feed.heads == ("like", "skip", "play_ratio")
+    assert np.isfinite(feed.scores).all() and np.isfinite(feed.values).all()
+    assert set(feed.sources) <= {"two_tower", "fresh", "trending", "followed", "explore"} and "two_tower" in feed.sources
+    assert {"user", "recall", "merge", "rank", "rerank", "feed", "total"} == set(feed.timings_ms)
+    report = pipeline.metrics()["events"]["report"]
+    assert sum(one["fed"] for one in report.values()) == 10 and report["two_tower"]["share"] > 0
+
+
+def test_the_order_is_that_of_the_values_where_no_rule_speaks_against_it(world: World) -> None:
+    pipeline = world.pipeline(rerank=PLAIN)
+    feed = ask(pipeline, number=100)
+    model = pipeline._model
+    assert model is not None and feed.impressions is not None
+    scores = model.predict(feed.impressions)
+    np.testing.assert_allclose(feed.scores, scores, atol=2e-6)
+    durations = feed.impressions.column("duration_ms").to_numpy() / 1000
+    values = scores[:, 0] - 0.5 * scores[:, 1] + 0.01 * scores[:, 2] * durations
+    np.testing.assert_allclose(feed.values, values, atol=1e-5)
+    assert (np.diff(feed.values) <= 0).all()
+    pipeline.close()
+
+
+def test_users_of_a_group_have_other_values(world: World) -> None:
+    pipeline = world.pipeline(rerank=PLAIN)
+    plain, skippers = ask(pipeline, user=1), ask(pipeline, user=1, group="skippers")
+    assert skippers.scores[:, 1].mean() > plain.scores[:, 1].mean()
+    ask(pipeline, user=1, group="nobody")
+    assert pipeline.metrics()["values"]["unknown_groups"] == 1
+    pipeline.close()
+
+
+def test_nothing_is_shown_twice_while_there_is_something_new(pipeline: Pipeline) -> None:
+    shown: list[int] = []
+    for _ in range(20):
+        feed = ask(pipeline)
+        assert not feed.flags
+        shown += feed.video_ids.tolist()
+    assert len(set(shown)) == len(shown) == 200
+    other = ask(pipeline, user=4)
+    assert set(other.video_ids.tolist()) & set(shown)
+
+
+def test_an_action_is_felt_by_the_next_request(pipeline: Pipeline) -> None:
+    before = ask(pipeline)
+    pipeline.events.actions(actions(3, [11, 12], ["like", "play"], values=[None, 1000]))
+    after = ask(pipeline)
+    assert before.impressions is not None and after.impressions is not None
+    assert before.impressions.column("history_video_id")[0].as_py() == []
+    assert after.impressions.column("history_video_id")[0].as_py() == [12, 11]
+    assert after.impressions.column("history_action")[0].as_py() == [0b100, 0b001]
+
+
+def test_followed_authors_are_a_source(world: World) -> None:
+    pipeline = world.pipeline(sources=SourcesConfig(**(QUOTAS | {"two_tower": 0, "fresh": 0, "trending": 0, "explore": 0})))
+    known = pipeline.catalogue.values("author_id", np.arange(VIDEOS))[0]
+    pipeline.events.actions(actions(3, [5], ["follow"]))
+    feed = ask(pipeline, number=3)
+    assert (set(feed.sources) == {"followed"} and (known[feed.video_ids] == known[5]).all()) or "seen_again" in feed.flags
+    feed = ask(pipeline, user=4, number=1, followed_authors=(int(known[8]),))
+    assert feed.sources == ("followed",) and known[feed.video_ids[0]] == known[8]
+    pipeline.close()
+
+
+def test_a_batch_answers_as_one_by_one(world: World) -> None:
+    requests = [Request(user, 5, NOW_MS, context={"device": 3} if user else {}) for user in range(4)]
+    one, all_at_once = world.pipeline(sources=no_chance()), world.pipeline(sources=no_chance())
+    singles = [one.recommend(request) for request in requests]
+    for single, of_batch in zip(singles, all_at_once.recommend_batch(requests), strict=True):
+        assert single.video_ids.tolist() == of_batch.video_ids.tolist()
+        np.testing.assert_allclose(single.values, of_batch.values, atol=1e-6)
+    assert all_at_once.recommend_batch([]) == []
+    one.close()
+    all_at_once.close()
+
+
+def no_chance() -> SourcesConfig:
+    return SourcesConfig(**(QUOTAS | {"explore": 0}))
+
+
+# Bad input, and stages that fail.
+
+
+def test_an_unknown_user_gets_a_full_feed(pipeline: Pipeline) -> None:
+    feed = ask(pipeline, user=12345)
+    assert len(feed) == 10 and feed.flags == ("unknown_user",)
+    assert "unknown_user" not in ask(pipeline, user=99).flags
+
+
+def test_an_empty_index_leaves_the_other_sources(world: World) -> None:
+    pipeline = world.pipeline(filled=False)
+    pipeline.events.videos(videos(np.arange(VIDEOS)))
+    feed = ask(pipeline)
+    assert len(feed) == 10 and feed.flags == ("no_index",) and "two_tower" not in feed.sources
+    pipeline.close()
+
+
+def test_no_ranker_leaves_the_order_of_recall(tmp_path: Path) -> None:
+    pipeline = World(tmp_path, heads=()).pipeline(rank=None, rerank=PLAIN)
+    feed = ask(pipeline)
+    assert feed.flags == ("no_ranker",) and set(feed.sources) == {"two_tower"} and np.isnan(feed.values).all()
+    vectors = pipeline.user_vectors([Request(3, time_ms=NOW_MS)])
+    assert pipeline.index is not None
+    assert feed.video_ids.tolist() == pipeline.index.search(vectors, 10)[0][0].tolist()
+    pipeline.close()
+
+
+def test_no_two_tower_leaves_the_other_sources(tmp_path: Path) -> None:
+    pipeline = World(tmp_path, two_tower=None).pipeline()
+    feed = ask(pipeline)
+    assert len(feed) == 10 and feed.flags == ("no_index",) and np.isfinite(feed.values).all()
+    with pytest.raises(ValueError, match="trained with Experiment"):
+        pipeline.user_vectors([Request(3)])
+    pipeline.close()
+
+
+@pytest.mark.parametrize("part, name, flag", [
+    ("_ranker", "scores", "rank_failed"), ("index", "search", "recall_failed"), ("sources", "trending", "recall_failed"),
+])  # fmt: skip
+def test_a_stage_that_fails_is_flagged_and_the_feed_full(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, part: str, name: str, flag: str
+) -> None:
+    calls = []
+
+    def broken(*args: Any) -> Any:
+        calls.append(args)
+        if flag == "recall_failed" and name == "trending" and len(calls) > 1:
+            return np.arange(50)
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(getattr(pipeline, part), name, broken)
+    feed = ask(pipeline)
+    assert calls and len(feed) == 10 and feed.flags == (flag,)
+    assert "broken on purpose" in pipeline.metrics()["last_fault"] and pipeline.metrics()["counts"][flag] == 1
+
+
+def test_rules_that_fail_leave_the_order_of_the_values_without_what_must_not_be_shown(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = world.pipeline()
+    monkeypatch.setattr("monolith_jax.serve.pipeline.rerank", lambda *args: 1 // 0)
+    known = pipeline.catalogue.values("author_id", np.arange(VIDEOS))[0]
+    feed = ask(pipeline, blocked_authors=list(range(20)))
+    assert len(feed) == 10 and feed.flags == ("rerank_failed",) and (known[feed.video_ids] >= 20).all()
+    assert (np.diff(feed.values) <= 0).all()
+    pipeline.close()
+
+
+def test_a_request_past_its_deadline_gets_popular_videos(pipeline: Pipeline) -> None:
+    ask(pipeline)
+    feed = ask(pipeline, deadline_ms=0.0)
+    assert len(feed) == 10 and set(feed.flags) == {"deadline_recall", "deadline_rank"}
+    assert feed.sources[0] == "trending" and np.isnan(feed.values).all()
+    assert "rank" not in feed.timings_ms and ask(pipeline, deadline_ms=60_000.0).flags == ()
+
+
+def test_all_seen_is_shown_again(world: World) -> None:
+    pipeline = world.pipeline()
+    pipeline.seen.add(3, np.arange(VIDEOS))
+    feed = ask(pipeline)
+    assert len(feed) == 10 and feed.flags == ("seen_again",)
+    pipeline.close()
+
+
+def test_what_is_new_comes_before_what_was_seen(world: World) -> None:
+    pipeline = world.pipeline(rerank=PLAIN)
+    pipeline.seen.add(3, np.setdiff1d(np.arange(VIDEOS), [17, 301, 302]))
+    feed = ask(pipeline, number=12)
+    assert set(feed.video_ids[:3].tolist()) == {17, 301, 302} and len(feed) == 12 and "seen_again" in feed.flags
+    pipeline.close()
+
+
+def test_more_than_there_is_gives_all_there_is(world: World) -> None:
+    pipeline = world.pipeline(filled=False)
+    pipeline.events.videos(videos(np.arange(25), author_id=pa.array(np.arange(25))))
+    feed = ask(pipeline, number=1000)
+    assert sorted(feed.video_ids.tolist()) == list(range(25)) and "short" in feed.flags
+    assert len(ask(pipeline, user=4, number=0)) == 0
+    pipeline.close()
+
+
+def test_nothing_to_show_is_an_empty_feed_with_a_flag(world: World) -> None:
+    pipeline = world.pipeline(filled=False)
+    feed = ask(pipeline)
+    assert len(feed) == 0 and "empty" in feed.flags and feed.impressions is not None and feed.impressions.num_rows == 0
+    pipeline.close()
+
+
+def test_unsafe_videos_and_blocked_authors_are_never_shown(world: World) -> None:
+    catalogue = CatalogueConfig(1000, COLUMNS, unsafe_column="unsafe")
+    pipeline = world.pipeline(filled=False, catalogue=catalogue)
+    unsafe = np.arange(VIDEOS) % 10 != 0
+    pipeline.events.videos(videos(np.arange(VIDEOS), unsafe=pa.array(unsafe)))
+    assert pipeline.indexer is not None
+    pipeline.indexer.build()
+    known = pipeline.catalogue.values("author_id", np.arange(VIDEOS))[0]
+    feed = ask(pipeline, number=100, blocked_authors=list(range(10)))
+    wanted = np.flatnonzero(~unsafe & (known >= 10))
+    assert sorted(feed.video_ids.tolist()) == wanted.tolist() and "short" in feed.flags
+    assert len(ask(pipeline, user=4, blocked_authors=list(range(40)))) == 0
+    pipeline.close()
+
+
+def test_vectors_that_are_no_numbers_leave_the_last_good_ones(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    pipeline = world.pipeline()
+    assert pipeline.index is not None and pipeline.indexer is not None and pipeline._model is not None
+    pipeline.indexer.step()
+    before = pipeline.index.vectors(np.array([8]))[0]
+    broken, moved = np.full((1, 8), np.nan, np.float32), np.full((1, 8), 0.5, np.float32)
+    world.log.publish({"video": (np.array([8, 10]), np.concatenate([broken, moved]))})
+    pipeline._model.poll()
+    old = pipeline.index.vectors(np.array([10]))[0]
+    pipeline.indexer.step()
+    np.testing.assert_array_equal(pipeline.index.vectors(np.array([8]))[0], before)
+    assert not np.allclose(pipeline.index.vectors(np.array([10]))[0], old)
+    for user in range(30):
+        feed = ask(pipeline, user=user)
+        assert 8 not in feed.video_ids and np.isfinite(feed.values).all()
+    assert pipeline.metrics()["values"]["set_aside"] > 0
+    pipeline.close()
+
+
+def test_videos_that_training_lets_go_leave(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    pipeline = world.pipeline()
+    assert pipeline.index is not None and pipeline.indexer is not None and pipeline._model is not None
+    pipeline.indexer.step()
+    gone = np.arange(0, 100, 2)
+    world.log.publish({}, deleted={"video": gone})
+    pipeline._model.poll()
+    pipeline.indexer.step()
+    assert len(pipeline.catalogue) == len(pipeline.index) == VIDEOS - 50 and not pipeline.catalogue.known(gone).any()
+    assert not set(ask(pipeline, number=100).video_ids.tolist()) & set(gone.tolist())
+    pipeline.close()
+
+
+def test_new_videos_enter_the_index_and_the_oldest_leave_it(world: World) -> None:
+    pipeline = world.pipeline(catalogue=CatalogueConfig(VIDEOS, COLUMNS))
+    assert pipeline.index is not None and pipeline.indexer is not None
+    pipeline.events.videos(videos(np.arange(1000, 1100), seed=1))
+    assert len(pipeline.index) == VIDEOS - 100
+    pipeline.indexer.step()
+    assert len(pipeline.index) == VIDEOS and pipeline.index.vectors(np.arange(1000, 1100))[1].all()
+    assert not set(ask(pipeline, number=100).video_ids.tolist()) & set(range(100))
+    pipeline.close()
+
+
+def test_a_history_of_100_000_actions_counts_by_its_newest(pipeline: Pipeline) -> None:
+    ids = np.arange(100_000) % VIDEOS
+    pipeline.events.actions(actions(3, ids, ["like"] * ids.size, NOW_MS - 200_000))
+    feed = ask(pipeline)
+    assert feed.impressions is not None and len(feed) == 10
+    assert feed.impressions.column("history_video_id")[0].as_py() == [int(one) for one in ids[: -HISTORY - 1 : -1]]
+
+
+def test_bad_requests_are_refused_by_name(pipeline: Pipeline, world: World) -> None:
+    with pytest.raises(ValueError, match="number must be at least 0, got -1"):
+        ask(pipeline, number=-1)
+    with pytest.raises(ValueError, match=r"Request.context\['device'\]"):
+        ask(pipeline, context={"device": object()})
+    with pytest.raises(ValueError, match="rank is not set"):
+        Pipeline(serving(rank=None), world.served(), None)
+
+
+def test_a_column_that_nobody_gives_is_null_and_one_that_is_given_counts(world: World) -> None:
+    pipeline = world.pipeline(rerank=PLAIN, sources=no_chance())
+    plain, given = ask(pipeline, user=1), ask(pipeline, user=2, context={"device": 3})
+    assert plain.impressions is not None and given.impressions is not None
+    assert plain.impressions.column("device").null_count == 10 and given.impressions.column("device").to_pylist() == [3] * 10
+    assert pipeline._model is not None
+    layout = pipeline._model.layout
+    assert not featurize(plain.impressions, layout).groups[0].valid.all()
+    pipeline.close()
+
+
+def test_it_follows_the_trainer_by_itself(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    pipeline = world.pipeline()
+    assert pipeline.index is not None and pipeline._model is not None
+    pipeline.watch(0.01, 0.01)
+    before = pipeline.index.vectors(np.array([10]))[0]
+    version = world.log.publish({"video": (np.array([10]), np.full((1, 8), 0.5, np.float32))})
+    for _ in range(1000):
+        if pipeline._model.version == version and not np.allclose(pipeline.index.vectors(np.array([10]))[0], before):
+            break
+        math.factorial(3000)
+    assert pipeline._model.version == version and not np.allclose(pipeline.index.vectors(np.array([10]))[0], before)
+    assert ask(pipeline).version == version
+    pipeline.close()
