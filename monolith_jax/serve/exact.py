@@ -35,7 +35,7 @@ def _best(blocks_NKD: jax.Array, queries_BD: jax.Array, size: jax.Array, k: int)
     return at, scores
 
 
-def exact_top_k(vectors: np.ndarray, queries: np.ndarray, k: int, block: int = 1 << 14) -> tuple[np.ndarray, np.ndarray]:
+def exact_top_k(vectors: np.ndarray, queries: np.ndarray, k: int, block: int = 1 << 17) -> tuple[np.ndarray, np.ndarray]:
     """Returns the vectors with the largest inner products.
 
     Args:

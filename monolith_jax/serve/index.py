@@ -23,10 +23,13 @@ from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.serve import index_lists
 from monolith_jax.serve.index_codes import learned_codes
 from monolith_jax.serve.index_kernels import read_vectors, search
+from monolith_jax.serve.index_lists import nearest_codes
 from monolith_jax.serve.int8_blocks import LANES
 
 _WRITTEN = 32
 """Videos that are written while searches wait: about 0.1 ms."""
+_SWEPT = 64
+"""Most of the others that are looked at with them."""
 _SEARCHED = 8
 """Queries that are searched for before a change may come in between."""
 _BUILT = 1 << 14
@@ -73,18 +76,27 @@ class IndexConfig:
         return -(-wanted // LANES) * LANES
 
 
-class _Gate:
-    """Many searches or one change at a time; changes go first."""
+class Gate:
+    """Many searches or one change at a time. A change waits for the searches that are on, those that come wait for it."""
 
     def __init__(self) -> None:
-        self._door, self._inside = threading.Lock(), set[object]()
+        """Opens it."""
+        self._closed: threading.Lock | None = None
+        self._inside = set[object]()
 
     @contextmanager
     def search(self) -> Iterator[None]:
         """Is inside together with other searches."""
         token = object()
-        with self._door:
+        while True:
+            # Single operations of sets and attributes are atomic. Who comes while a change closes the gate sees it here.
             self._inside.add(token)
+            closed = self._closed
+            if closed is None:
+                break
+            self._inside.discard(token)
+            with closed:
+                pass
         try:
             yield
         finally:
@@ -92,11 +104,16 @@ class _Gate:
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """Is inside alone: keeps others from entering, and waits for those that are there."""
-        with self._door:
-            while self._inside:
-                time.sleep(_WAIT_S)
-            yield
+        """Is inside alone. One thread at a time may ask for it."""
+        closed = threading.Lock()
+        with closed:
+            self._closed = closed
+            try:
+                while self._inside:
+                    time.sleep(_WAIT_S)
+                yield
+            finally:
+                self._closed = None
 
 
 class _Content:
@@ -115,16 +132,22 @@ class _Content:
 
     def new_slots(self, ids: np.ndarray, most: int) -> tuple[np.ndarray, int]:
         """Returns the slots of distinct ids [N], made where there is none, int64, and how many found no room (slot -1)."""
-        new = np.flatnonzero(self.maps.lookup(ids, 0)[1] < 0)
-        refused = new[max(most - self.size, 0) :]
-        slots = np.full(ids.size, -1, np.int64)
-        kept = np.ones(ids.size, np.bool_)
-        kept[refused] = False
-        seen_s = np.zeros(int(kept.sum()), np.uint32)
-        shards, rows, fresh, full, no_path = self.maps.lookup_or_insert(ids[kept], 0, seen_s)
-        slots[kept] = np.where(rows < 0, -1, shards.astype(np.int64) * self.per_shard + rows)
+        if self.size + ids.size > most:  # some may be new
+            new = np.flatnonzero(self.slots(ids) < 0)
+            refused = new[max(most - self.size, 0) :]
+            if refused.size:
+                slots, kept = np.full(ids.size, -1, np.int64), np.ones(ids.size, np.bool_)
+                kept[refused] = False
+                slots[kept], full = self.new_slots(ids[kept], most)
+                return slots, refused.size + full
+        shards, rows, fresh, full, no_path = self.maps.lookup_or_insert(ids, 0, np.zeros(ids.size, np.uint32))
         self.size += int(fresh.sum())
-        return slots, refused.size + full + no_path
+        return np.where(rows < 0, -1, shards.astype(np.int64) * self.per_shard + rows), full + no_path
+
+    @property
+    def parts(self) -> tuple[index_lists.Lists, index_lists.Codes, index_lists.Videos]:
+        """What the kernels take."""
+        return self.lists, self.codes, self.videos
 
     @property
     def arrays(self) -> list[np.ndarray]:
@@ -148,7 +171,7 @@ class VideoIndex:
         if not 1 <= dim <= 1024:
             raise ValueError(f"the dim of an index must be from 1 to 1024, got {dim}")
         self.config, self.dim = config, dim
-        self._content, self._gate, self._writer = _Content(config, dim), _Gate(), threading.Lock()
+        self._content, self._gate, self._writer = _Content(config, dim), Gate(), threading.Lock()
         self._swept_to, self._owed = 0, 0.0
         self._refused = {"not_finite": 0, "zero_length": 0, "full": 0}
         self._done = {"swept": 0, "moved": 0, "splits": 0}
@@ -239,7 +262,6 @@ class VideoIndex:
             for first in range(0, ids.size, _WRITTEN):
                 where = slice(first, first + _WRITTEN)
                 refused += self._write(ids[where], halves[where], vectors[where])
-                self._sweep(vectors[where].shape[0])
         return refused
 
     def remove(self, ids: np.ndarray) -> int:
@@ -251,12 +273,12 @@ class VideoIndex:
                 content, some = self._content, ids[first : first + _WRITTEN]
                 with self._gate.change():
                     slots = content.slots(some)
-                    index_lists.take_out(slots, content.lists, content.codes, content.videos)
+                    index_lists.take_out(slots, *content.parts)
                     content.maps.erase(some, 0)
                     gone = int((slots >= 0).sum())
                     content.size -= gone
                 number += gone
-                self._sweep(gone)
+                self._owed += self.config.swept * gone
         return number
 
     def build(self, ids: np.ndarray, vectors: np.ndarray) -> int:
@@ -277,10 +299,7 @@ class VideoIndex:
             clusters = np.full(ids.size, -1, np.int32)
             if ids.size:
                 learned_codes(vectors, content.codes, threads)
-                empty, zero, one = content.lists.counts.copy(), np.float32(0), np.float32(1)
-                threads.run(
-                    lambda a, b: index_lists.choose(vectors[a:b], content.codes, empty, zero, one, clusters[a:b]), ids.size
-                )
+                threads.run(lambda a, b: nearest_codes(vectors[a:b], content.codes, clusters[a:b]), ids.size)
                 content.codes.sums[:] = 0
             for first in range(0, ids.size, _BUILT):
                 where = slice(first, first + _BUILT)
@@ -288,7 +307,7 @@ class VideoIndex:
                 self._refused["full"] += full
                 refused += full
                 some = slots, ids[where], halves[where], vectors[where], clusters[where]
-                index_lists.put(*some, content.lists, content.codes, content.videos, False)
+                index_lists.put(*some, *content.parts, False)
             index_lists.set_codes(content.codes)
             for cluster in np.flatnonzero(content.lists.counts > self._largest(content)):
                 self._split(content, int(cluster))
@@ -314,63 +333,45 @@ class VideoIndex:
         return ids[good].astype(np.int64), halves.view(np.uint16), halves.astype(np.float32), refused
 
     def _write(self, ids: np.ndarray, halves: np.ndarray, vectors: np.ndarray) -> int:
-        content = self._content
-        clusters = self._choose(content, vectors)
+        """Writes a block and sweeps as many videos as are owed; returns how many found no room."""
+        # Kernels give up the lock of Python, and to get it back takes longer than they do: few calls, and one change.
+        content, swept = self._content, self._to_sweep(ids.size)
+        clusters = np.empty(ids.size + swept.size, np.int32)
+        index_lists.choose(vectors, swept, *content.parts, np.float32(self.config.crowding), clusters)
         with self._gate.change():
             slots, full = content.new_slots(ids, self.config.max_videos)
-            index_lists.put(slots, ids, halves, vectors, clusters, content.lists, content.codes, content.videos, True)
+            index_lists.put(slots, ids, halves, vectors, clusters, *content.parts, True)
+            self._done["moved"] += index_lists.move(swept, clusters[ids.size :], *content.parts) if swept.size else 0
+        self._done["swept"] += swept.size
         self._refused["full"] += full
-        self._repair(content, clusters)
+        for cluster in np.unique(np.maximum(clusters, 0)):
+            if content.lists.counts[cluster] > self._largest(content):
+                self._split(content, int(cluster))
         return full
 
-    def _choose(self, content: _Content, vectors: np.ndarray) -> np.ndarray:
-        clusters = np.empty(len(vectors), np.int32)
-        used = max(int((content.lists.counts > 0).sum()), 1)
-        mean, crowding = np.float32(content.size / used), np.float32(self.config.crowding)
-        index_lists.choose(vectors, content.codes, content.lists.counts, mean, crowding, clusters)
-        return clusters
-
-    def _sweep(self, changes: int) -> None:
-        """Looks at some videos, and moves those for which another cluster is the right one by now."""
-        content, self._owed = self._content, self._owed + self.config.swept * changes
-        number = min(int(self._owed), content.videos.places.size)
-        self._owed -= number
-        for first in range(0, number, _WRITTEN):
-            slots = np.arange(self._swept_to, self._swept_to + min(_WRITTEN, number - first)) % content.videos.places.size
-            self._swept_to = int(slots[-1]) + 1
-            slots = slots[content.videos.places[slots] >= 0]
-            vectors = np.empty((slots.size, self.dim), np.float32)
-            read_vectors(content.videos.halves, slots, vectors)
-            clusters = self._choose(content, vectors)
-            moves = np.flatnonzero(clusters != content.lists.owners[content.videos.places[slots] // LANES])
-            self._done["swept"] += slots.size
-            self._done["moved"] += moves.size
-            if moves.size:
-                slots, clusters = slots[moves], clusters[moves]
-                some = slots, content.videos.ids[slots], content.videos.halves[slots], vectors[moves], clusters
-                with self._gate.change():
-                    index_lists.put(*some, content.lists, content.codes, content.videos, True)
-                self._repair(content, clusters)
+    def _to_sweep(self, changes: int) -> np.ndarray:
+        """Returns the slots whose turn it is, int64."""
+        self._owed += self.config.swept * changes
+        number, size = min(int(self._owed), _SWEPT), self._content.videos.places.size
+        self._owed = min(self._owed - number, size)
+        slots = np.arange(self._swept_to, self._swept_to + number) % size
+        self._swept_to = (self._swept_to + number) % size
+        return slots
 
     def _largest(self, content: _Content) -> int:
         # A split leaves halves, so clusters are from half of this to all of it, and as many as there are codes.
         return max(3 * content.size // (2 * self.config.codes), index_lists.SMALLEST)
 
-    def _repair(self, content: _Content, clusters: np.ndarray) -> None:
-        """Splits those of the clusters that have grown too large."""
-        for cluster in np.unique(np.maximum(clusters, 0)):
-            if content.lists.counts[cluster] > self._largest(content):
-                self._split(content, int(cluster))
-
     def _split(self, content: _Content, cluster: int) -> None:
+        """Gives half of a cluster to an empty one, or to the smallest one, whose videos go elsewhere."""
         counts = content.lists.counts
         into = int(counts.argmin())
         if 3 * int(counts[into]) > int(counts[cluster]):
             return
         if counts[into] > 0:
             with self._gate.change():
-                if not index_lists.dissolve(into, content.lists, content.codes, content.videos):
+                if not index_lists.dissolve(into, *content.parts):
                     return
         with self._gate.change():
-            index_lists.split(cluster, into, content.lists, content.codes, content.videos)
+            index_lists.split(cluster, into, *content.parts)
         self._done["splits"] += 1

@@ -9,7 +9,7 @@ import numpy as np
 
 from monolith_jax.ids.lines import jit
 from monolith_jax.ids.threads import ShardThreads
-from monolith_jax.serve.index_lists import Codes, choose, set_codes
+from monolith_jax.serve.index_lists import Codes, nearest_codes, set_codes
 
 _SAMPLE = 64
 """Vectors a code."""
@@ -39,9 +39,8 @@ def learned_codes(vectors: np.ndarray, codes: Codes, threads: ShardThreads) -> N
     codes.sums[: first.size] = sample[first]
     set_codes(codes)
     clusters, counts = np.empty(len(sample), np.int32), np.zeros(num_codes, np.int32)
-    nobody, zero, one = counts.copy(), np.float32(0), np.float32(1)
     for _ in range(_ROUNDS):
-        threads.run(lambda a, b: choose(sample[a:b], codes, nobody, zero, one, clusters[a:b]), len(sample))
+        threads.run(lambda a, b: nearest_codes(sample[a:b], codes, clusters[a:b]), len(sample))
         _sum_up(sample, clusters, codes.sums, counts)
         _move_idle(sample, clusters, codes, counts, rng)
         set_codes(codes)

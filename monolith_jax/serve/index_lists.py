@@ -207,21 +207,44 @@ def _choose(vector, codes, counts, mean, crowding, avoid, numbers, scores, place
 
 
 @jit
-def choose(vectors, codes, counts, mean, crowding, clusters):
-    """Writes the cluster of each of float32 vectors [N, D] to int32 `clusters` [N]; changes nothing.
+def choose(vectors, swept, lists, codes, videos, crowding, clusters):
+    """Writes which cluster each vector should be in; changes nothing.
 
     Args:
-        vectors: See above.
+        vectors: float32 [N, D].
+        swept: int64 [M], slots of videos that are looked at, too.
+        lists: `Lists`.
         codes: `Codes`.
-        counts: int32 [K], videos of the clusters.
-        mean: float32, of the counts; 0: crowding does not count.
+        videos: `Videos`.
         crowding: float32, s.
-        clusters: Out, -1 where there is no code at all.
+        clusters: int32 [N + M] out, -1 where there is no code at all, or no video.
     """
     numbers = np.zeros(4 * codes.data.shape[1], np.int8)
     scores, places = np.empty(NEIGHBOURS + 2 * LANES, np.float32), np.empty(NEIGHBOURS + 2 * LANES, np.int32)
+    total, used, number = 0, 0, vectors.shape[0]
+    for cluster in range(lists.counts.size):
+        total += lists.counts[cluster]
+        used += lists.counts[cluster] > 0
+    mean = np.float32(total / max(used, 1))
+    for i in range(number):
+        clusters[i] = _choose(vectors[i], codes, lists.counts, mean, crowding, -1, numbers, scores, places)
+    vector = np.empty(vectors.shape[1], np.float32)
+    for i in range(swept.size):
+        clusters[number + i] = -1
+        if videos.places[swept[i]] >= 0:
+            for d in range(vector.size):
+                vector[d] = float_of_half(videos.halves[swept[i], d])
+            clusters[number + i] = _choose(vector, codes, lists.counts, mean, crowding, -1, numbers, scores, places)
+
+
+@jit
+def nearest_codes(vectors, codes, clusters):
+    """Writes the nearest code of each of float32 vectors [N, D] to int32 `clusters` [N], crowded or not."""
+    numbers, nobody = np.zeros(4 * codes.data.shape[1], np.int8), np.zeros(1, np.int32)
+    scores, places = np.empty(NEIGHBOURS + 2 * LANES, np.float32), np.empty(NEIGHBOURS + 2 * LANES, np.int32)
+    zero, one = np.float32(0), np.float32(1)
     for i in range(vectors.shape[0]):
-        clusters[i] = _choose(vectors[i], codes, counts, mean, crowding, -1, numbers, scores, places)
+        clusters[i] = _choose(vectors[i], codes, nobody, zero, one, -1, numbers, scores, places)
 
 
 @jit
@@ -233,7 +256,7 @@ def put(slots, ids, halves, vectors, clusters, lists, codes, videos, follow):
         ids: int64 [N].
         halves: uint16 [N, D], bits of float16.
         vectors: float32 [N, D], the same numbers.
-        clusters: int32 [N], -1 where there is no code yet: such a video gets the first one.
+        clusters: int32 [>= N], -1 where there is no code yet: such a video gets the first one.
         lists: `Lists`.
         codes: `Codes`.
         videos: `Videos`.
@@ -268,6 +291,25 @@ def _move(slot, cluster, lists, codes, videos, vector):
     """Moves a video to a cluster; codes do not follow."""
     _take_out(lists, codes, videos, slot)
     _insert(lists, codes, videos, slot, cluster, vector)
+
+
+@jit
+def move(slots, clusters, lists, codes, videos):
+    """Moves videos that are there to clusters int32 [N], but for -1; codes follow. Returns how many were in another one."""
+    vector, moved = np.empty(codes.sums.shape[1], np.float32), 0
+    for i in range(slots.size):
+        place, cluster = videos.places[slots[i]], clusters[i]
+        if place < 0 or cluster < 0:
+            continue
+        was = lists.owners[place // LANES]
+        if was != cluster:
+            for d in range(vector.size):
+                vector[d] = float_of_half(videos.halves[slots[i], d])
+            _move(slots[i], cluster, lists, codes, videos, vector)
+            set_code(codes, was)
+            set_code(codes, cluster)
+            moved += 1
+    return moved
 
 
 @inline
