@@ -320,12 +320,6 @@ def _single(examples: pa.RecordBatch, feature: FeatureConfig) -> tuple[np.ndarra
             raise AssertionError("dense features have no ids")
 
 
-def column_ids(examples: pa.RecordBatch, column: str, feature: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the one id of each example in a column of a feature, int64 [B], and whether there is one, bool [B]."""
-    array = _column(examples, column, feature)
-    return _values_as_ids(array, column, feature), valid_mask(array)
-
-
 def crossed(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Returns an id for each combination, int64 [B], given what `column_ids` returned, [B] or [1] of each column."""
     out = np.zeros(1, np.uint64)
