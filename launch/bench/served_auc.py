@@ -85,7 +85,7 @@ def served(run: Path, exports: Path) -> dict[str, dict[str, float]]:
         export(run, exports / format, format)
         models[format] = ServedModel(
             exports / format, experiment.features, experiment.tables, experiment.model, heads,
-            num_shards=experiment.mesh.num_shards, batch_sizes=(size,),
+            num_shards=experiment.mesh.num_shards, batch_sizes=(size,), two_tower=experiment.retrieval,
         )  # fmt: skip
         measures[format] = Prequential(experiment.prequential, [(head.label, head.kind) for head in heads])
     for examples, seen in held_out(experiment, run):

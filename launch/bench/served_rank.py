@@ -57,7 +57,7 @@ def ranked(run: Path, exported: Path) -> dict[str, Any]:
     export(run, exported, "float32")
     model = ServedModel(
         exported, experiment.features, experiment.tables, experiment.model, experiment.heads,
-        num_shards=experiment.mesh.num_shards, batch_sizes=(1,),
+        num_shards=experiment.mesh.num_shards, batch_sizes=(1,), two_tower=experiment.retrieval,
     )  # fmt: skip
     ranker = Ranker(model, CANDIDATE_COLUMNS, sizes=(_CANDIDATES,))
     measure = Prequential(experiment.prequential, [(head.label, head.kind) for head in experiment.heads])

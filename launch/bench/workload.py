@@ -236,6 +236,7 @@ def dense_lane(work: Workload, name: str) -> Lane:
     masks = jax.device_put(np.ones(labels.shape, np.float32), batch)
 
     def loss_of(weights: Any, vectors: Any, dense: Any, labels: Any, masks: Any) -> Any:
+        assert model.towers.graph is not None
         logits = nnx.merge(model.towers.graph, nnx.State(weights))(ModelInputs((vectors,), dense))
         return multi_task_loss(logits, labels, masks, model.heads)
 

@@ -140,7 +140,7 @@ class Values:
         if group and group not in self._groups:
             self._unknown_groups += 1
         weights, play_s = self._groups.get(group, self._default)
-        good: np.ndarray = np.isfinite(scores).all(axis=1)
+        good = np.asarray(np.isfinite(scores).all(axis=1))
         if not good.all():
             self._set_aside += int(good.size - good.sum())
             scores = np.where(good[:, None], scores, 0.5)
