@@ -211,13 +211,14 @@ class Pipeline:
 
     def _rank(self, asked: Asked, merged: Merged) -> _Candidates:
         """Returns what the candidates are worth: by the ranker, or where it cannot, by their order."""
-        began_s, number = time.perf_counter(), self._num_candidates
-        ids = merged.ids[:number]
+        began_s = time.perf_counter()
+        rows = np.flatnonzero(self._may_be_shown(asked.request, merged.ids))[: self._num_candidates]
+        ids, source, sources = merged.ids[rows], merged.source[rows], merged.sources[rows]
         taken = self.catalogue.take(ids, 0 if self._ranker else None, self._columns)
-        source, explore = merged.source[:number], (merged.sources[:number] >> SOURCES.index("explore")).astype(np.bool_)
+        explore = (sources >> SOURCES.index("explore")).astype(np.bool_)
         places = np.argsort(np.argsort(_PRIORITY[source], kind="stable"))
         by_order = np.where(taken.known, -places, -np.inf).astype(np.float32)
-        found = _Candidates(ids, source, explore, merged.sources[:number] == 0, taken, by_order, None)
+        found = _Candidates(ids, source, explore, sources == 0, taken, by_order, None)
         if self._ranker is None:
             asked.flags.append("no_ranker")
         elif ids.size and self._clock.has_time(asked, "rank"):
@@ -227,6 +228,20 @@ class Pipeline:
                 self._clock.failed([asked], "rank", error)
             self._clock.note([asked], "rank", began_s)
         return found
+
+    def _may_be_shown(self, request: Request, ids: np.ndarray) -> np.ndarray:
+        """Returns which videos are known, safe and of an author that the user has not blocked, bool [N]."""
+        config = self.config.catalogue
+        names = [name for name in ("author_id", config.unsafe_column) if name in self._columns]
+        taken = self.catalogue.take(ids, columns=names)
+        fine = taken.known
+        if config.unsafe_column:
+            unsafe, lengths = taken.columns[config.unsafe_column]
+            fine = fine & ~(unsafe.astype(np.bool_) & (lengths > 0))
+        if len(request.blocked_authors) and "author_id" in taken.columns:
+            authors, lengths = taken.columns["author_id"]
+            fine = fine & ~(np.isin(authors, np.array(request.blocked_authors, np.int64)) & (lengths > 0))
+        return fine
 
     def _ranked(self, asked: Asked, candidates: _Candidates) -> _Candidates:
         ranker, values, taken = self._ranker, self._values, candidates.taken
@@ -248,7 +263,7 @@ class Pipeline:
         """Returns the slate, and which candidates its pool had."""
         began_s = time.perf_counter()
         rows = _best(_behind(candidates.values, candidates.is_spare), candidates.is_explore, _POOL)
-        pool = self._pool(asked, candidates, rows)
+        pool = self._pool(candidates, rows)
         try:
             slate = rerank(pool, self.config.rerank, asked.request.number, asked.rng)
         except Exception as error:  # Only what must not be shown is left out.
@@ -257,7 +272,7 @@ class Pipeline:
         self._clock.note([asked], "rerank", began_s)
         return slate, rows
 
-    def _pool(self, asked: Asked, candidates: _Candidates, rows: np.ndarray) -> Pool:
+    def _pool(self, candidates: _Candidates, rows: np.ndarray) -> Pool:
         columns = candidates.taken.columns
 
         def single(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -268,8 +283,7 @@ class Pipeline:
         sounds, sound_known = single("sound_id")
         tags, of_tags = columns.get("tag_id", (np.zeros((candidates.ids.size, 1), np.int64), np.zeros(candidates.ids.size)))
         tags = tags[rows] if tags.ndim == 2 else tags[rows, None]
-        unsafe = single(self.config.catalogue.unsafe_column)[0].astype(np.bool_)
-        blocked = author_known & np.isin(authors, np.array(asked.request.blocked_authors, np.int64))
+        none = np.zeros(rows.size, np.bool_)  # What is unsafe or blocked was left out before it was ranked.
         return Pool(
             ids=candidates.ids[rows],
             scores=_behind(candidates.values[rows], candidates.is_spare[rows]),
@@ -280,8 +294,8 @@ class Pipeline:
             tags=tags,
             tag_known=np.arange(tags.shape[1]) < of_tags[rows, None],
             explore=candidates.is_explore[rows],
-            unsafe=unsafe,
-            blocked=blocked,
+            unsafe=none,
+            blocked=none,
             vectors=self.index.vectors(candidates.ids[rows])[0] if self.index is not None else None,
         )
 
@@ -379,6 +393,6 @@ def _behind(values: np.ndarray, is_spare: np.ndarray) -> np.ndarray:
 
 def _by_score(pool: Pool, number: int) -> Slate:
     """Returns the best of a pool that may be shown, without any other rule."""
-    fine = np.isfinite(pool.scores) & ~pool.unsafe & ~pool.blocked
+    fine = np.isfinite(pool.scores)
     order = np.argsort(np.where(fine, -pool.scores, np.inf), kind="stable")[: min(number, int(fine.sum()))]
     return Slate(order, np.ones(order.size, np.float32), np.zeros(order.size, np.bool_), (), SetAside(0, 0, 0, 0), 0)

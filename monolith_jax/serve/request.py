@@ -21,7 +21,7 @@ FLAGS = {
     "no_ranker": "there is no ranking model: the order is that of recall",
     "recall_failed": "recall raised an error: popular videos in its place",
     "rank_failed": "the ranking model raised an error: the order is that of recall",
-    "rerank_failed": "the rules raised an error: the order is that of the values, without unsafe videos and blocked authors",
+    "rerank_failed": "the rules raised an error: the order is that of the values",
     "deadline_recall": "there was no time for recall: popular videos in its place",
     "deadline_rank": "there was no time to rank: the order is that of recall",
     "short": "there were fewer videos that may be shown than asked for",
