@@ -21,6 +21,7 @@ CROSSED: tuple[FeatureConfig, ...] = (
     *FEATURES,
     CrossFeatureConfig("of_video", ("last", "last"), "tag"),
     CrossFeatureConfig("three", ("last", "user_id", "last"), "tag"),
+    CrossFeatureConfig("when", ("event_time_ms", "last"), "tag"),
     CrossFeatureConfig("of_user", ("user_id", "event_time_ms"), "tag"),
 )
 CANDIDATE = ("last", "pinned", "tag", "tag_weight")
