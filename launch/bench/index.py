@@ -1,7 +1,7 @@
 """How fast the index finds videos, beside other libraries: `python -m launch.bench.index --help`.
 
 All contestants get the same vectors and queries. Each is tuned to the least effort (videos scanned, ef, expansion, nprobe) with
-which recall@100 is at least the demanded one, and then measured in turns. Two tables:
+which recall@100 is at least the demanded one (this project's index: at least that of every other), and measured in turns:
 
   static    nothing changes. one: threads that each ask one query at a time, as a server does; many: one call with all queries
   changing  the same while a thread applies changes at a steady rate: a third of them videos that enter, move and leave. The
@@ -204,11 +204,13 @@ def _resident_mb() -> float:
 
 def measure(world: World, args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
     """Returns the figures of each contestant."""
-    truth, built, found = world.truth(), {}, {}
-    for name in ["index", *args.rivals]:
+    truth, built, found, demanded = world.truth(), {}, {}, args.recall
+    for name in [*args.rivals, "index"]:
         built[name], found[name] = _build(name, world, args, say)
-        effort, reached = tuned(built[name], world, truth, args.recall)
+        # A graph's least effort may reach more than is demanded: then this index must reach as much.
+        effort, reached = tuned(built[name], world, truth, demanded if name == "index" else args.recall)
         found[name] |= {"effort": effort, "recall": reached}
+        demanded = max(demanded, reached)
         say(f"{name}: recall {reached:.4f} at effort {effort}")
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in built}
     took_ms: dict[str, list[np.ndarray]] = {name: [] for name in built}

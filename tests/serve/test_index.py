@@ -1,5 +1,8 @@
 """The index against a dict of vectors that is searched by brute force."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -230,6 +233,23 @@ def test_memory_does_not_grow_with_changes() -> None:
     index.upsert(np.arange(2000), unit(2000, 99))
     assert len(index) == 2000 and not index.metrics()["refused_full"]
     check_all(index, dict(zip(range(2000), unit(2000, 99), strict=True)), unit(1, 1))
+
+
+def _digest() -> str:
+    index = VideoIndex(IndexConfig(max_videos=3000), 64)
+    index.build(np.arange(2000), topics(2000, 1))
+    index.upsert(np.arange(1000, 3000), topics(2000, 2))
+    ids, scores = index.search(topics(20, 3), 50, 600)
+    # The sums of float32 are those of each machine: equal ids in another order are ties.
+    return " ".join(map(str, [*np.sort(ids, 1).ravel().tolist(), np.round(float(scores.sum()), 2)]))
+
+
+@pytest.mark.slow
+def test_a_machine_without_the_instruction_finds_the_same() -> None:
+    script = "from monolith_jax.serve import int8_blocks; from tests.serve.test_index import _digest; print(_digest(), int8_blocks.HAS_VNNI)"
+    plain = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    found = subprocess.run([sys.executable, "-c", script], env=plain, capture_output=True, text=True, check=False)
+    assert found.stdout.split() == [*_digest().split(), "False"], found.stderr
 
 
 def test_config_is_checked() -> None:
