@@ -246,7 +246,8 @@ def _digest() -> str:
 
 @pytest.mark.slow
 def test_a_machine_without_the_instruction_finds_the_same() -> None:
-    script = "from monolith_jax.serve import int8_blocks; from tests.serve.test_index import _digest; print(_digest(), int8_blocks.HAS_VNNI)"
+    names = "from monolith_jax.serve.int8_blocks import HAS_VNNI; from tests.serve.test_index import _digest"
+    script = f"{names}; print(_digest(), HAS_VNNI)"
     plain = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     found = subprocess.run([sys.executable, "-c", script], env=plain, capture_output=True, text=True, check=False)
     assert found.stdout.split() == [*_digest().split(), "False"], found.stderr
