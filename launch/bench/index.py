@@ -162,6 +162,8 @@ class Changes:
 def changing(contestant: Contestant, world: World, args: argparse.Namespace) -> dict[str, float]:
     """Returns the figures of a contestant while it changes."""
     changes, told = Changes(world, args.changes, 1), []
+    for _ in range(10):  # the first ones compile, or take memory
+        changes.apply(contestant, 10)
     stop = threading.Event()
     thread = threading.Thread(target=lambda: told.append(changes.go_on(contestant, stop.is_set)))
     thread.start()
