@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monolith_jax.serve.index import IndexConfig, VideoIndex
+from monolith_jax.serve import index_lists
+from monolith_jax.serve.index import IndexConfig, VideoIndex, warm_up
+from monolith_jax.serve.index_kernels import search
 
 DIM = 16
 
@@ -265,3 +267,13 @@ def test_config_is_checked() -> None:
     for wrong in wrongs:
         with pytest.raises(ValueError, match="IndexConfig"):
             IndexConfig(**wrong)
+
+
+def test_warm_up_compiles_all_kernels() -> None:
+    warm_up(DIM)
+    compiled = (
+        search,
+        *(getattr(index_lists, name) for name in ("choose", "nearest_codes", "put", "move", "split", "dissolve")),
+    )
+    assert all(kernel.signatures for kernel in compiled)
+    assert index_lists.take_out.signatures and index_lists.set_codes.signatures
