@@ -375,3 +375,14 @@ class VideoIndex:
         with self._gate.change():
             index_lists.split(cluster, into, *content.parts)
         self._done["splits"] += 1
+
+
+def warm_up(dim: int) -> None:
+    """Compiles all kernels, or reads them from numba's cache: else the first search and the first change would wait."""
+    index, ids = VideoIndex(IndexConfig(max_videos=1000), dim), np.arange(1000)
+    vectors = np.random.default_rng(0).normal(size=(1000, dim))
+    index.build(ids[:500], vectors[:500])
+    index.upsert(ids[500:], np.broadcast_to(vectors[0], (500, dim)) + 0.1 * vectors[500:])  # one cluster grows and is split
+    index.remove(ids[::2])
+    index.search(vectors[:1], 10)
+    index.vectors(ids[:1])

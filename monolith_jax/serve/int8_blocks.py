@@ -9,12 +9,14 @@ empty lane has the scale NaN, so that its score is above no threshold.
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
-import llvmlite.binding
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from monolith_jax.ids.lines import inline
@@ -29,7 +31,12 @@ _INT8, _INT32, _INT64, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), i
 _WORDS, _FLOATS = ir.VectorType(_INT32, _HALF), ir.VectorType(_FLOAT, _HALF)
 
 _intrinsic: Any = intrinsic
-HAS_VNNI = bool(llvmlite.binding.get_host_cpu_features().get("avx512vnni", False))
+_given: str | None = numba.config.CPU_FEATURES  # pyright: ignore[reportAttributeAccessIssue]
+_FEATURES = get_host_cpu_features() if _given is None else _given
+HAS_VNNI = "+avx512vnni" in _FEATURES
+"""Whether kernels are compiled for a machine with that instruction; on others plain vectors give the same sums."""
+_HAS_HALVES = "+f16c" in _FEATURES or platform.machine() not in ("x86_64", "AMD64")
+"""Whether a float16 becomes a float32 by one instruction; on old x86 LLVM would call a function that numba does not have."""
 
 
 def _at(builder: Any, address: Any, offset: Any, to: Any) -> Any:
@@ -111,10 +118,15 @@ def first_bit(typing_context, mask):
 
 @_intrinsic
 def float_of_half(typing_context, bits):
-    """Returns the float32 of the float16 whose bits are a uint16."""
+    """Returns the float32 of the finite float16 whose bits are a uint16."""
 
     def codegen(context, builder, signature, arguments):
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+        if _HAS_HALVES:
+            return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), _FLOAT)
+        bits = builder.zext(arguments[0], _INT32)
+        size = builder.shl(builder.and_(bits, _INT32(0x7FFF)), _INT32(13))  # as a float32 with the exponent's smaller bias
+        signed = builder.or_(size, builder.shl(builder.and_(bits, _INT32(0x8000)), _INT32(16)))
+        return builder.fmul(builder.bitcast(signed, _FLOAT), _FLOAT(2.0**112))
 
     return types.float32(types.uint16), codegen
 

@@ -1,5 +1,8 @@
 """The index against a dict of vectors that is searched by brute force."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -9,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monolith_jax.serve.index import IndexConfig, VideoIndex
+from monolith_jax.serve import index_lists
+from monolith_jax.serve.index import IndexConfig, VideoIndex, warm_up
+from monolith_jax.serve.index_kernels import search
 
 DIM = 16
 
@@ -232,6 +237,24 @@ def test_memory_does_not_grow_with_changes() -> None:
     check_all(index, dict(zip(range(2000), unit(2000, 99), strict=True)), unit(1, 1))
 
 
+def _digest() -> str:
+    index = VideoIndex(IndexConfig(max_videos=3000), 64)
+    index.build(np.arange(2000), topics(2000, 1))
+    index.upsert(np.arange(1000, 3000), topics(2000, 2))
+    ids, scores = index.search(topics(20, 3), 50, 600)
+    # The sums of float32 are those of each machine: equal ids in another order are ties.
+    return " ".join(map(str, [*np.sort(ids, 1).ravel().tolist(), np.round(float(scores.sum()), 2)]))
+
+
+@pytest.mark.slow
+def test_a_machine_without_the_instruction_finds_the_same() -> None:
+    names = "from monolith_jax.serve.int8_blocks import HAS_VNNI; from tests.serve.test_index import _digest"
+    script = f"{names}; print(_digest(), HAS_VNNI)"
+    plain = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    found = subprocess.run([sys.executable, "-c", script], env=plain, capture_output=True, text=True, check=False)
+    assert found.stdout.split() == [*_digest().split(), "False"], found.stderr
+
+
 def test_config_is_checked() -> None:
     wrongs: tuple[dict[str, Any], ...] = (
         {"max_videos": 0},
@@ -244,3 +267,13 @@ def test_config_is_checked() -> None:
     for wrong in wrongs:
         with pytest.raises(ValueError, match="IndexConfig"):
             IndexConfig(**wrong)
+
+
+def test_warm_up_compiles_all_kernels() -> None:
+    warm_up(DIM)
+    compiled = (
+        search,
+        *(getattr(index_lists, name) for name in ("choose", "nearest_codes", "put", "move", "split", "dissolve")),
+    )
+    assert all(kernel.signatures for kernel in compiled)
+    assert index_lists.take_out.signatures and index_lists.set_codes.signatures
