@@ -285,6 +285,11 @@ class Tastes:
             yield Chunk(pa.RecordBatch.from_pydict(columns), (), {"chunk": number + 1})
 
 
+def of_examples(rows: Any) -> np.ndarray:
+    """Returns the rows of 256 examples, which stand before 64 drawn videos in 8 blocks."""
+    return np.asarray(rows).reshape(8, 40, *rows.shape[1:])[:, :32].reshape(256, *rows.shape[1:])
+
+
 def test_it_learns_tastes_and_places_videos_that_were_never_seen(tmp_path: Path) -> None:
     tables = [TableConfig(name, 1000, 8, OptimizerConfig("adam", 0.01)) for name in ("user", "video")]
     small = make_small(1, None, tables, OF_TASTES, OptimizerConfig("adam", 0.003), two_tower=TASTES)
@@ -300,20 +305,20 @@ def test_it_learns_tastes_and_places_videos_that_were_never_seen(tmp_path: Path)
     for number, planned in enumerate(planner):
         inputs = planned.inputs
         assert inputs.retrieval is not None
-        key, weight = np.asarray(inputs.retrieval.key) >> 16, np.asarray(inputs.retrieval.weight)
+        key, weight = of_examples(inputs.retrieval.key) >> 16, np.asarray(inputs.retrieval.weight)
         if number < steps:
-            np.add.at(liked, key[:256], weight)
+            np.add.at(liked, key, weight)
             state, metrics = step(state, inputs)
             told.append(metrics.retrieval)
             continue
         _, vectors, valid = read(state.groups, inputs.plans)
-        seen.append((key[:256], weight, *encode(state.weights, vectors, valid, inputs.weights, inputs.dense)))
+        of_both = encode(state.weights, vectors, valid, inputs.weights, inputs.dense)
+        seen.append((key, weight, *map(of_examples, of_both)))
     planner.close()
     assert sum(one.hits for one in told[-30:]) / sum(one.weight for one in told[-30:]) > 0.3
     for part, times in ((seen[:4], 1.25), (seen[4:], 2.0)):
         # Videos of the first part were learned from, those of the second were not, and popularity knows nothing of them.
-        columns = zip(*([column[:256] for column in one] for one in part), strict=True)
-        key, weight, users, videos = map(np.concatenate, columns)
+        key, weight, users, videos = map(np.concatenate, zip(*part, strict=True))
         distinct, first, own = np.unique(key, return_index=True, return_inverse=True)
         mine, own = np.flatnonzero(weight), own[weight > 0]
         found = []
