@@ -7,6 +7,7 @@ Memory is constant: a pool of videos, one a place, and the intervals between sho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -297,8 +298,16 @@ def sampler_bytes(config: TwoTowerConfig, layout: FeatureLayout) -> int:
     return config.pool_size * (13 + 4 * part.num_dense + positions) + 14 * NUM_HASHES * config.frequency_size + 24
 
 
+def num_blocks(num_examples: int, num_drawn: int, num_shards: int) -> int:
+    """Returns in how many blocks the rows of a step stand: a multiple of the devices, and the same however many there are.
+
+    So the ids of a batch come in one order, and get the same rows, on every mesh.
+    """
+    return math.gcd(num_examples, num_drawn, num_shards)
+
+
 def interleaved(examples: np.ndarray, drawn: np.ndarray, blocks: int) -> np.ndarray:
-    """Returns rows in equal blocks, one for each device: its share of the examples, then its share of what was drawn."""
+    """Returns rows in equal blocks: in each its share of the examples, then its share of what was drawn."""
     parts = [rows.reshape(blocks, -1, *rows.shape[1:]) for rows in (examples, drawn)]
     return np.concatenate(parts, axis=1).reshape(-1, *examples.shape[1:])
 
@@ -309,7 +318,7 @@ def side_by_side(features: Features, drawn: list[Drawn], blocks: int) -> tuple[F
     Args:
         features: Of all examples, the parts' one after the other.
         drawn: Of each part.
-        blocks: Devices of this process.
+        blocks: Of this process's rows.
     """
 
     def joined(of_examples: np.ndarray, of_drawn: list[np.ndarray]) -> np.ndarray:

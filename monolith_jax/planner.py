@@ -25,7 +25,7 @@ import numpy as np
 
 from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.messages import everyone
-from monolith_jax.negatives import interleaved, side_by_side
+from monolith_jax.negatives import interleaved, num_blocks, side_by_side
 from monolith_jax.packing import pack, stacked, unpack
 from monolith_jax.reader import Fetched, Observed, Part, Reader, joined
 from monolith_jax.rounds import agree, may_go_on
@@ -102,6 +102,8 @@ class Planner:
         self._mapper = mapper
         self._exchange = exchange
         self._num_partitions = len(self._readers) * (exchange.num_processes if exchange else 1)
+        batch_size = self._readers[0].num_rows * self._num_partitions
+        self._sizes = (batch_size, model.num_drawn, model.groups[0].maps.num_shards)
         self._labels = [head.label for head in model.heads]
         self._group_column = group_column
         self._freeze_every = freeze_every
@@ -238,7 +240,7 @@ class Planner:
         times_ms = np.minimum(observed.event_time_ms + shift_ms, self._now_ms)
         drawn, retrieval = [part.drawn for part in parts if part.drawn is not None], None
         if drawn:
-            blocks = self._model.mesh.size // (self._exchange.num_processes if self._exchange else 1)
+            blocks = num_blocks(*self._sizes) // (self._exchange.num_processes if self._exchange else 1)
             features, retrieval = side_by_side(features, drawn, blocks)
             # No time: that a video is drawn keeps no id from expiring.
             of_drawn = np.zeros(len(features.dense) - times_ms.size, np.int64)

@@ -10,15 +10,16 @@ from typing import Any
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from launch.bench import kill
 from launch.export import export
 from launch.plan import plan
-from launch.readers import make_readers
-from launch.run import assemble, identity, train
+from launch.run import identity, train
 from monolith_jax.experiment import Experiment, load
+from monolith_jax.features import DenseFeatureConfig, IdFeatureConfig
 from monolith_jax.models.mmoe import MMoEConfig
 from monolith_jax.models.towers import user_vectors, video_vectors
 from monolith_jax.models.two_tower import TwoTowerConfig
@@ -27,10 +28,13 @@ from monolith_jax.planner import Planned, Planner
 from monolith_jax.reader import Reader
 from monolith_jax.stream.batcher import batches
 from monolith_jax.stream.dead_letter import DeadLetters
+from monolith_jax.stream.history import History, HistoryConfig
 from monolith_jax.sync.delta import DeltaFolder
+from monolith_jax.tables.table import TableConfig
 from monolith_jax.tables.update import OptimizerConfig
 from monolith_jax.train.shapes import input_shapes
 from monolith_jax.train.step import make_read, make_train_step
+from monolith_jax.types import Chunk
 from tests.small_model import SmallSource, make_small
 from tests.test_flow import SMALL, compile_cache, rows
 
@@ -105,7 +109,7 @@ def assert_near(one: Any, other: Any, tolerance: float) -> None:
         np.testing.assert_allclose(b.retrieval.loss, a.retrieval.loss, rtol=tolerance)
         assert a.retrieval.weight == pytest.approx(b.retrieval.weight)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other_state), strict=True):
-        np.testing.assert_allclose(b, a, rtol=0, atol=tolerance * max(float(np.abs(a).max()), 1e-30))
+        np.testing.assert_allclose(b, a, rtol=0, atol=10 * tolerance * float(np.abs(a).max()))
 
 
 def test_one_device_equals_eight(tmp_path: Path) -> None:
@@ -243,56 +247,82 @@ def test_the_footprint_counts_the_drawn_videos() -> None:
     assert both.parameters > alone.parameters
 
 
-WORLD = (
-    *("SyntheticConfig.live_users = 300", "SyntheticConfig.live_videos = 400", "SyntheticConfig.users_per_day = 10"),
-    *("SyntheticConfig.videos_per_day = 40", "SyntheticConfig.drift_days = 1000.0", "SyntheticConfig.num_examples = 72_000"),
-    *("TrainConfig.batch_size = 256", "TwoTowerConfig.num_negatives = 64", "TwoTowerConfig.pool_size = 1024"),
-    *("TableConfig.dim = 8", "TwoTowerConfig.dim = 16", "TwoTowerConfig.positives = ('like',)", "Experiment.publisher = None"),
-    *("TwoTowerConfig.positive_weights = (1.0,)", "TwoTowerConfig.user_hidden = (32,)", "TwoTowerConfig.video_hidden = (32,)"),
-    *(
-        "Experiment.mesh = @MeshConfig()",
-        "MeshConfig.num_devices = 1",
-        "MeshConfig.num_shards = 8",
-        "MeshConfig.cpu_devices = 8",
-    ),
+TOPICS, USERS, VIDEOS = 6, 120, 300
+TASTES = TwoTowerConfig(
+    user_features=("user", "history"), video_features=("video", "content"), attention=("history",), dim=16,
+    user_hidden=(32,), video_hidden=(32,), num_negatives=64, pool_size=2048, frequency_size=4096,
+)  # fmt: skip
+OF_TASTES = (
+    IdFeatureConfig("user", "user_id", "user"),
+    IdFeatureConfig("video", "video_id", "video"),
+    IdFeatureConfig("history", "history_video_id", "video", max_length=8, combiner="mean"),
+    DenseFeatureConfig("content", "content", size=TOPICS),
 )
 
 
-def recalls(experiment: Experiment, folder: Path, steps: int, most: int) -> dict[str, float]:
-    """Returns the share of later positives whose video is among the `most` best of all videos shown there, by way to rank."""
-    parts = assemble(experiment)
-    readers = make_readers(experiment, experiment.source, parts.partitions, parts.memories, folder, layout=parts.model.layout)
-    planner = Planner(parts.model, readers, parts.mapper)
-    step, read, model, state = make_train_step(parts.model), make_read(parts.model), parts.model, parts.state
-    encode = jax.jit(
-        lambda *given: [of(model.towers, given[0], model.layout, *given[1:]) for of in (user_vectors, video_vectors)]
-    )
-    liked: dict[int, float] = {}
-    seen: list[tuple[Any, Any, Any]] = []
+@dataclasses.dataclass(frozen=True)
+class Tastes:
+    """A stream in which a user likes videos of one topic; what is shown follows no taste. The last chunks have new videos."""
+
+    chunks: int
+    new_from: int
+    num_examples = None
+
+    def read(self, position: Any) -> Any:
+        shares = 1 / np.arange(1, VIDEOS + 1) ** 0.7
+        for number in range(position.get("chunk", 0), self.chunks):
+            rng = np.random.default_rng(number)
+            user, video = rng.integers(0, USERS, 256), rng.choice(VIDEOS, 256, p=shares / shares.sum())
+            video += VIDEOS * (number >= self.new_from)
+            matches = user % TOPICS == video % TOPICS
+            content = np.eye(TOPICS)[video % TOPICS] + 0.3 * np.random.default_rng(0).normal(size=(2 * VIDEOS, TOPICS))[video]
+            columns = {
+                "event_time_ms": 1000 * (256 * number + np.arange(256)), "user_id": user, "video_id": video,
+                "content": pa.array(content.tolist(), pa.list_(pa.float64())),
+                "like": rng.random(256) < np.where(matches, 0.6, 0.03),
+                "play_time_ms": np.full(256, 5_000), "duration_ms": np.full(256, 10_000),
+            }  # fmt: skip
+            yield Chunk(pa.RecordBatch.from_pydict(columns), (), {"chunk": number + 1})
+
+
+def of_examples(rows: Any) -> np.ndarray:
+    """Returns the rows of 256 examples, which stand before 64 drawn videos in 8 blocks."""
+    return np.asarray(rows).reshape(8, 40, *rows.shape[1:])[:, :32].reshape(256, *rows.shape[1:])
+
+
+def test_it_learns_tastes_and_places_videos_that_were_never_seen(tmp_path: Path) -> None:
+    tables = [TableConfig(name, 1000, 8, OptimizerConfig("adam", 0.01)) for name in ("user", "video")]
+    small = make_small(1, None, tables, OF_TASTES, OptimizerConfig("adam", 0.003), two_tower=TASTES)
+    model, state, steps = small.model, small.state, 150
+    negatives = NegativeSampler(TASTES, model.layout, 256, 1, 0, 0)
+    history = History(HistoryConfig(8, 500, actions=("like",)))
+    source = batches(Tastes(steps + 8, steps + 4), 256)
+    planner = Planner(model, [Reader(source, [history], DeadLetters(tmp_path / "d.jsonl"), 256, negatives)], small.mapper)
+    step, read = make_train_step(model), make_read(model)
+    ways = (user_vectors, video_vectors)
+    encode = jax.jit(lambda weights, *given: [of(model.towers, weights, model.layout, *given) for of in ways])
+    liked, told, seen = np.zeros(2**16), [], []
     for number, planned in enumerate(planner):
         inputs = planned.inputs
         assert inputs.retrieval is not None
-        key, weight = np.asarray(inputs.retrieval.key), np.asarray(inputs.retrieval.weight)
+        key, weight = of_examples(inputs.retrieval.key) >> 16, np.asarray(inputs.retrieval.weight)
         if number < steps:
-            for one, of_one in zip(key.tolist(), weight.tolist(), strict=False):
-                liked[one] = liked.get(one, 0.0) + of_one
-            state, _ = step(state, inputs)
+            np.add.at(liked, key, weight)
+            state, metrics = step(state, inputs)
+            told.append(metrics.retrieval)
             continue
         _, vectors, valid = read(state.groups, inputs.plans)
-        seen.append((key, weight, encode(state.weights, vectors, valid, inputs.weights, inputs.dense)))
+        of_both = encode(state.weights, vectors, valid, inputs.weights, inputs.dense)
+        seen.append((key, weight, *map(of_examples, of_both)))
     planner.close()
-    keys, first = np.unique(np.concatenate([key for key, _, _ in seen]), return_index=True)
-    videos = np.concatenate([of_both[1] for _, _, of_both in seen])[first]
-    users = np.concatenate([of_both[0][: weight.size][weight > 0] for _, weight, of_both in seen])
-    own = np.searchsorted(keys, np.concatenate([key[: weight.size][weight > 0] for key, weight, _ in seen]))
-    popular = np.array([liked.get(int(key), 0.0) for key in keys])
-    assert own.size > 200 and keys.size > 200
-    ways = {"two-tower": users @ videos.T, "popular": np.tile(popular, (own.size, 1))}
-    mine = np.arange(own.size)
-    return {name: float(np.mean((scores > scores[mine, own][:, None]).sum(1) < most)) for name, scores in ways.items()}
-
-
-def test_it_finds_more_of_what_a_user_watches_than_popularity(tmp_path: Path) -> None:
-    experiment = dataclasses.replace(load(["configs/for_you.gin"], WORLD), model=None, heads=())
-    found = recalls(experiment, tmp_path, 240, 20)
-    assert found["two-tower"] > 1.1 * found["popular"] > 0.05, found
+    assert sum(one.hits for one in told[-30:]) / sum(one.weight for one in told[-30:]) > 0.3
+    for part, times in ((seen[:4], 1.25), (seen[4:], 2.0)):
+        # Videos of the first part were learned from, those of the second were not, and popularity knows nothing of them.
+        key, weight, users, videos = map(np.concatenate, zip(*part, strict=True))
+        distinct, first, own = np.unique(key, return_index=True, return_inverse=True)
+        mine, own = np.flatnonzero(weight), own[weight > 0]
+        found = []
+        for scores in (users[mine] @ videos[first].T, np.tile(liked[distinct], (mine.size, 1))):
+            tied = scores + 1e-9 * np.random.default_rng(0).random(scores.shape)
+            found.append(float(np.mean((tied > tied[np.arange(own.size), own][:, None]).sum(1) < 20)))
+        assert distinct.size > 150 and found[0] > times * found[1] > 0, found

@@ -46,7 +46,8 @@ class TrainState(NamedTuple):
 class Inputs(NamedTuple):
     """What the device gets for one step, beside nothing else.
 
-    R is B, or with a two-tower B + M: every device has its share of the examples, then its share of the drawn videos.
+    R is B, or with a two-tower B + M: they stand in blocks (`negatives.num_blocks`), in each its
+    share of the examples and then its share of the drawn videos, so that every device has some of both.
     """
 
     plans: tuple[GroupPlan, ...]

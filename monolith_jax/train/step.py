@@ -17,6 +17,7 @@ from monolith_jax.mesh import BATCH, BATCH_ALL, REPLICATED, ROWS, is_shared, sha
 from monolith_jax.models.losses import multi_task_loss, scores
 from monolith_jax.models.towers import forward, user_vectors, video_vectors
 from monolith_jax.models.two_tower import RetrievalLoss, retrieval_loss
+from monolith_jax.negatives import num_blocks
 from monolith_jax.tables.lookup import gather_rows, return_gradients, send_vectors, write_fresh_rows, write_rows
 from monolith_jax.tables.update import apply_updates, learning_rate
 from monolith_jax.train.state import Inputs, Model, TrainState, state_shardings
@@ -92,7 +93,9 @@ def make_learn(model: Model) -> Callable[..., tuple[jax.Array, Any, Any, Metrics
         if inputs.retrieval is None:
             logits = forward(model.towers, weights, *seen)
             return multi_task_loss(logits, inputs.labels, inputs.masks, model.heads), (logits, None)
-        of_examples = partial(_of_examples, model.mesh.size, len(inputs.labels))
+        num_examples, num_rows = len(inputs.labels), len(inputs.dense)
+        blocks = num_blocks(num_examples, num_rows - num_examples, model.groups[0].maps.num_shards)
+        of_examples = partial(_of_examples, blocks, num_examples)
         examples = jax.tree.map(of_examples, seen)
         logits = forward(model.towers, weights, *examples)
         users_BD = user_vectors(model.towers, weights, model.layout, *examples)
@@ -124,10 +127,10 @@ def make_learn(model: Model) -> Callable[..., tuple[jax.Array, Any, Any, Metrics
     return jax.jit(learn, donate_argnums=(1, 2), in_shardings=in_shardings, out_shardings=out_shardings)
 
 
-def _of_examples(num_devices: int, num_examples: int, rows: jax.Array) -> jax.Array:
-    """Returns the rows of examples, [B, ...] from [R, ...]: the first of every device's rows, so that none is moved."""
-    blocks = rows.reshape(num_devices, -1, *rows.shape[1:])
-    return blocks[:, : num_examples // num_devices].reshape(num_examples, *rows.shape[1:])
+def _of_examples(number: int, num_examples: int, rows: jax.Array) -> jax.Array:
+    """Returns the rows of examples, [B, ...] from [R, ...]: the first of every block, so that none leaves its device."""
+    blocks = rows.reshape(number, -1, *rows.shape[1:])
+    return blocks[:, : num_examples // number].reshape(num_examples, *rows.shape[1:])
 
 
 def _score_sharding(model: Model) -> Any:

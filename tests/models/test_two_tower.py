@@ -162,25 +162,25 @@ def oracle(users: Any, own: Any, own_q: Any, own_key: Any, videos: Any, seen: Re
         if weight == 0:
             continue
         raw = float(users[b] @ own[b]) / temperature
-        terms, better = [raw - own_q[b]], 0
+        terms, better = [raw - own_q[b]], set()
         for r, log_q in enumerate(np.asarray(seen.log_q, np.float64)):
             if np.isinf(log_q) or seen.key[r] == own_key[b]:
                 continue
             score = float(users[b] @ videos[r]) / temperature
             terms.append(score - log_q)
-            better += score > raw
+            better |= {int(seen.key[r])} if score > raw else set()
         largest = max(terms)
         total += weight * (largest + np.log(np.exp(np.array(terms) - largest).sum()) - terms[0])
-        hits += weight * (better < 10)
+        hits += weight * (len(better) < 10)
     return total / len(seen.weight), hits, float(np.sum(seen.weight))
 
 
 def candidates(seed: int, number: int = 24, negatives: int = 12, distinct: int = 15) -> tuple[Any, ...]:
     rng = np.random.default_rng(seed)
-    vectors = rng.normal(size=(number + number + negatives, 6))
+    vectors = rng.normal(size=(number + distinct, 6))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    users, videos = vectors[:number], vectors[number:]
     video = rng.integers(0, distinct, number + negatives)
+    users, videos = vectors[:number], vectors[number:][video]
     log_q = rng.normal(-1.0, 2.0, distinct)[video]
     log_q[rng.random(log_q.size) < 0.2] = np.inf
     weight = rng.random(number) * (rng.random(number) < 0.6) * np.isfinite(log_q[:number])
