@@ -29,7 +29,7 @@ from monolith_jax.stream.events import ACTION
 from monolith_jax.tables.table import TableConfig
 from tests.serve.published import NUM_SHARDS, Log
 
-NOW_MS = 1_800_000_000_000
+NOW_MS = 1_750_000_000_000
 HISTORY = 6
 VIDEOS, AUTHORS = 400, 40
 COLUMNS = ("video_id", "author_id", "sound_id", "tag_id", "duration_ms", "content")
