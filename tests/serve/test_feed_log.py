@@ -41,9 +41,7 @@ def test_a_served_log_replays_to_the_features_and_scores_of_serving(tmp_path: Pa
             served |= {(feed.request_id, video): feed.scores[row] for row, video in enumerate(feed.video_ids.tolist())}
             outlets[0].add(feed.impressions)
             # The user likes the first video: the next feed's history has it, and so has what is logged with that.
-            reaction = actions(user, feed.video_ids[:1], ["like"], now_ms + 10)
-            at = reaction.schema.get_field_index("request_id")
-            reaction = reaction.set_column(at, reaction.schema.field(at), pa.array([feed.request_id]))
+            reaction = actions(user, feed.video_ids[:1], ["like"], now_ms + 10, request_id=feed.request_id)
             outlets[1].add(reaction)
             pipeline.events.actions(reaction)
         for outlet in outlets:
