@@ -186,8 +186,7 @@ class Pipeline:
             raise ValueError(f"Request.number must be at least 0, got {request.number}")
         time_ms = int(1000 * time.time()) if request.time_ms is None else request.time_ms
         videos, bits = self.user_state.history(request.user_id, time_ms)
-        known = {name: pa.array(values) for name, values in zip(HISTORY_COLUMNS, (videos, bits), strict=True)}
-        known |= self._history_of(videos)
+        known = self._history_columns(videos, bits)
         row = request_row(request, time_ms, self._request_columns, known)
         count = next(self._requests)
         rng = np.random.default_rng([self.config.seed, count])
@@ -197,13 +196,18 @@ class Pipeline:
         self._clock.note([asked], "user", began_s)
         return asked
 
-    def _history_of(self, videos: np.ndarray) -> dict[str, pa.Array]:
-        """Returns what is told of the videos of a history, by `history_<column>`; null where a video is not known any more."""
-        wanted = [name for name in self.config.catalogue.columns if f"history_{name}" in self._request_columns]
-        wanted = [name for name in wanted if f"history_{name}" not in HISTORY_COLUMNS]
-        found = {}
-        for name, (values, lengths) in self.catalogue.take(videos, columns=wanted).columns.items() if wanted else ():
+    def _history_columns(self, videos: np.ndarray, bits: np.ndarray) -> dict[str, pa.Array]:
+        """Returns a history by columns, as `stream.history` makes them; what is told of a video that has left is null."""
+        config = self.config.user_state
+        found = {name: pa.array(values) for name, values in zip(HISTORY_COLUMNS, (videos, bits), strict=True)}
+        names = [name for name in self.config.catalogue.columns if name != "video_id"]
+        names = [one for one in names if {f"history_{one}", f"positive_{one}"} & set(self._request_columns)]
+        for name, (values, lengths) in self.catalogue.take(videos, columns=names).columns.items():
             found[f"history_{name}"] = pa.array(values if values.ndim == 1 else values[:, 0], mask=lengths == 0)
+        if config.positive:
+            liked = pa.array((bits >> config.actions.index(config.positive) & 1).astype(np.bool_))
+            history = [(name, array) for name, array in found.items() if name != HISTORY_COLUMNS[1]]
+            found |= {f"positive_{name.removeprefix('history_')}": array.filter(liked) for name, array in history}
         return found
 
     def _has_row(self, user_id: int) -> bool:

@@ -55,6 +55,8 @@ class UserStateConfig:
     buckets, twice as many as are expected lose one in a hundred and fifty, exactly as many one in seven."""
     actions: tuple[str, ...] = ("like", "long_view", "complete", "skip")
     """Labels, at most 8, that make up the action bits; as `HistoryConfig.actions`."""
+    positive: str = ""
+    """One of the actions, whose videos come in lists of their own; as `HistoryConfig.positive`."""
     followed: int = 50
     """Authors that are kept of those a user has followed; 0: none."""
 
@@ -64,6 +66,8 @@ class UserStateConfig:
             raise ValueError(f"UserStateConfig: length and max_users of at least 1, followed of at least 0, got {self}")
         if len(self.actions) > 8:
             raise ValueError(f"UserStateConfig.actions: at most 8 labels, got {len(self.actions)}")
+        if self.positive and self.positive not in self.actions:
+            raise ValueError(f"UserStateConfig.positive is {self.positive!r}, expected one of the actions {self.actions}")
         if unknown := [name for name in self.actions if name not in _LABELS]:
             raise ValueError(
                 f"UserStateConfig.actions has {', '.join(unknown)}, which no action tells; choose from {', '.join(_LABELS)}"

@@ -35,6 +35,9 @@ class HistoryConfig:
     """Column of the user, int64 or string. Null: no history."""
     item_column: str = "video_id"
     """Column of the items, int64 or string (then the history holds the hashes). Null: not remembered."""
+    positive: str = ""
+    """One of the actions: the items that had it come in lists of their own, too, `positive_<item>` and `positive_<column>`, so
+    that what a user liked is not lost among what was shown. Empty: no such lists."""
     columns: tuple[str, ...] = ()
     """Columns of ids that are kept of each item, so that a user is known by the authors and tags of the past, too: list columns
     `history_<column>` beside the items, null where it was. Of a list its first id. Costs length * 16 bytes a user each."""
@@ -80,6 +83,8 @@ class History:
         Raises:
             ValueError: More than 8 actions, or no items or users.
         """
+        if config.positive and config.positive not in config.actions:
+            raise ValueError(f"HistoryConfig.positive is {config.positive!r}, expected one of the actions {config.actions}")
         if len(config.actions) > 8 or config.length < 1 or config.max_users < 1:
             raise ValueError(f"HistoryConfig: at most 8 actions, length and max_users of at least 1, got {config}")
         self._config = config
@@ -126,16 +131,19 @@ class History:
             self._items, self._actions, self._times, self._told, self._heads, items, actions, of_items, lengths,
         )  # fmt: skip
         there = np.arange(config.length) < lengths[:, None]
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        examples = examples.append_column(
-            "history_" + config.item_column, pa.ListArray.from_arrays(offsets, pa.array(items[there]))
-        )
-        for at, name in enumerate(config.columns):
-            values = pa.array(of_items[there][:, 2 * at], mask=of_items[there][:, 2 * at + 1] == 0)
-            examples = examples.append_column("history_" + name, pa.ListArray.from_arrays(offsets, values))
-        return examples.append_column(
-            "history_action", pa.ListArray.from_arrays(offsets, pa.array(actions[there].astype(np.int64)))
-        )
+        if config.positive:
+            liked = there & (actions >> np.uint8(config.actions.index(config.positive)) & np.uint8(1)).astype(np.bool_)
+            examples = self._with_lists(examples, "positive_", liked, items, of_items)
+        examples = self._with_lists(examples, "history_", there, items, of_items)
+        return examples.append_column("history_action", _lists(there, actions.astype(np.int64)))
+
+    def _with_lists(
+        self, examples: pa.RecordBatch, prefix: str, which: np.ndarray, items: np.ndarray, told: np.ndarray
+    ) -> pa.RecordBatch:
+        examples = examples.append_column(prefix + self._config.item_column, _lists(which, items))
+        for at, name in enumerate(self._config.columns):
+            examples = examples.append_column(prefix + name, _lists(which, told[:, :, 2 * at], told[:, :, 2 * at + 1] == 0))
+        return examples
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of everything."""
@@ -160,6 +168,12 @@ class History:
             "refused": self._refused,
         }
         return arrays | ({"told": self._told} if self._config.columns else {})
+
+
+def _lists(which: np.ndarray, values: np.ndarray, null: np.ndarray | None = None) -> pa.ListArray:
+    """Returns the values [B, N] that a mask [B, N] picks, as lists."""
+    offsets = pa.array(np.concatenate([[0], np.cumsum(which.sum(axis=1))]).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array(values[which], mask=None if null is None else null[which]))
 
 
 def take_over(arrays: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray], config: str) -> None:

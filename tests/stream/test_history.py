@@ -193,11 +193,16 @@ def test_what_is_told_of_the_items_stays_beside_them() -> None:
             "sound_id": pa.array(["a", "b", None, "a", "c"]),
         }
     )
-    config = HistoryConfig(length=2, max_users=4, actions=("like",), columns=("author_id", "tag_id", "sound_id"))
+    columns = ("author_id", "tag_id", "sound_id")
+    config = HistoryConfig(length=2, max_users=4, actions=("skip", "like"), positive="like", columns=columns)
+    examples = examples.append_column("play_time_ms", pa.array([5000] * 5))
     whole = History(config).extend(examples)
     assert whole.column("history_video_id").to_pylist() == [[], [10], [11, 10], [], [12, 11]]
     assert whole.column("history_author_id").to_pylist() == [[], [7], [None, 7], [], [-1, None]]
     assert whole.column("history_tag_id").to_pylist() == [[], [5], [None, 5], [], [None, None]]
+    assert whole.column("positive_video_id").to_pylist() == [[], [10], [10], [], [12]]
+    assert whole.column("positive_author_id").to_pylist() == [[], [7], [7], [], [-1]]
+    assert whole.column("positive_tag_id").to_pylist() == [[], [5], [5], [], [None]]
     a, b = string_ids(pa.array(["a", "b"])).tolist()
     assert whole.column("history_sound_id").to_pylist() == [[], [a], [b, a], [], [None, b]]
     one, other = History(config), History(config)
@@ -205,5 +210,7 @@ def test_what_is_told_of_the_items_stays_beside_them() -> None:
     other.set_state(one.get_state())
     parts = pa.Table.from_batches([first, other.extend(examples.slice(2))]).combine_chunks().to_batches()[0]
     assert parts.to_pydict() == whole.to_pydict()
+    with pytest.raises(ValueError, match=r"HistoryConfig.positive is 'share'"):
+        History(HistoryConfig(positive="share"))
     with pytest.raises(ValueError, match=r"HistoryConfig.columns is 'device'"):
         History(HistoryConfig(columns=("device",), actions=("like",))).extend(examples)
