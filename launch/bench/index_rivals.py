@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from monolith_jax.serve.index import Gate, IndexConfig, VideoIndex
+from monolith_jax.serve.gate import Gate
+from monolith_jax.serve.index import IndexConfig, VideoIndex
 
 
 @dataclass(frozen=True)
