@@ -85,7 +85,7 @@ class _Content:
         """Makes an empty one in the metric of queries float32 [Q, D]."""
         layout, dim = MapLayout(("video",), (config.max_videos,), _SHARDS), queries.shape[1]
         self.maps, self.per_shard = IdMaps(layout), layout.rows_per_shard
-        self.codes = make_codes(np.zeros((config.codes, dim)), *metric(queries), np.zeros(dim, np.float32))
+        self.codes = make_codes(config.codes, *metric(queries), np.zeros(dim, np.float32))
         self.lists, self.videos = index_lists.make_lists(_SHARDS * self.per_shard, config.codes, dim)
         self.size, self.scanned, self.recall = 0, config.scanned, float("nan")
 
@@ -318,8 +318,8 @@ class VideoIndex:
             raise ValueError("to learn from queries takes one at least that is not zero, got none")
         with self._writer:
             content = self._content
-            codes = make_codes(content.codes.sums, *metric(sample), content.codes.centre)
-            set_codes(codes, content.lists.counts)
+            codes = make_codes(self.config.codes, *metric(sample), content.codes.centre)
+            index_lists.add_up(content.lists, codes, content.videos)
             with self._gate.change():
                 content.codes = codes
 

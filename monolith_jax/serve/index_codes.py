@@ -6,7 +6,9 @@ A search wants the error of scores small, so what a video v loses by standing be
 (v - e)' S (v - e) with S = E[q q'] (the weights of score-aware quantisation, ScaNN, arXiv 1908.10396, taken over the queries
 that there are). With W = S^(1/2) that is the Euclidean distance of the *points* W (v - c) and W (e - c), for any centre c, and a
 query's score of a code is that of its point: q.e = q.c + (W^-1 q).W (e - c), of which the first term is the same for all. So
-codes are kept as points, and c, the mean of the videos, keeps the range that int8 has to cover small.
+codes are kept as points, and c, the mean of the videos, keeps the range that int8 has to cover small. The best videos of a wide
+cluster are further above its mean than those of a narrow one, so a search adds to a code's score a multiple of the deviation that
+the cluster's scores have for an average query: the root of the mean of |W e - W v|^2 / D.
 
 The choice of the cluster is that of streaming vector quantisation (arXiv 2501.08695): argmin of |W e - W v|^2 r, where
 r = min(s n / mean(n), 1) lets clusters of few videos n look near.
@@ -26,6 +28,9 @@ from monolith_jax.types import Array
 NEIGHBOURS = 16
 """Codes that a video may go to: the nearest ones by int8."""
 
+_WIDE = 2.0
+"""Deviations above its mean that a cluster is taken for when clusters are ordered."""
+
 
 class Codes(NamedTuple):
     """The K codes; one without videos is never found."""
@@ -36,10 +41,14 @@ class Codes(NamedTuple):
     """float32 [K / 32, 32]"""
     biases: Array
     """float32 [K / 32, 32], minus half of their points' squared lengths."""
+    spreads: Array
+    """float32 [K / 32, 32], what a search adds to a code's score, as if the query's point had the length 1."""
     blocks: Array
     """int32 [K / 32]: 0, 1, 2, ..."""
     sums: Array
     """float64 [K, D], of the clusters' vectors, which are float16: as good as exact."""
+    squares: Array
+    """float64 [K], sums of the squared lengths of the clusters' points."""
     points: Array
     """float32 [K, D]"""
     weights: Array
@@ -62,16 +71,18 @@ def aligned(shape: tuple[int, ...], dtype: type, fill: float | None = None) -> n
     return array
 
 
-def make_codes(sums: np.ndarray, weights: np.ndarray, inverse: np.ndarray, centre: np.ndarray) -> Codes:
-    """Returns codes of sums float64 [K, D], which are kept, none of them set; the other arrays are those of `Codes`."""
-    blocks, groups = len(sums) // LANES, -(-sums.shape[1] // 4)
+def make_codes(num_codes: int, weights: np.ndarray, inverse: np.ndarray, centre: np.ndarray) -> Codes:
+    """Returns codes of which none is set; the arrays are those of `Codes`."""
+    blocks, dim = num_codes // LANES, centre.size
     return Codes(
-        aligned((blocks, groups, LANES, 4), np.uint8, 128),
+        aligned((blocks, -(-dim // 4), LANES, 4), np.uint8, 128),
         aligned((blocks, LANES), np.float32, np.nan),
         aligned((blocks, LANES), np.float32, 0),
+        aligned((blocks, LANES), np.float32, 0),
         np.arange(blocks, dtype=np.int32),
-        sums,
-        np.zeros(sums.shape, np.float32),
+        np.zeros((num_codes, dim)),
+        np.zeros(num_codes),
+        np.zeros((num_codes, dim), np.float32),
         weights,
         inverse,
         centre,
@@ -97,6 +108,8 @@ def set_code(codes, count, cluster):
     for d in range(mean.size):
         length += point[d] * point[d]
     codes.biases[cluster // LANES, cluster % LANES] = np.float32(-0.5) * length
+    variance = max(codes.squares[cluster] / count - length, 0.0) / mean.size
+    codes.spreads[cluster // LANES, cluster % LANES] = _WIDE * np.sqrt(variance)
     write_lane(codes.data, codes.scales, cluster // LANES, cluster % LANES, point)
 
 

@@ -114,6 +114,14 @@ def multiply(matrix, vector, out):
 
 
 @inline
+def _length(vector):
+    total = np.float32(0)
+    for d in range(vector.size):
+        total += vector[d] * vector[d]
+    return np.sqrt(total)
+
+
+@inline
 def _list_blocks(lists, clusters, num_clusters, budget, blocks):
     """Writes the blocks of clusters, until they hold `budget` videos or `blocks` is full; returns how many."""
     number, videos = 0, 0
@@ -177,8 +185,9 @@ def search(queries, codes, lists, videos, num_clusters, budget, num_exact, ids, 
         query = queries[q]
         multiply(codes.inverse, query, turned)
         scale, start = quantise(turned, numbers)
+        scale /= max(_length(turned), np.float32(1e-30))
         sizes = (codes.blocks, codes.blocks.size, numbers, scale, start, num_clusters)
-        count = scan(codes.data, codes.scales, no_biases, *sizes, found[:room_codes], places[:room_codes])
+        count = scan(codes.data, codes.scales, codes.spreads, *sizes, found[:room_codes], places[:room_codes])
         sort_best(found, places, count)
         num_blocks = _list_blocks(lists, places, count, budget, blocks)
         scale, start = quantise(query, numbers)

@@ -84,9 +84,14 @@ def _follow(lists, codes, cluster):
 
 @inner
 def _add(codes, halves, slot, cluster, sign):
-    """Adds the vector of a slot to a cluster's sum, or takes it away."""
-    for d in range(halves.shape[1]):
-        codes.sums[cluster, d] += sign * np.float64(float_of_half(halves[slot, d]))
+    """Adds the vector of a slot to a cluster's sums, or takes it away."""
+    vector, point = np.empty(halves.shape[1], np.float32), np.empty(halves.shape[1], np.float32)
+    for d in range(vector.size):
+        vector[d] = float_of_half(halves[slot, d])
+        codes.sums[cluster, d] += sign * np.float64(vector[d])
+    to_point(codes, vector, point)
+    for d in range(point.size):
+        codes.squares[cluster] += sign * np.float64(point[d]) ** 2
 
 
 @inner
@@ -127,7 +132,7 @@ def _take_out(lists, codes, videos, slot):
         lists.free[lists.num_free[0]] = last
         lists.num_free[0] += 1
     if lists.counts[cluster] == 0:
-        codes.sums[cluster, :] = 0
+        codes.sums[cluster, :], codes.squares[cluster] = 0, 0
     return cluster
 
 
@@ -198,6 +203,16 @@ def take_out(slots, lists, codes, videos):
     for i in range(slots.size):
         if slots[i] >= 0:
             _follow(lists, codes, _take_out(lists, codes, videos, slots[i]))
+
+
+@jit
+def add_up(lists, codes, videos):
+    """Adds all videos to the sums of `codes`, which are zeros before, and sets the codes."""
+    for slot in range(videos.places.size):
+        if videos.places[slot] >= 0:
+            _add(codes, videos.halves, slot, lists.owners[videos.places[slot] // LANES], 1.0)
+    for cluster in range(lists.counts.size):
+        _follow(lists, codes, cluster)
 
 
 @inner
