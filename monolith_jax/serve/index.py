@@ -2,10 +2,10 @@
 
 In: ids and vectors from the video tower. Out: for a user's vector the ids of the videos with the largest inner products.
 
-Streaming vector quantisation (arXiv 2501.08695, see `index_lists`): K codes in the metric of the queries (see `index_codes`), a
-list of int8 vectors for each; the best lists are read until enough videos were looked at, and the best of them scored again with
-float16 vectors. With every change another video is looked at, and moved if another cluster is the right one by now, so an index
-that drifts repairs itself.
+Streaming vector quantisation (arXiv 2501.08695, see `index_lists`): K codes in the metric of the queries (see `index_codes`),
+a list of int8 vectors for each; the best lists are read until enough videos were looked at, and the best of them scored again
+with float16 vectors. With every change another video is looked at, and moved if another cluster is the right one by now, so an
+index that drifts repairs itself.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class IndexConfig:
     scanned: int = 16_384
     """Videos that a search looks at. More of them: more recall, more time. `build` with queries finds the number itself."""
     recall: float = 0.97
-    """Share of the 100 best videos that `build` with queries tunes the number of videos to look at for; 0: it stays `scanned`."""
+    """Of the 100 best videos: the share that `build` with queries finds the number for; 0: the number stays `scanned`."""
     rescored: float = 2.0
     """Videos that are scored exactly, as a multiple of the number asked for."""
     crowding: float = 1.0
@@ -308,7 +308,7 @@ class VideoIndex:
         content.scanned, content.recall = budget_for(self.config.recall, vectors, queries, scores_of)
 
     def learn(self, queries: np.ndarray) -> None:
-        """Takes the metric of newer queries, float32 [Q, D], for when they have drifted: codes at once, videos as they are swept.
+        """Takes the metric of newer queries, float32 [Q, D]; videos move as they are swept. The videos to look at stay as many.
 
         Raises:
             ValueError: A query is not finite or of another length, or there is none.

@@ -3,12 +3,12 @@
 In: the sums of clusters, vectors. Out: codes that searches scan, clusters of vectors.
 
 A search wants the error of scores small, so what a video v loses by standing behind a mean e is E[(q.v - q.e)^2] =
-(v - e)' S (v - e) with S = E[q q'] (the weights of score-aware quantisation, ScaNN, arXiv 1908.10396, taken over the queries
-that there are). With W = S^(1/2) that is the Euclidean distance of the *points* W (v - c) and W (e - c), for any centre c, and a
-query's score of a code is that of its point: q.e = q.c + (W^-1 q).W (e - c), of which the first term is the same for all. So
-codes are kept as points, and c, the mean of the videos, keeps the range that int8 has to cover small. The best videos of a wide
-cluster are further above its mean than those of a narrow one, so a search adds to a code's score a multiple of the deviation that
-the cluster's scores have for an average query: the root of the mean of |W e - W v|^2 / D.
+(v - e)' S (v - e) with S = E[q q'] (the idea of score-aware quantisation, ScaNN, arXiv 1908.10396, with the queries that there
+are). With W = S^(1/2) that is the Euclidean distance of the *points* W (v - c) and W (e - c), for any centre c, and a query's
+score of a code is that of its point: q.e = q.c + (W^-1 q).W (e - c), of which the first term is the same for all. So codes are
+kept as points, and c, the mean of the videos, keeps the range that int8 has to cover small. The best videos of a wide cluster
+are further above its mean than those of a narrow one, so a search adds to a code's score a multiple of the deviation that the
+cluster's scores have for an average query: the root of the mean of |W e - W v|^2 / D.
 
 The choice of the cluster is that of streaming vector quantisation (arXiv 2501.08695): argmin of |W e - W v|^2 r, where
 r = min(s n / mean(n), 1) lets clusters of few videos n look near.

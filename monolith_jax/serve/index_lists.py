@@ -1,12 +1,12 @@
 """The lists of an index: which cluster each video is in, and the kernels that change it.
 
 In: vectors by slot. Out: blocks of each cluster, codes that are the means of their clusters. A cluster is a chain of blocks;
-only its first one has empty lanes, so a video that leaves is replaced by the one that came last. A code is the exact mean of its
-cluster, kept up to date with each change; there is no other training of it. What int8 holds of a video is its vector minus the
-centre of the codes: all scores of a query are less by the same, and rounded less.
+only its first one has empty lanes, so a video that leaves is replaced by the one that came last. A code is the exact mean of
+its cluster, kept up to date with each change; there is no other training of it. What int8 holds of a video is its vector minus
+the centre of the codes: all scores of a query are less by the same, and rounded less.
 
-A cluster that grows too large is split, into a code that nobody has or the one of the smallest cluster, whose videos go to their
-next neighbours.
+A cluster that grows too large is split, into a code that nobody has or the one of the smallest cluster, whose videos go to
+their next neighbours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an index that is built at once learns: the metric of the queries, the codes (k-means on a sample), the budget of a search.
+"""What an index learns when it is built at once: the metric of the queries, the codes (k-means), the budget of a search.
 
 In: vectors, a sample of queries. Out: `Codes`, and how many videos a search must look at for a stated recall.
 """
