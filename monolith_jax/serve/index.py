@@ -20,7 +20,7 @@ from monolith_jax.ids.cuckoo import IdMaps, MapLayout
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.serve import index_lists
 from monolith_jax.serve.gate import Gate
-from monolith_jax.serve.index_codes import make_codes, nearest_codes, set_codes
+from monolith_jax.serve.index_codes import Codes, make_codes, nearest_codes, set_codes
 from monolith_jax.serve.index_kernels import read_vectors, search
 from monolith_jax.serve.index_training import budget_for, checked_queries, halves_of, learn_codes, metric
 from monolith_jax.serve.int8_blocks import LANES
@@ -109,7 +109,7 @@ class _Content:
         return np.where(rows < 0, -1, shards.astype(np.int64) * self.per_shard + rows), full + no_path
 
     @property
-    def parts(self) -> tuple[index_lists.Lists, index_lists.Codes, index_lists.Videos]:
+    def parts(self) -> tuple[index_lists.Lists, Codes, index_lists.Videos]:
         """What the kernels take."""
         return self.lists, self.codes, self.videos
 

@@ -24,7 +24,8 @@ _JUDGED = 256
 _FOUND = 100
 """Videos of each that should be found."""
 _STEP = 1.15
-_LEAST = 256
+_LEAST = 2048
+"""Videos that are always looked at: so few cost nothing beside the codes, and a drift is borne longer."""
 
 
 def checked_queries(queries: np.ndarray | None, dim: int) -> np.ndarray:
