@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from monolith_jax.features import IdFeatureConfig
 from monolith_jax.serve.asked import Asked, Clock
@@ -30,10 +31,11 @@ from monolith_jax.serve.feed_log import impressions_of
 from monolith_jax.serve.index import IndexConfig, VideoIndex
 from monolith_jax.serve.indexer import Indexer
 from monolith_jax.serve.merge import FILLS, SOURCES, Merged
+from monolith_jax.serve.pool import behind, best, by_score
 from monolith_jax.serve.rank import Ranker
 from monolith_jax.serve.recall import Recall
 from monolith_jax.serve.request import Feed, Request, request_row
-from monolith_jax.serve.rerank import Pool, RerankConfig, SetAside, Slate, rerank
+from monolith_jax.serve.rerank import Pool, RerankConfig, Slate, rerank
 from monolith_jax.serve.seen import SeenConfig, SeenFilter
 from monolith_jax.serve.served_model import ServedModel
 from monolith_jax.serve.source_report import SourceReport
@@ -184,7 +186,8 @@ class Pipeline:
             raise ValueError(f"Request.number must be at least 0, got {request.number}")
         time_ms = int(1000 * time.time()) if request.time_ms is None else request.time_ms
         videos, bits = self.user_state.history(request.user_id, time_ms)
-        known: dict[str, np.ndarray] = dict(zip(HISTORY_COLUMNS, (videos, bits), strict=True))
+        known = {name: pa.array(values) for name, values in zip(HISTORY_COLUMNS, (videos, bits), strict=True)}
+        known |= self._history_of(videos)
         row = request_row(request, time_ms, self._request_columns, known)
         count = next(self._requests)
         rng = np.random.default_rng([self.config.seed, count])
@@ -193,6 +196,15 @@ class Pipeline:
             asked.flags.append("unknown_user")
         self._clock.note([asked], "user", began_s)
         return asked
+
+    def _history_of(self, videos: np.ndarray) -> dict[str, pa.Array]:
+        """Returns what is told of the videos of a history, by `history_<column>`; null where a video is not known any more."""
+        wanted = [name for name in self.config.catalogue.columns if f"history_{name}" in self._request_columns]
+        wanted = [name for name in wanted if f"history_{name}" not in HISTORY_COLUMNS]
+        found = {}
+        for name, (values, lengths) in self.catalogue.take(videos, columns=wanted).columns.items() if wanted else ():
+            found[f"history_{name}"] = pa.array(values if values.ndim == 1 else values[:, 0], mask=lengths == 0)
+        return found
 
     def _has_row(self, user_id: int) -> bool:
         """Returns whether training knows the user."""
@@ -262,13 +274,13 @@ class Pipeline:
     def _rerank(self, asked: Asked, candidates: _Candidates) -> tuple[Slate, np.ndarray]:
         """Returns the slate, and which candidates its pool had."""
         began_s = time.perf_counter()
-        rows = _best(_behind(candidates.values, candidates.is_spare), candidates.is_explore, _POOL)
+        rows = best(behind(candidates.values, candidates.is_spare), candidates.is_explore, _POOL)
         pool = self._pool(candidates, rows)
         try:
             slate = rerank(pool, self.config.rerank, asked.request.number, asked.rng)
         except Exception as error:  # Only what must not be shown is left out.
             self._clock.failed([asked], "rerank", error)
-            slate = _by_score(pool, asked.request.number)
+            slate = by_score(pool, asked.request.number)
         self._clock.note([asked], "rerank", began_s)
         return slate, rows
 
@@ -286,7 +298,7 @@ class Pipeline:
         none = np.zeros(rows.size, np.bool_)  # What is unsafe or blocked was left out before it was ranked.
         return Pool(
             ids=candidates.ids[rows],
-            scores=_behind(candidates.values[rows], candidates.is_spare[rows]),
+            scores=behind(candidates.values[rows], candidates.is_spare[rows]),
             authors=authors,
             author_known=author_known,
             sounds=sounds,
@@ -369,30 +381,3 @@ def _table_of(model: ServedModel, column: str) -> str:
     """Returns the table that a model keeps the ids of a column in; empty: it has no such feature."""
     found = [one.table for one in model.layout.features if isinstance(one, IdFeatureConfig) and one.column == column]
     return found[0] if found else ""
-
-
-def _best(values: np.ndarray, always: np.ndarray, number: int) -> np.ndarray:
-    """Returns the candidates with the highest values, and those that are to be there always, in their order, int64 [N]."""
-    if values.size <= number:
-        return np.arange(values.size)
-    chosen = always.copy()
-    chosen[np.argpartition(-values, number)[:number]] = True
-    return np.flatnonzero(chosen)
-
-
-def _behind(values: np.ndarray, is_spare: np.ndarray) -> np.ndarray:
-    """Returns values [K] with those of spare candidates moved below all others, by three standard deviations."""
-    fine = np.isfinite(values)
-    first = fine & ~is_spare
-    if not is_spare.any() or not first.any():
-        return values
-    spare = fine & is_spare
-    gap = values[first].min() - 3 * values[first].std() - values[spare].max(initial=-np.inf) if spare.any() else 0.0
-    return np.where(spare, values + min(gap, 0.0), values).astype(np.float32)
-
-
-def _by_score(pool: Pool, number: int) -> Slate:
-    """Returns the best of a pool that may be shown, without any other rule."""
-    fine = np.isfinite(pool.scores)
-    order = np.argsort(np.where(fine, -pool.scores, np.inf), kind="stable")[: min(number, int(fine.sum()))]
-    return Slate(order, np.ones(order.size, np.float32), np.zeros(order.size, np.bool_), (), SetAside(0, 0, 0, 0), 0)

@@ -87,7 +87,7 @@ class Feed:
         return self.video_ids.size
 
 
-def request_row(request: Request, time_ms: int, columns: Sequence[str], known: Mapping[str, np.ndarray]) -> pa.RecordBatch:
+def request_row(request: Request, time_ms: int, columns: Sequence[str], known: Mapping[str, pa.Array]) -> pa.RecordBatch:
     """Returns the request as a row of an example: the columns that features of the user and of the request read.
 
     Args:
@@ -107,7 +107,7 @@ def request_row(request: Request, time_ms: int, columns: Sequence[str], known: M
             case "event_time_ms":
                 arrays.append(pa.array([time_ms], pa.int64()))
             case _ if name in known:
-                arrays.append(pa.ListArray.from_arrays(pa.array([0, known[name].size], pa.int32()), pa.array(known[name])))
+                arrays.append(pa.ListArray.from_arrays(pa.array([0, len(known[name])], pa.int32()), known[name]))
             case _:
                 arrays.append(_context(name, request.context.get(name)))
     return pa.RecordBatch.from_arrays(arrays, list(columns))

@@ -179,3 +179,31 @@ def test_clear_errors() -> None:
         History(config(max_users=7)).set_state(state)
     with pytest.raises(ValueError, match="state of 'heads' is nothing"):
         History(config(length=4)).set_state({name: array for name, array in state.items() if name != "heads"})
+
+
+def test_what_is_told_of_the_items_stays_beside_them() -> None:
+    examples = pa.record_batch(
+        {
+            "user_id": pa.array([1, 1, 1, 2, 1]),
+            "video_id": pa.array([10, 11, 12, 10, 13]),
+            "event_time_ms": pa.array([1, 2, 3, 4, 5]),
+            "like": pa.array([True, False, True, False, False]),
+            "author_id": pa.array([7, None, -1, 7, 9]),
+            "tag_id": pa.array([[5, 6], [], None, [5], [8]], pa.list_(pa.int64())),
+            "sound_id": pa.array(["a", "b", None, "a", "c"]),
+        }
+    )
+    config = HistoryConfig(length=2, max_users=4, actions=("like",), columns=("author_id", "tag_id", "sound_id"))
+    whole = History(config).extend(examples)
+    assert whole.column("history_video_id").to_pylist() == [[], [10], [11, 10], [], [12, 11]]
+    assert whole.column("history_author_id").to_pylist() == [[], [7], [None, 7], [], [-1, None]]
+    assert whole.column("history_tag_id").to_pylist() == [[], [5], [None, 5], [], [None, None]]
+    a, b = string_ids(pa.array(["a", "b"])).tolist()
+    assert whole.column("history_sound_id").to_pylist() == [[], [a], [b, a], [], [None, b]]
+    one, other = History(config), History(config)
+    first = one.extend(examples.slice(0, 2))
+    other.set_state(one.get_state())
+    parts = pa.Table.from_batches([first, other.extend(examples.slice(2))]).combine_chunks().to_batches()[0]
+    assert parts.to_pydict() == whole.to_pydict()
+    with pytest.raises(ValueError, match=r"HistoryConfig.columns is 'device'"):
+        History(HistoryConfig(columns=("device",), actions=("like",))).extend(examples)
