@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from monolith_jax.serve.index import Gate, IndexConfig, VideoIndex
+from monolith_jax.serve.gate import Gate
+from monolith_jax.serve.index import IndexConfig, VideoIndex
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ def _ladder(first: int, last: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(step) for step in steps))
 
 
-def ours(vectors: np.ndarray, room: int, threads: int) -> Contestant:
-    """Returns this project's index."""
+def ours(vectors: np.ndarray, sample: np.ndarray, room: int, threads: int) -> Contestant:
+    """Returns this project's index, which learns from a sample of queries."""
     index = VideoIndex(IndexConfig(max_videos=room), vectors.shape[1])
-    index.build(np.arange(len(vectors)), vectors)
+    index.build(np.arange(len(vectors)), vectors, sample)
     effort, pool = [0], ThreadPoolExecutor(threads)
 
     def many(queries: np.ndarray, k: int) -> np.ndarray:
@@ -72,8 +73,8 @@ def ours(vectors: np.ndarray, room: int, threads: int) -> Contestant:
 
     return Contestant(
         "index",
-        f"{index.config.codes} codes, int8 lists, {index.nbytes / 1e6:.0f} MB",
-        _ladder(500, max(len(vectors), 501)),
+        f"{index.config.codes} codes, int8 lists, {index.nbytes / 1e6:.0f} MB, would scan {index.metrics()['scanned']:,}",
+        _ladder(100, max(len(vectors), 101)),
         lambda scanned: effort.__setitem__(0, scanned),
         lambda query, k: index.search(query, k, effort[0])[0][0],
         many,
@@ -82,43 +83,49 @@ def ours(vectors: np.ndarray, room: int, threads: int) -> Contestant:
     )
 
 
-def of_hnswlib(vectors: np.ndarray, room: int, threads: int) -> Contestant:
-    """Returns hnswlib's HNSW: M 16, ef_construction 200, float32. It must not be searched while it changes."""
-    index = needed("hnswlib").Index("ip", vectors.shape[1])
-    index.init_index(room, M=16, ef_construction=200, allow_replace_deleted=True)
-    index.set_num_threads(threads)
-    index.add_items(vectors, np.arange(len(vectors)))
-    gate, there = Gate(), np.zeros(4 * room, np.bool_)
-    there[: len(vectors)] = True
+def of_hnswlib(connectivity: int) -> Callable[[np.ndarray, int, int], Contestant]:
+    """Returns what makes hnswlib's HNSW of that M: ef_construction 200, float32. It must not be searched while it changes."""
 
-    def one(query: np.ndarray, k: int) -> np.ndarray:
-        with gate.search():
-            return index.knn_query(query, k, num_threads=1)[0][0]
+    def make(vectors: np.ndarray, room: int, threads: int) -> Contestant:
+        index = needed("hnswlib").Index("ip", vectors.shape[1])
+        index.init_index(room, M=connectivity, ef_construction=200, allow_replace_deleted=True)
+        index.set_num_threads(threads)
+        index.add_items(vectors, np.arange(len(vectors)))
+        gate, there = Gate(), np.zeros(4 * room, np.bool_)
+        there[: len(vectors)] = True
 
-    def put(numbers: np.ndarray, vectors: np.ndarray) -> None:
-        for number, vector in zip(numbers.tolist(), vectors, strict=True):
+        def one(query: np.ndarray, k: int) -> np.ndarray:
+            with gate.search():
+                return index.knn_query(query, k, num_threads=1)[0][0]
+
+        def put(numbers: np.ndarray, vectors: np.ndarray) -> None:
+            for number, vector in zip(numbers.tolist(), vectors, strict=True):
+                with gate.change():
+                    index.add_items(vector[None], [number], num_threads=1, replace_deleted=not there[number])
+                there[number] = True
+
+        def remove(numbers: np.ndarray) -> None:
             with gate.change():
-                index.add_items(vector[None], [number], num_threads=1, replace_deleted=not there[number])
-            there[number] = True
+                for number in numbers.tolist():
+                    index.mark_deleted(number)
+            there[numbers] = False
 
-    def remove(numbers: np.ndarray) -> None:
-        with gate.change():
-            for number in numbers.tolist():
-                index.mark_deleted(number)
-        there[numbers] = False
+        def many(queries: np.ndarray, k: int) -> np.ndarray:
+            return index.knn_query(queries, k, num_threads=threads)[0]
 
-    def many(queries: np.ndarray, k: int) -> np.ndarray:
-        return index.knn_query(queries, k, num_threads=threads)[0]
+        return Contestant(
+            "hnswlib", f"M {connectivity}, ef_construction 200", _ladder(100, 20_000), index.set_ef, one, many, put, remove
+        )
 
-    return Contestant("hnswlib", "M 16, ef_construction 200", _ladder(100, 20_000), index.set_ef, one, many, put, remove)
+    return make
 
 
-def of_usearch(dtype: str) -> Callable[[np.ndarray, int, int], Contestant]:
-    """Returns what makes usearch's HNSW of that type: connectivity 16, expansion_add 128. It may be changed in searches."""
+def of_usearch(dtype: str, connectivity: int = 16) -> Callable[[np.ndarray, int, int], Contestant]:
+    """Returns what makes usearch's HNSW of that type and M: expansion_add 128. It may be changed in searches."""
 
     def make(vectors: np.ndarray, room: int, threads: int) -> Contestant:
         kind = needed("usearch.index").Index
-        index = kind(ndim=vectors.shape[1], metric="ip", dtype=dtype, connectivity=16, expansion_add=128)
+        index = kind(ndim=vectors.shape[1], metric="ip", dtype=dtype, connectivity=connectivity, expansion_add=128)
         index.add(np.arange(len(vectors)), vectors, threads=threads)
         lock = threading.Lock()  # of changes: one writer, as with the others
 
@@ -136,8 +143,8 @@ def of_usearch(dtype: str) -> Callable[[np.ndarray, int, int], Contestant]:
 
         return Contestant(
             f"usearch-{dtype}",
-            "connectivity 16, expansion_add 128",
-            _ladder(64, 20_000),
+            f"connectivity {connectivity}, expansion_add 128",
+            _ladder(100, 20_000),
             lambda effort: setattr(index, "expansion_search", effort),
             lambda query, k: index.search(query[0], k, threads=1).keys,
             lambda queries, k: index.search(queries, k, threads=threads).keys,
@@ -185,17 +192,21 @@ def of_faiss(spec: str) -> Callable[[np.ndarray, int, int], Contestant]:
             index.nprobe = effort
 
         name = f"faiss-{spec.lower()}"
-        return Contestant(name, f"IVF{lists}", _ladder(4, lists), set_effort, one, many, put, remove)
+        return Contestant(name, f"IVF{lists}", _ladder(1, lists), set_effort, one, many, put, remove)
 
     return make
 
 
 MAKERS: dict[str, Callable[[np.ndarray, int, int], Contestant]] = {
-    "index": ours,
     "usearch-f16": of_usearch("f16"),
+    "usearch-f16-m8": of_usearch("f16", 8),
+    "usearch-f16-m4": of_usearch("f16", 4),
     "usearch-i8": of_usearch("i8"),
-    "hnswlib": of_hnswlib,
+    "hnswlib": of_hnswlib(16),
+    "hnswlib-m8": of_hnswlib(8),
+    "hnswlib-m4": of_hnswlib(4),
     "faiss-sq8": of_faiss("SQ8"),
     "faiss-flat": of_faiss("Flat"),
 }
-"""By name, from vectors [N, D], room for so many videos, and threads."""
+"""By name, from vectors [N, D], room for so many videos, and threads. Ef is never below k: a graph that finds more than is
+demanded even so may be built with fewer edges (m8, m4)."""

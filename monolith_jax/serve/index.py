@@ -2,18 +2,16 @@
 
 In: ids and vectors from the video tower. Out: for a user's vector the ids of the videos with the largest inner products.
 
-Streaming vector quantisation (arXiv 2501.08695, see `index_lists`): K codes, a list of int8 vectors for each; the nearest lists
-are read until enough videos were looked at, and the best of them scored again with float16 vectors. With every change another
-video is looked at, and moved if another cluster is the right one by now, so an index that drifts repairs itself.
+Streaming vector quantisation (arXiv 2501.08695, see `index_lists`): K codes in the metric of the queries (see `index_codes`),
+a list of int8 vectors for each; the best lists are read until enough videos were looked at, and the best of them scored again
+with float16 vectors. With every change another video is looked at, and moved if another cluster is the right one by now, so an
+index that drifts repairs itself.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +19,10 @@ import numpy as np
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout
 from monolith_jax.ids.threads import ShardThreads
 from monolith_jax.serve import index_lists
-from monolith_jax.serve.index_codes import learned_codes
+from monolith_jax.serve.gate import Gate
+from monolith_jax.serve.index_codes import Codes, make_codes, nearest_codes, set_codes
 from monolith_jax.serve.index_kernels import read_vectors, search
-from monolith_jax.serve.index_lists import nearest_codes
+from monolith_jax.serve.index_training import budget_for, checked_queries, halves_of, learn_codes, metric
 from monolith_jax.serve.int8_blocks import LANES
 
 _WRITTEN = 32
@@ -35,7 +34,6 @@ _SEARCHED = 8
 _BUILT = 1 << 14
 """Videos of a block of `build`."""
 _SHARDS = 16
-_WAIT_S = 20e-6
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,9 @@ class IndexConfig:
     num_codes: int = 0
     """K, clusters; 0: a 128th of max_videos, at least 32 and at most 32,768."""
     scanned: int = 16_384
-    """Videos that a search looks at. More of them: more recall, more time."""
+    """Videos that a search looks at. More of them: more recall, more time. `build` with queries finds the number itself."""
+    recall: float = 0.97
+    """Of the 100 best videos: the share that `build` with queries finds the number for; 0: the number stays `scanned`."""
     rescored: float = 2.0
     """Videos that are scored exactly, as a multiple of the number asked for."""
     crowding: float = 1.0
@@ -64,6 +64,8 @@ class IndexConfig:
         for name, least in (("max_videos", 1), ("num_codes", 0), ("scanned", 1), ("rescored", 1), ("swept", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"IndexConfig.{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.recall < 1:
+            raise ValueError(f"IndexConfig.recall must be at least 0 and below 1, got {self.recall}")
         if not self.crowding > 0:
             raise ValueError(f"IndexConfig.crowding must be above 0, got {self.crowding}")
         if self.max_videos > 2**26:
@@ -76,54 +78,16 @@ class IndexConfig:
         return -(-wanted // LANES) * LANES
 
 
-class Gate:
-    """Many searches or one change at a time. A change waits for the searches that are on, those that come wait for it."""
-
-    def __init__(self) -> None:
-        """Opens it."""
-        self._closed: threading.Lock | None = None
-        self._inside = set[object]()
-
-    @contextmanager
-    def search(self) -> Iterator[None]:
-        """Is inside together with other searches."""
-        token = object()
-        while True:
-            # Single operations of sets and attributes are atomic. Who comes while a change closes the gate sees it here.
-            self._inside.add(token)
-            closed = self._closed
-            if closed is None:
-                break
-            self._inside.discard(token)
-            with closed:
-                pass
-        try:
-            yield
-        finally:
-            self._inside.discard(token)
-
-    @contextmanager
-    def change(self) -> Iterator[None]:
-        """Is inside alone. One thread at a time may ask for it."""
-        closed = threading.Lock()
-        with closed:
-            self._closed = closed
-            try:
-                while self._inside:
-                    time.sleep(_WAIT_S)
-                yield
-            finally:
-                self._closed = None
-
-
 class _Content:
     """The arrays of an index; `build` makes new ones."""
 
-    def __init__(self, config: IndexConfig, dim: int) -> None:
-        layout = MapLayout(("video",), (config.max_videos,), _SHARDS)
+    def __init__(self, config: IndexConfig, queries: np.ndarray) -> None:
+        """Makes an empty one in the metric of queries float32 [Q, D]."""
+        layout, dim = MapLayout(("video",), (config.max_videos,), _SHARDS), queries.shape[1]
         self.maps, self.per_shard = IdMaps(layout), layout.rows_per_shard
-        self.codes, self.lists, self.videos = index_lists.make_lists(_SHARDS * self.per_shard, config.codes, dim)
-        self.size = 0
+        self.codes = make_codes(config.codes, *metric(queries), np.zeros(dim, np.float32))
+        self.lists, self.videos = index_lists.make_lists(_SHARDS * self.per_shard, config.codes, dim)
+        self.size, self.scanned, self.recall = 0, config.scanned, float("nan")
 
     def slots(self, ids: np.ndarray) -> np.ndarray:
         """Returns the slots of ids [N], int64, -1 where there is none."""
@@ -145,7 +109,7 @@ class _Content:
         return np.where(rows < 0, -1, shards.astype(np.int64) * self.per_shard + rows), full + no_path
 
     @property
-    def parts(self) -> tuple[index_lists.Lists, index_lists.Codes, index_lists.Videos]:
+    def parts(self) -> tuple[index_lists.Lists, Codes, index_lists.Videos]:
         """What the kernels take."""
         return self.lists, self.codes, self.videos
 
@@ -171,7 +135,8 @@ class VideoIndex:
         if not 1 <= dim <= 1024:
             raise ValueError(f"the dim of an index must be from 1 to 1024, got {dim}")
         self.config, self.dim = config, dim
-        self._content, self._gate, self._writer = _Content(config, dim), Gate(), threading.Lock()
+        self._content, self._gate = _Content(config, np.zeros((0, dim), np.float32)), Gate()
+        self._writer = threading.Lock()
         self._swept_to, self._owed = 0, 0.0
         self._refused = {"not_finite": 0, "zero_length": 0, "full": 0}
         self._done = {"swept": 0, "moved": 0, "splits": 0}
@@ -186,7 +151,10 @@ class VideoIndex:
         return sum(array.nbytes for array in self._content.arrays)
 
     def metrics(self) -> dict[str, float]:
-        """Returns how many videos there are, what was refused by reason, and how even the clusters are."""
+        """Returns how many videos there are, what was refused by reason, how even the clusters are, and what `build` found.
+
+        Of the latter: `scanned`, the videos that a search looks at, and `build_recall` of the sample's queries, NaN without.
+        """
         counts = self._content.lists.counts
         used = counts[counts > 0]
         even = {
@@ -199,6 +167,8 @@ class VideoIndex:
             **{f"refused_{reason}": number for reason, number in self._refused.items()},
             **even,
             **self._done,
+            "scanned": self._content.scanned,
+            "build_recall": self._content.recall,
         }
 
     def vectors(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -215,7 +185,7 @@ class VideoIndex:
         Args:
             queries: float32 [Q, D].
             k: How many.
-            scanned: Instead of the config's, if not 0.
+            scanned: Videos to look at, if not 0: instead of the config's, or of the number that `build` found.
 
         Returns:
             ids int64 [Q, k] and scores float32 [Q, k], best first; score -inf (and id 0) where there are fewer.
@@ -234,15 +204,17 @@ class VideoIndex:
         for first in range(0, len(queries), _SEARCHED):
             where = slice(first, first + _SEARCHED)
             with self._gate.search():
-                content = self._content
-                most = max(min(k, content.size), 1)
-                budget = min(scanned or self.config.scanned, max(content.size, 1))
-                # Small clusters come together: ask for twice as many as would do on average.
-                clusters = min(2 * budget * self.config.codes // max(content.size, 1) + 8, self.config.codes)
-                exact = min(int(most * self.config.rescored) + LANES, max(content.size, 1))
-                arrays = content.codes, content.lists, content.videos
-                search(queries[where], *arrays, clusters, budget, exact, ids[where], scores[where])
+                self._find(self._content, queries[where], scanned, ids[where], scores[where])
         return ids, scores
+
+    def _find(self, content: _Content, queries: np.ndarray, scanned: int, ids: np.ndarray, scores: np.ndarray) -> None:
+        """Searches content for queries [Q, D]; writes ids and scores [Q, k]."""
+        most = max(min(ids.shape[1], content.size), 1)
+        budget = min(scanned or content.scanned, max(content.size, 1))
+        # Small clusters come together: ask for twice as many as would do on average.
+        clusters = min(2 * budget * self.config.codes // max(content.size, 1) + 8, self.config.codes)
+        exact = min(int(most * self.config.rescored) + LANES, max(content.size, 1))
+        search(queries, content.codes, content.lists, content.videos, clusters, budget, exact, ids, scores)
 
     def upsert(self, ids: np.ndarray, vectors: np.ndarray) -> int:
         """Adds videos, and moves those that are there. Of an id that comes twice, the last one counts.
@@ -281,24 +253,32 @@ class VideoIndex:
                 self._owed += self.config.swept * gone
         return number
 
-    def build(self, ids: np.ndarray, vectors: np.ndarray) -> int:
+    def build(self, ids: np.ndarray, vectors: np.ndarray, queries: np.ndarray | None = None) -> int:
         """Replaces all content; searches go on in the old one meanwhile, whose memory is given back afterwards.
 
         Args:
             ids: int64 [N].
             vectors: float32 [N, D].
+            queries: float32 [Q, D], a sample of the users' vectors, some thousand. Clusters are made in their metric, and the
+                videos to look at are as many as the config's recall takes, judged by exact search for up to 256 of them.
+                Without: all directions count alike, and the number is the config's.
 
         Returns:
             How many were refused, as `upsert` does.
+
+        Raises:
+            ValueError: A query is not finite or of another length.
         """
+        sample, judges = checked_queries(queries, self.dim), np.zeros((0, self.dim), np.float32)
+        if self.config.recall:
+            sample, judges = halves_of(sample)
         with self._writer:
             ids, halves, vectors, refused = self._checked(ids, vectors)
-            content = _Content(self.config, self.dim)
+            content, clusters = _Content(self.config, sample), np.full(ids.size, -1, np.int32)
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             threads = ShardThreads(cores, ())
-            clusters = np.full(ids.size, -1, np.int32)
             if ids.size:
-                learned_codes(vectors, content.codes, threads)
+                learn_codes(vectors, content.codes, threads)
                 threads.run(lambda a, b: nearest_codes(vectors[a:b], content.codes, clusters[a:b]), ids.size)
                 content.codes.sums[:] = 0
             for first in range(0, ids.size, _BUILT):
@@ -308,12 +288,40 @@ class VideoIndex:
                 refused += full
                 some = slots, ids[where], halves[where], vectors[where], clusters[where]
                 index_lists.put(*some, *content.parts, False)
-            index_lists.set_codes(content.codes)
+            set_codes(content.codes, content.lists.counts)
             for cluster in np.flatnonzero(content.lists.counts > self._largest(content)):
                 self._split(content, int(cluster))
+            if judges.size and content.size:
+                self._tune(content, vectors[content.slots(ids) >= 0], judges)
             with self._gate.change():
                 self._content, self._swept_to = content, 0
         return refused
+
+    def _tune(self, content: _Content, vectors: np.ndarray, queries: np.ndarray) -> None:
+        """Finds how many videos a search has to look at."""
+
+        def scores_of(queries: np.ndarray, k: int, scanned: int) -> np.ndarray:
+            ids, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+            self._find(content, queries, scanned, ids, scores)
+            return scores
+
+        content.scanned, content.recall = budget_for(self.config.recall, vectors, queries, scores_of)
+
+    def learn(self, queries: np.ndarray) -> None:
+        """Takes the metric of newer queries, float32 [Q, D]; videos move as they are swept. The videos to look at stay as many.
+
+        Raises:
+            ValueError: A query is not finite or of another length, or there is none.
+        """
+        sample = checked_queries(queries, self.dim)
+        if not sample.size:
+            raise ValueError("to learn from queries takes one at least that is not zero, got none")
+        with self._writer:
+            content = self._content
+            codes = make_codes(self.config.codes, *metric(sample), content.codes.centre)
+            index_lists.add_up(content.lists, codes, content.videos)
+            with self._gate.change():
+                content.codes = codes
 
     def _checked(self, ids: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """Returns distinct ids, the bits of their float16 vectors, those as float32, and how many were refused."""
@@ -381,7 +389,8 @@ def warm_up(dim: int) -> None:
     """Compiles all kernels, or reads them from numba's cache: else the first search and the first change would wait."""
     index, ids = VideoIndex(IndexConfig(max_videos=1000), dim), np.arange(1000)
     vectors = np.random.default_rng(0).normal(size=(1000, dim))
-    index.build(ids[:500], vectors[:500])
+    index.build(ids[:500], vectors[:500], vectors[500:510])
+    index.learn(vectors[510:])
     index.upsert(ids[500:], np.broadcast_to(vectors[0], (500, dim)) + 0.1 * vectors[500:])  # one cluster grows and is split
     index.remove(ids[::2])
     index.search(vectors[:1], 10)

@@ -53,12 +53,13 @@ def sort_best(scores, places, count):
 
 
 @inner
-def scan(data, scales, blocks, num_blocks, numbers, scale, start, most, scores, places):
+def scan(data, scales, biases, blocks, num_blocks, numbers, scale, start, most, scores, places):
     """Scores blocks, and keeps the best lanes.
 
     Args:
         data: uint8 [B, G, 32, 4].
         scales: float32 [B, 32].
+        biases: float32 [B, 32] that are added to scores, or [1, 32], the same for all blocks.
         blocks: int32 [>= num_blocks].
         num_blocks: How many of them to score.
         numbers: int8 [4 G], the query; `scale` and `start` of it as `quantise` returns them.
@@ -75,6 +76,7 @@ def scan(data, scales, blocks, num_blocks, numbers, scale, start, most, scores, 
     groups, width, room = data.shape[1], data.shape[1] * LANES * 4, scores.size - LANES
     at_data, at_scales = np.int64(data.ctypes.data), np.int64(scales.ctypes.data)
     at_numbers, at_out = np.int64(numbers.ctypes.data), np.int64(out.ctypes.data)
+    at_biases, bias_step = np.int64(biases.ctypes.data), np.int64(4 * LANES if biases.shape[0] == data.shape[0] else 0)
     count, threshold = 0, np.float32(-np.inf)
     for b in range(num_blocks):
         ahead = np.int64(blocks[min(b + _AHEAD, num_blocks - 1)])
@@ -84,7 +86,8 @@ def scan(data, scales, blocks, num_blocks, numbers, scale, start, most, scores, 
         prefetch(at_scales + ahead * 4 * LANES + 64)
         block = np.int64(blocks[b])
         of_block = at_scales + block * 4 * LANES
-        mask = score_block(at_data + block * width, at_numbers, groups, start, scale, of_block, threshold, at_out)
+        with_bias = at_biases + block * bias_step
+        mask = score_block(at_data + block * width, at_numbers, groups, start, scale, of_block, with_bias, threshold, at_out)
         while mask != 0:
             lane = first_bit(mask)
             mask &= mask - 1
@@ -99,6 +102,23 @@ def scan(data, scales, blocks, num_blocks, numbers, scale, start, most, scores, 
         keep_best(scores, places, count, most)
         count = most
     return count
+
+
+@inner
+def multiply(matrix, vector, out):
+    """Writes the product of a symmetric float32 matrix [D, D] and a vector [D]."""
+    out[:] = 0
+    for d in range(vector.size):
+        for e in range(out.size):
+            out[e] += matrix[d, e] * vector[d]
+
+
+@inline
+def _length(vector):
+    total = np.float32(0)
+    for d in range(vector.size):
+        total += vector[d] * vector[d]
+    return np.sqrt(total)
 
 
 @inline
@@ -154,6 +174,7 @@ def search(queries, codes, lists, videos, num_clusters, budget, num_exact, ids, 
         scores: float32 [Q, k] out, -inf where there are fewer; best first.
     """
     k, groups = ids.shape[1], lists.data.shape[1]
+    turned, no_biases = np.empty(queries.shape[1], np.float32), np.zeros((1, LANES), np.float32)
     numbers = np.zeros(4 * groups, np.int8)
     room = 2 * max(num_clusters, num_exact) + 2 * LANES
     found, places = np.empty(room, np.float32), np.empty(room, np.int32)
@@ -162,13 +183,16 @@ def search(queries, codes, lists, videos, num_clusters, budget, num_exact, ids, 
     room_codes, room_videos = 2 * num_clusters + 2 * LANES, 2 * num_exact + 2 * LANES
     for q in range(queries.shape[0]):
         query = queries[q]
-        scale, start = quantise(query, numbers)
+        multiply(codes.inverse, query, turned)
+        scale, start = quantise(turned, numbers)
+        scale /= max(_length(turned), np.float32(1e-30))
         sizes = (codes.blocks, codes.blocks.size, numbers, scale, start, num_clusters)
-        count = scan(codes.data, codes.scales, *sizes, found[:room_codes], places[:room_codes])
+        count = scan(codes.data, codes.scales, codes.spreads, *sizes, found[:room_codes], places[:room_codes])
         sort_best(found, places, count)
         num_blocks = _list_blocks(lists, places, count, budget, blocks)
+        scale, start = quantise(query, numbers)
         sizes = (blocks, num_blocks, numbers, scale, start, num_exact)
-        count = scan(lists.data, lists.scales, *sizes, found[:room_videos], places[:room_videos])
+        count = scan(lists.data, lists.scales, no_biases, *sizes, found[:room_videos], places[:room_videos])
         _exact(lists, videos, query, places, count, found)
         if count > k:
             keep_best(found, places, count, k)

@@ -1,12 +1,12 @@
 """The lists of an index: which cluster each video is in, and the kernels that change it.
 
 In: vectors by slot. Out: blocks of each cluster, codes that are the means of their clusters. A cluster is a chain of blocks;
-only its first one has empty lanes, so a video that leaves is replaced by the one that came last. A code is the direction of the
-exact mean of its cluster, kept up to date with each change; there is no other training of it.
+only its first one has empty lanes, so a video that leaves is replaced by the one that came last. A code is the exact mean of
+its cluster, kept up to date with each change; there is no other training of it. What int8 holds of a video is its vector minus
+the centre of the codes: all scores of a query are less by the same, and rounded less.
 
-The choice of the cluster is that of streaming vector quantisation (arXiv 2501.08695): argmin of |e - v|^2 r, where
-r = min(s c / mean(c), 1) lets small clusters look near. A cluster that grows too large is split, into a code that nobody has or
-the one of the smallest cluster, whose videos go to their next neighbours.
+A cluster that grows too large is split, into a code that nobody has or the one of the smallest cluster, whose videos go to
+their next neighbours.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from monolith_jax.ids.lines import inline, inner, jit
-from monolith_jax.serve.index_kernels import scan, sort_best
-from monolith_jax.serve.int8_blocks import LANES, float_of_half, quantise, write_lane
+from monolith_jax.serve.index_codes import aligned, choose_code, room_to_choose, set_code, to_point
+from monolith_jax.serve.int8_blocks import LANES, float_of_half, write_lane
 from monolith_jax.types import Array
 
-NEIGHBOURS = 8
-"""Codes that a video may go to: the nearest ones."""
 SMALLEST = 2 * LANES
 """Videos of a cluster that is never split."""
 
@@ -49,21 +47,6 @@ class Lists(NamedTuple):
     """int64 [1]"""
 
 
-class Codes(NamedTuple):
-    """The K codes; one without videos is never found."""
-
-    data: Array
-    """uint8 [K / 32, G, 32, 4], their directions as int8."""
-    scales: Array
-    """float32 [K / 32, 32]"""
-    blocks: Array
-    """int32 [K / 32]: 0, 1, 2, ..."""
-    sums: Array
-    """float64 [K, D], of the clusters' vectors, which are float16: as good as exact."""
-    directions: Array
-    """float32 [K, D], of length 1."""
-
-
 class Videos(NamedTuple):
     """What is known of each of S slots."""
 
@@ -75,25 +58,13 @@ class Videos(NamedTuple):
     """uint16 [S, D], bits of float16."""
 
 
-def _aligned(shape: tuple[int, ...], dtype: type, fill: float | None = None) -> np.ndarray:
-    """Returns an array whose lines are cache lines (and its huge pages whole ones), not touched without `fill`."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    align = 2**21 if size > 2**22 else 64
-    raw = np.empty(size + align, np.uint8)
-    start = -raw.ctypes.data % align
-    array = raw[start : start + size].view(dtype).reshape(shape)
-    if fill is not None:
-        array[:] = fill
-    return array
-
-
-def make_lists(num_slots: int, num_codes: int, dim: int) -> tuple[Codes, Lists, Videos]:
+def make_lists(num_slots: int, num_codes: int, dim: int) -> tuple[Lists, Videos]:
     """Returns empty lists for so many videos. Their blocks always suffice: full ones, and one of each cluster that is not."""
     groups, blocks = -(-dim // 4), -(-num_slots // LANES) + num_codes
     lists = Lists(
-        _aligned((blocks, groups, LANES, 4), np.uint8),
-        _aligned((blocks, LANES), np.float32, np.nan),
-        _aligned((blocks, LANES), np.int32),
+        aligned((blocks, groups, LANES, 4), np.uint8),
+        aligned((blocks, LANES), np.float32, np.nan),
+        aligned((blocks, LANES), np.int32),
         np.full(blocks, -1, np.int32),
         np.full(blocks, -1, np.int32),
         np.full(num_codes, -1, np.int32),
@@ -101,45 +72,26 @@ def make_lists(num_slots: int, num_codes: int, dim: int) -> tuple[Codes, Lists, 
         np.arange(blocks, dtype=np.int32)[::-1].copy(),
         np.array([blocks]),
     )
-    of_codes = num_codes // LANES
-    codes = Codes(
-        _aligned((of_codes, groups, LANES, 4), np.uint8, 128),
-        _aligned((of_codes, LANES), np.float32, np.nan),
-        np.arange(of_codes, dtype=np.int32),
-        np.zeros((num_codes, dim)),
-        np.zeros((num_codes, dim), np.float32),
-    )
-    videos = Videos(np.empty(num_slots, np.int64), np.full(num_slots, -1, np.int32), _aligned((num_slots, dim), np.uint16))
-    return codes, lists, videos
+    videos = Videos(np.empty(num_slots, np.int64), np.full(num_slots, -1, np.int32), aligned((num_slots, dim), np.uint16))
+    return lists, videos
 
 
 @inner
-def set_code(codes, cluster):
-    """Makes the code of a cluster the direction of its sum; one without a direction is never found."""
-    length = 0.0
-    for d in range(codes.sums.shape[1]):
-        length += codes.sums[cluster, d] ** 2
-    length = np.sqrt(length)
-    if length < 1e-6:
-        codes.scales[cluster // LANES, cluster % LANES] = np.nan
-        return
-    for d in range(codes.sums.shape[1]):
-        codes.directions[cluster, d] = codes.sums[cluster, d] / length
-    write_lane(codes.data, codes.scales, cluster // LANES, cluster % LANES, codes.directions[cluster])
-
-
-@jit
-def set_codes(codes):
-    """Makes all codes the directions of their sums."""
-    for cluster in range(codes.sums.shape[0]):
-        set_code(codes, cluster)
+def _follow(lists, codes, cluster):
+    """Makes a cluster's code its mean."""
+    set_code(codes, lists.counts[cluster], cluster)
 
 
 @inner
 def _add(codes, halves, slot, cluster, sign):
-    """Adds the vector of a slot to a cluster's sum, or takes it away."""
-    for d in range(halves.shape[1]):
-        codes.sums[cluster, d] += sign * np.float64(float_of_half(halves[slot, d]))
+    """Adds the vector of a slot to a cluster's sums, or takes it away."""
+    vector, point = np.empty(halves.shape[1], np.float32), np.empty(halves.shape[1], np.float32)
+    for d in range(vector.size):
+        vector[d] = float_of_half(halves[slot, d])
+        codes.sums[cluster, d] += sign * np.float64(vector[d])
+    to_point(codes, vector, point)
+    for d in range(point.size):
+        codes.squares[cluster] += sign * np.float64(point[d]) ** 2
 
 
 @inner
@@ -152,7 +104,7 @@ def _insert(lists, codes, videos, slot, cluster, vector):
         lists.nexts[block], lists.owners[block], lists.heads[cluster] = lists.heads[cluster], cluster, block
         lists.scales[block, :] = np.nan
     block = lists.heads[cluster]
-    write_lane(lists.data, lists.scales, block, lane, vector)
+    write_lane(lists.data, lists.scales, block, lane, vector - codes.centre)
     lists.slots[block, lane] = slot
     lists.counts[cluster] += 1
     videos.places[slot] = block * LANES + lane
@@ -180,30 +132,8 @@ def _take_out(lists, codes, videos, slot):
         lists.free[lists.num_free[0]] = last
         lists.num_free[0] += 1
     if lists.counts[cluster] == 0:
-        codes.sums[cluster, :] = 0
+        codes.sums[cluster, :], codes.squares[cluster] = 0, 0
     return cluster
-
-
-@inner
-def _choose(vector, codes, counts, mean, crowding, avoid, numbers, scores, places):
-    """Returns the cluster for a vector float32 [D], -1 where there is no code; never `avoid`."""
-    scale, start = quantise(vector, numbers)
-    count = scan(codes.data, codes.scales, codes.blocks, codes.blocks.size, numbers, scale, start, NEIGHBOURS, scores, places)
-    sort_best(scores, places, count)
-    length, best, nearest = np.float32(0), -1, np.float32(np.inf)
-    for d in range(vector.size):
-        length += vector[d] * vector[d]
-    length = np.sqrt(length)
-    for i in range(count):
-        cluster, dot = places[i], np.float32(0)
-        for d in range(vector.size):
-            dot += vector[d] * codes.directions[cluster, d]
-        distance = max(np.float32(2) - np.float32(2) * dot / length, np.float32(0))
-        if mean > 0:
-            distance *= min(crowding * counts[cluster] / mean, np.float32(1))
-        if distance < nearest and cluster != avoid:
-            best, nearest = cluster, distance
-    return best
 
 
 @jit
@@ -219,32 +149,21 @@ def choose(vectors, swept, lists, codes, videos, crowding, clusters):
         crowding: float32, s.
         clusters: int32 [N + M] out, -1 where there is no code at all, or no video.
     """
-    numbers = np.zeros(4 * codes.data.shape[1], np.int8)
-    scores, places = np.empty(NEIGHBOURS + 2 * LANES, np.float32), np.empty(NEIGHBOURS + 2 * LANES, np.int32)
+    room = room_to_choose(codes)
     total, used, number = 0, 0, vectors.shape[0]
     for cluster in range(lists.counts.size):
         total += lists.counts[cluster]
         used += lists.counts[cluster] > 0
     mean = np.float32(total / max(used, 1))
     for i in range(number):
-        clusters[i] = _choose(vectors[i], codes, lists.counts, mean, crowding, -1, numbers, scores, places)
+        clusters[i] = choose_code(vectors[i], codes, lists.counts, mean, crowding, -1, *room)
     vector = np.empty(vectors.shape[1], np.float32)
     for i in range(swept.size):
         clusters[number + i] = -1
         if videos.places[swept[i]] >= 0:
             for d in range(vector.size):
                 vector[d] = float_of_half(videos.halves[swept[i], d])
-            clusters[number + i] = _choose(vector, codes, lists.counts, mean, crowding, -1, numbers, scores, places)
-
-
-@jit
-def nearest_codes(vectors, codes, clusters):
-    """Writes the nearest code of each of float32 vectors [N, D] to int32 `clusters` [N], crowded or not."""
-    numbers, nobody = np.zeros(4 * codes.data.shape[1], np.int8), np.zeros(1, np.int32)
-    scores, places = np.empty(NEIGHBOURS + 2 * LANES, np.float32), np.empty(NEIGHBOURS + 2 * LANES, np.int32)
-    zero, one = np.float32(0), np.float32(1)
-    for i in range(vectors.shape[0]):
-        clusters[i] = _choose(vectors[i], codes, nobody, zero, one, -1, numbers, scores, places)
+            clusters[number + i] = choose_code(vector, codes, lists.counts, mean, crowding, -1, *room)
 
 
 @jit
@@ -269,13 +188,13 @@ def put(slots, ids, halves, vectors, clusters, lists, codes, videos, follow):
         if videos.places[slot] >= 0:
             was = _take_out(lists, codes, videos, slot)
             if follow and was != cluster:
-                set_code(codes, was)
+                _follow(lists, codes, was)
         for d in range(vectors.shape[1]):
             videos.halves[slot, d] = halves[i, d]
         videos.ids[slot] = ids[i]
         _insert(lists, codes, videos, slot, cluster, vectors[i])
         if follow:
-            set_code(codes, cluster)
+            _follow(lists, codes, cluster)
 
 
 @jit
@@ -283,7 +202,17 @@ def take_out(slots, lists, codes, videos):
     """Takes the videos of slots int64 [N] out; -1 is left out. Codes follow."""
     for i in range(slots.size):
         if slots[i] >= 0:
-            set_code(codes, _take_out(lists, codes, videos, slots[i]))
+            _follow(lists, codes, _take_out(lists, codes, videos, slots[i]))
+
+
+@jit
+def add_up(lists, codes, videos):
+    """Adds all videos to the sums of `codes`, which are zeros before, and sets the codes."""
+    for slot in range(videos.places.size):
+        if videos.places[slot] >= 0:
+            _add(codes, videos.halves, slot, lists.owners[videos.places[slot] // LANES], 1.0)
+    for cluster in range(lists.counts.size):
+        _follow(lists, codes, cluster)
 
 
 @inner
@@ -306,8 +235,8 @@ def move(slots, clusters, lists, codes, videos):
             for d in range(vector.size):
                 vector[d] = float_of_half(videos.halves[slots[i], d])
             _move(slots[i], cluster, lists, codes, videos, vector)
-            set_code(codes, was)
-            set_code(codes, cluster)
+            _follow(lists, codes, was)
+            _follow(lists, codes, cluster)
             moved += 1
     return moved
 
@@ -335,17 +264,16 @@ def _read(halves, slots, number, vectors):
 @jit
 def dissolve(cluster, lists, codes, videos):
     """Moves the videos of a cluster to their next neighbours, whose codes follow; returns whether it is empty now."""
-    numbers = np.zeros(4 * codes.data.shape[1], np.int8)
-    scores, places = np.empty(NEIGHBOURS + 2 * LANES, np.float32), np.empty(NEIGHBOURS + 2 * LANES, np.int32)
+    room = room_to_choose(codes)
     slots = np.empty(lists.counts[cluster], np.int32)
     vectors, zero, one = np.empty((slots.size, codes.sums.shape[1]), np.float32), np.float32(0), np.float32(1)
     _read(videos.halves, slots, _members(lists, cluster, slots), vectors)
     for i in range(slots.size):
-        to = _choose(vectors[i], codes, lists.counts, zero, one, cluster, numbers, scores, places)
+        to = choose_code(vectors[i], codes, lists.counts, zero, one, cluster, *room)
         if to >= 0:
             _move(slots[i], to, lists, codes, videos, vectors[i])
-            set_code(codes, to)
-    set_code(codes, cluster)
+            _follow(lists, codes, to)
+    _follow(lists, codes, cluster)
     return lists.counts[cluster] == 0
 
 
@@ -360,25 +288,30 @@ def _project(vectors, direction, along):
 
 @jit
 def split(cluster, into, lists, codes, videos):
-    """Moves half of a cluster to the empty cluster `into`: those nearer to the second of two means."""
+    """Moves half of a cluster to the empty cluster `into`: those nearer to the second of two means, as queries tell them."""
     number, dim = lists.counts[cluster], codes.sums.shape[1]
     slots, along = np.empty(number, np.int32), np.empty(number, np.float32)
-    vectors = np.empty((number, dim), np.float32)
+    vectors, points = np.empty((number, dim), np.float32), np.empty((number, dim), np.float32)
     _read(videos.halves, slots, _members(lists, cluster, slots), vectors)
+    farthest, most = 0, np.float32(-1)
+    for i in range(number):
+        to_point(codes, vectors[i], points[i])
+        points[i] -= codes.points[cluster]
+        distance = (points[i] * points[i]).sum()
+        if distance > most:
+            farthest, most = i, distance
     # The difference of the two means: first, from the mean to the video that is the farthest from it.
-    _project(vectors, codes.directions[cluster], along)
-    apart = vectors[along.argmin()] - codes.directions[cluster]
-    middle = np.float32(0)
+    apart, middle = points[farthest].copy(), np.float32(0)
     for _ in range(4):
-        _project(vectors, apart, along)
+        _project(points, apart, along)
         middle = np.median(along)  # halves of equal size: balance is what a split is for
         apart[:] = 0
         for i in range(number):
             sign = np.float32(1) if along[i] > middle else np.float32(-1)
             for d in range(dim):
-                apart[d] += sign * vectors[i, d]
+                apart[d] += sign * points[i, d]
     for i in range(number):
         if along[i] > middle:
             _move(slots[i], into, lists, codes, videos, vectors[i])
-    set_code(codes, cluster)
-    set_code(codes, into)
+    _follow(lists, codes, cluster)
+    _follow(lists, codes, into)

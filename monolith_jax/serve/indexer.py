@@ -105,8 +105,12 @@ class Indexer:
                 made += len(vectors)
         return made
 
-    def build(self) -> int:
-        """Fills an empty index with all videos of the catalogue at once; returns how many vectors were made."""
+    def build(self, queries: np.ndarray | None = None) -> int:
+        """Fills an empty index with all videos of the catalogue at once; returns how many vectors were made.
+
+        Args:
+            queries: float32 [Q, D], a sample of the users' vectors, for `VideoIndex.build`.
+        """
         with self._lock:
             self._pending = []
         ids, vectors = self._catalogue.ids(), []
@@ -115,7 +119,7 @@ class Indexer:
             assert taken.features is not None
             vectors.append(self._encoder.videos(taken.features))
         if vectors:
-            self._index.build(ids, np.concatenate(vectors))
+            self._index.build(ids, np.concatenate(vectors), queries)
         return ids.size
 
     def watch(self, period_s: float) -> None:

@@ -65,7 +65,7 @@ def _dot4(builder: Any, total: Any, words: Any, query: Any) -> Any:
 
 
 @_intrinsic
-def score_block(typing_context, block, query, groups, start, scale, scales, threshold, out):
+def score_block(typing_context, block, query, groups, start, scale, scales, biases, threshold, out):
     """Scores a block; returns a bit for each lane whose score is above the threshold.
 
     Args:
@@ -75,12 +75,13 @@ def score_block(typing_context, block, query, groups, start, scale, scales, thre
         start: int32: minus OFFSET times the sum of the query's numbers.
         scale: float32 of the query.
         scales: Address of float32 [32].
+        biases: Address of float32 [32], added to the scores.
         threshold: float32.
         out: Address of float32 [32], the scores.
     """
 
     def codegen(context, builder, signature, arguments):
-        block, query, groups, start, scale, scales, threshold, out = arguments
+        block, query, groups, start, scale, scales, biases, threshold, out = arguments
         totals = [cgutils.alloca_once_value(builder, _splat(builder, start, _WORDS)) for _ in range(2)]
         with cgutils.for_range(builder, groups) as loop:
             four = builder.load(_at(builder, query, builder.mul(loop.index, _INT64(4)), _INT32))
@@ -95,6 +96,7 @@ def score_block(typing_context, block, query, groups, start, scale, scales, thre
             scores = builder.sitofp(builder.load(total), _FLOATS)
             of_lanes = builder.load(_at(builder, scales, at, _FLOATS), align=64)
             scores = builder.fmul(builder.fmul(scores, of_lanes), _splat(builder, scale, _FLOATS))
+            scores = builder.fadd(scores, builder.load(_at(builder, biases, at, _FLOATS), align=4))
             builder.store(scores, _at(builder, out, at, _FLOATS), align=4)
             above = builder.fcmp_ordered(">", scores, _splat(builder, threshold, _FLOATS))
             bits = builder.zext(builder.bitcast(above, ir.IntType(16)), _INT64)
@@ -102,7 +104,7 @@ def score_block(typing_context, block, query, groups, start, scale, scales, thre
         return mask
 
     int64 = types.int64
-    return int64(int64, int64, int64, types.int32, types.float32, int64, types.float32, int64), codegen
+    return int64(int64, int64, int64, types.int32, types.float32, int64, int64, types.float32, int64), codegen
 
 
 @_intrinsic

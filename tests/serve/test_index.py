@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monolith_jax.serve import index_lists
+from monolith_jax.serve import index_codes, index_lists
 from monolith_jax.serve.index import IndexConfig, VideoIndex, warm_up
 from monolith_jax.serve.index_kernels import search
 
@@ -186,6 +186,71 @@ def test_recall_stays_while_all_vectors_turn_and_videos_change() -> None:
     assert told["largest_cluster"] <= 3 * told["mean_cluster"]
 
 
+def of_few_directions(number: int, seed: int) -> np.ndarray:
+    """Returns unit vectors [N, 64] that share a direction and differ in three: of users, to whom videos differ in little."""
+    vectors = np.zeros((number, 64), np.float32)
+    vectors[:, :4] = np.random.default_rng(seed).normal((3, 0, 0, 0), (0.1, 0.5, 0.5, 0.5), (number, 4))
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_clusters_in_the_metric_of_the_queries_need_less_looking() -> None:
+    number = 20_000
+    ids, vectors, queries = np.arange(number), unit(number, 1, 64), of_few_directions(600, 5)
+    found = []
+    for sample in (None, queries[100:]):
+        index = VideoIndex(IndexConfig(max_videos=number, recall=0), 64)
+        assert index.build(ids, vectors, sample) == 0
+        found.append(recall(index, ids, vectors, queries[:100], 100, 1000))
+        assert index.metrics()["scanned"] == index.config.scanned
+    assert found[1] >= 0.95 > found[0] + 0.2, found
+
+
+@pytest.mark.parametrize("wanted", [0.8, 0.97])
+def test_build_finds_how_many_videos_to_look_at(wanted: float) -> None:
+    number = 50_000
+    ids, vectors, queries = np.arange(number), topics(number, 1), topics(1000, 2)
+    index = VideoIndex(IndexConfig(max_videos=number, recall=wanted), 64)
+    index.build(ids, vectors, queries[200:])
+    told = index.metrics()
+    assert told["build_recall"] >= wanted and 0 < told["scanned"] < number
+    assert recall(index, ids, vectors, queries[:200], 100) >= wanted - 0.02
+    index.build(ids, vectors)
+    assert index.metrics()["scanned"] == index.config.scanned and np.isnan(index.metrics()["build_recall"])
+
+
+def test_recall_stays_when_queries_turn_and_are_learnt_again() -> None:
+    number = 20_000
+    ids, vectors, queries = np.arange(number), unit(number, 1, 64), of_few_directions(600, 5)
+    index = VideoIndex(IndexConfig(max_videos=number), 64)
+    index.build(ids, vectors, queries[100:])
+    before = recall(index, ids, vectors, queries[:100], 100, 1000)
+    turn = np.linalg.qr(np.random.default_rng(3).normal(size=(64, 64)))[0].astype(np.float32)
+    vectors, queries = vectors @ turn, queries @ turn
+    index.learn(queries[100:])
+    index.upsert(ids, vectors)
+    after = recall(index, ids, vectors, queries[:100], 100, 1000)
+    assert before >= 0.95 and after >= before - 0.03, (before, after)
+    check_all(index, dict(zip(ids.tolist(), vectors, strict=True)), queries[:1])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 5])
+def test_few_queries_or_videos_are_no_error(number: int) -> None:
+    ids, vectors = some_ids(40), unit(40, 1)
+    for size in (0, 1, 40):
+        index = VideoIndex(IndexConfig(max_videos=50), DIM)
+        assert index.build(ids[:size], vectors[:size], np.concatenate([unit(number, 2), np.zeros((1, DIM))])) == 0
+        check_all(index, dict(zip(ids[:size].tolist(), vectors[:size], strict=True)), unit(2, 3))
+
+
+def test_bad_samples_of_queries_are_errors() -> None:
+    index = VideoIndex(IndexConfig(max_videos=50), DIM)
+    for wrong in (np.full((2, DIM), np.nan), np.zeros((2, DIM + 1)), np.zeros(DIM)):
+        with pytest.raises(ValueError, match="sample of queries"):
+            index.build(np.arange(3), unit(3, 1), wrong)
+    with pytest.raises(ValueError, match="takes one"):
+        index.learn(np.zeros((3, DIM)))
+
+
 def test_searches_during_changes_find_whole_videos_only() -> None:
     """Every vector says which id it is of; nobody removed is found, and nobody in the middle of a change."""
     number, dim = 3000, 32
@@ -263,6 +328,8 @@ def test_config_is_checked() -> None:
         {"rescored": 0.5},
         {"swept": -1.0},
         {"num_codes": -1},
+        {"recall": 1.0},
+        {"recall": -0.1},
     )
     for wrong in wrongs:
         with pytest.raises(ValueError, match="IndexConfig"):
@@ -273,7 +340,7 @@ def test_warm_up_compiles_all_kernels() -> None:
     warm_up(DIM)
     compiled = (
         search,
-        *(getattr(index_lists, name) for name in ("choose", "nearest_codes", "put", "move", "split", "dissolve")),
+        *(getattr(index_lists, name) for name in ("choose", "put", "move", "split", "dissolve", "add_up")),
     )
     assert all(kernel.signatures for kernel in compiled)
-    assert index_lists.take_out.signatures and index_lists.set_codes.signatures
+    assert index_lists.take_out.signatures and index_codes.set_codes.signatures and index_codes.nearest_codes.signatures
