@@ -110,7 +110,7 @@ def recommend(experiment: Any, asked: argparse.Namespace, console: Any) -> None:
         with console.status("reading the source") as status:
             number = replay(pipeline, experiment, asked.replay, lambda read: status.update(f"reading the source: {read:,}"))
         with console.status("making the index"):
-            indexed = pipeline.indexer.build() if pipeline.indexer else 0
+            indexed = pipeline.build_index(pipeline.events.latest[1] + 1)
         console.print(f"{number:,} events, {len(pipeline.catalogue):,} videos, {indexed:,} in the index", highlight=False)
         user, time_ms = pipeline.events.latest
         user = user if asked.user is None else int(asked.user)

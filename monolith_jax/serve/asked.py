@@ -29,6 +29,8 @@ class Asked(NamedTuple):
     time_ms: int
     row: pa.RecordBatch
     """The columns of user and request, one row."""
+    liked: np.ndarray
+    """int64 [N], the videos that the user liked last (`UserStateConfig.positive`), newest first."""
     began_s: float
     rng: np.random.Generator
     flags: list[str]

@@ -13,9 +13,9 @@ import numpy as np
 
 from monolith_jax.ids.lines import jit, mix
 
-SOURCES = ("two_tower", "fresh", "trending", "followed", "explore")
+SOURCES = ("two_tower", "fresh", "trending", "followed", "explore", "similar")
 """By their numbers. A video that several would give is given by the first of these, and the others give others."""
-FILLS = ("two_tower", "trending", "fresh", "followed", "explore")
+FILLS = ("two_tower", "similar", "trending", "fresh", "followed", "explore")
 """Who takes, in this order, the places that sources could not fill."""
 
 
@@ -50,7 +50,7 @@ def _distinct(ids, lists, firsts, masks):
 
 @jit
 def _choose(firsts, fine, quotas, order, fills, starts, taken, places, source):
-    # Writes places and sources of candidates; returns how many. order, fills int64 [5]: numbers of sources. starts int64 [6].
+    # Writes places and sources of candidates; returns how many. order, fills: numbers of sources, n. starts int64 [n + 1].
     number, total = 0, 0
     for s in quotas:
         total += s

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +31,11 @@ from monolith_jax.serve.feed_log import impressions_of
 from monolith_jax.serve.index import IndexConfig, VideoIndex
 from monolith_jax.serve.indexer import Indexer
 from monolith_jax.serve.merge import FILLS, SOURCES, Merged
-from monolith_jax.serve.pool import behind, best, by_score
+from monolith_jax.serve.pool import Candidates, behind, best, by_score, pool_of, shared
 from monolith_jax.serve.rank import Ranker
 from monolith_jax.serve.recall import Recall
 from monolith_jax.serve.request import Feed, Request, request_row
-from monolith_jax.serve.rerank import Pool, RerankConfig, Slate, rerank
+from monolith_jax.serve.rerank import RerankConfig, Slate, rerank
 from monolith_jax.serve.seen import SeenConfig, SeenFilter
 from monolith_jax.serve.served_model import ServedModel
 from monolith_jax.serve.source_report import SourceReport
@@ -46,6 +46,10 @@ from monolith_jax.types import GroupIds
 
 _POOL = 200
 """Candidates that the rules of the feed choose from: the best ones; those of the explore source come on top."""
+_LIKED = 5
+"""Videos that the user liked last whose tags count."""
+_USERS = 2048
+"""Users that the index is laid out for: a sample."""
 _PRIORITY = np.array([FILLS.index(name) for name in SOURCES])
 """The order of sources where nothing is ranked."""
 
@@ -72,23 +76,6 @@ class ServingConfig:
     """Vectors made anew in a second, beside those whose rows changed: the dense weights move all of them a little."""
     seed: int = 0
     """Of exploring."""
-
-
-class _Candidates(NamedTuple):
-    """Candidates with what is known of them."""
-
-    ids: np.ndarray
-    source: np.ndarray
-    """int8 [K], the first source that gave each."""
-    is_explore: np.ndarray
-    """bool [K], whether the explore source has it."""
-    is_spare: np.ndarray
-    """bool [K], whether it is there only because others are too few."""
-    taken: Taken
-    values: np.ndarray
-    """float32 [K]"""
-    scores: np.ndarray | None
-    """float32 [K, T]"""
 
 
 class Pipeline:
@@ -180,6 +167,13 @@ class Pipeline:
             raise ValueError("there is no two-tower: give the pipeline a model that was trained with Experiment.retrieval")
         return self._recall.user_vectors([self._ask(request, time.perf_counter()).row for request in requests])
 
+    def build_index(self, time_ms: int | None = None) -> int:
+        """Fills the index at once, laid out for the users that are known; returns how many videos it holds. Without: slowly."""
+        if self.indexer is None:
+            return 0
+        users = self.user_state.users(_USERS).tolist()
+        return self.indexer.build(self.user_vectors([Request(user, time_ms=time_ms) for user in users]) if users else None)
+
     def _ask(self, request: Request, began_s: float) -> Asked:
         """Looks up what is known of the user."""
         if request.number < 0:
@@ -190,7 +184,9 @@ class Pipeline:
         row = request_row(request, time_ms, self._request_columns, known)
         count = next(self._requests)
         rng = np.random.default_rng([self.config.seed, count])
-        asked = Asked(request, self._first_request + count, time_ms, row, began_s, rng, [], {})
+        state = self.config.user_state
+        liked = videos[bits >> state.actions.index(state.positive) & 1 > 0][:_LIKED] if state.positive else videos[:0]
+        asked = Asked(request, self._first_request + count, time_ms, row, liked, began_s, rng, [], {})
         if not videos.size and not self._has_row(request.user_id):
             asked.flags.append("unknown_user")
         self._clock.note([asked], "user", began_s)
@@ -225,7 +221,7 @@ class Pipeline:
             slate, rows = self._rerank(asked, candidates)
         return self._feed(asked, candidates, slate, rows)
 
-    def _rank(self, asked: Asked, merged: Merged) -> _Candidates:
+    def _rank(self, asked: Asked, merged: Merged) -> Candidates:
         """Returns what the candidates are worth: by the ranker, or where it cannot, by their order."""
         began_s = time.perf_counter()
         rows = np.flatnonzero(self._may_be_shown(asked.request, merged.ids))[: self._num_candidates]
@@ -234,7 +230,7 @@ class Pipeline:
         explore = (sources >> SOURCES.index("explore")).astype(np.bool_)
         places = np.argsort(np.argsort(_PRIORITY[source], kind="stable"))
         by_order = np.where(taken.known, -places, -np.inf).astype(np.float32)
-        found = _Candidates(ids, source, explore, sources == 0, taken, by_order, None)
+        found = Candidates(ids, source, explore, sources == 0, taken, by_order, None)
         if self._ranker is None:
             asked.flags.append("no_ranker")
         elif ids.size and self._clock.has_time(asked, "rank"):
@@ -259,7 +255,7 @@ class Pipeline:
             fine = fine & ~(np.isin(authors, np.array(request.blocked_authors, np.int64)) & (lengths > 0))
         return fine
 
-    def _ranked(self, asked: Asked, candidates: _Candidates) -> _Candidates:
+    def _ranked(self, asked: Asked, candidates: Candidates) -> Candidates:
         ranker, values, taken = self._ranker, self._values, candidates.taken
         assert ranker is not None and values is not None and taken.features is not None
         once, crosses = ranker.once_features(asked.row), ranker.crosses
@@ -272,14 +268,21 @@ class Pipeline:
         each = ranker.joined(taken.features, crosses.ids(crosses.of_request(asked.row), raw))
         scores = ranker.scores(once, each)
         duration_ms = taken.columns.get("duration_ms", (np.zeros(number),))[0]
-        of_candidates = values(scores, duration_ms, asked.request.group)
+        of_candidates = values(scores, duration_ms, asked.request.group, self._interest(asked, taken))
         return candidates._replace(values=np.where(taken.known, of_candidates, -np.inf), scores=scores)
 
-    def _rerank(self, asked: Asked, candidates: _Candidates) -> tuple[Slate, np.ndarray]:
+    def _interest(self, asked: Asked, taken: Taken) -> np.ndarray | float:
+        """Returns with what share of the videos that the user liked last candidates have a tag in common, [K]."""
+        if not asked.liked.size or "tag_id" not in taken.columns:
+            return 0.0
+        liked, lengths = self.catalogue.take(asked.liked, columns=("tag_id",)).columns["tag_id"]
+        return shared(*taken.columns["tag_id"], liked, lengths)
+
+    def _rerank(self, asked: Asked, candidates: Candidates) -> tuple[Slate, np.ndarray]:
         """Returns the slate, and which candidates its pool had."""
         began_s = time.perf_counter()
         rows = best(behind(candidates.values, candidates.is_spare), candidates.is_explore, _POOL)
-        pool = self._pool(candidates, rows)
+        pool = pool_of(candidates, rows, self.index)
         try:
             slate = rerank(pool, self.config.rerank, asked.request.number, asked.rng)
         except Exception as error:  # Only what must not be shown is left out.
@@ -288,34 +291,7 @@ class Pipeline:
         self._clock.note([asked], "rerank", began_s)
         return slate, rows
 
-    def _pool(self, candidates: _Candidates, rows: np.ndarray) -> Pool:
-        columns = candidates.taken.columns
-
-        def single(name: str) -> tuple[np.ndarray, np.ndarray]:
-            values, lengths = columns.get(name, (np.zeros(candidates.ids.size, np.int64),) * 2)
-            return values[rows], lengths[rows] > 0
-
-        authors, author_known = single("author_id")
-        sounds, sound_known = single("sound_id")
-        tags, of_tags = columns.get("tag_id", (np.zeros((candidates.ids.size, 1), np.int64), np.zeros(candidates.ids.size)))
-        tags = tags[rows] if tags.ndim == 2 else tags[rows, None]
-        none = np.zeros(rows.size, np.bool_)  # What is unsafe or blocked was left out before it was ranked.
-        return Pool(
-            ids=candidates.ids[rows],
-            scores=behind(candidates.values[rows], candidates.is_spare[rows]),
-            authors=authors,
-            author_known=author_known,
-            sounds=sounds,
-            sound_known=sound_known,
-            tags=tags,
-            tag_known=np.arange(tags.shape[1]) < of_tags[rows, None],
-            explore=candidates.is_explore[rows],
-            unsafe=none,
-            blocked=none,
-            vectors=self.index.vectors(candidates.ids[rows])[0] if self.index is not None else None,
-        )
-
-    def _feed(self, asked: Asked, candidates: _Candidates, slate: Slate, rows: np.ndarray) -> Feed:
+    def _feed(self, asked: Asked, candidates: Candidates, slate: Slate, rows: np.ndarray) -> Feed:
         began_s, picked = time.perf_counter(), rows[slate.order]
         ids, source = candidates.ids[picked], candidates.source[picked]
         if ids.size < asked.request.number:

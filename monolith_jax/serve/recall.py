@@ -29,6 +29,9 @@ _ANYTHING = 2000
 _SPARE = 200
 """Candidates that a source gives beyond its quota: some were seen, or come from another source too."""
 
+_LIKED = 2
+"""Videos that others are like."""
+
 
 class Recall:
     """All sources. Any number of threads may ask."""
@@ -81,6 +84,7 @@ class Recall:
             followed = np.concatenate([np.array(asked.request.followed_authors, np.int64), self._user_state.followed(user)])
             lists = {
                 "two_tower": hits,
+                "similar": self._similar(asked),
                 "fresh": self._sources.fresh(quotas["fresh"] + _SPARE, now_ms),
                 "trending": self._sources.trending(quotas["trending"] + _SPARE, now_ms),
                 "followed": self._sources.of_authors(followed, quotas["followed"] + _SPARE),
@@ -92,6 +96,17 @@ class Recall:
             merged = self._popular(now_ms)
         self._clock.note([asked], "merge", began_s)
         return merged
+
+    def _similar(self, asked: Asked) -> np.ndarray:
+        """Returns videos like those that the user liked last, by turns, int64 [N]."""
+        number = self._quotas["similar"]
+        if not number or self._index is None or not asked.liked.size:
+            return np.zeros(0, np.int64)
+        vectors, known = self._index.vectors(asked.liked[:_LIKED])
+        if not known.any():
+            return np.zeros(0, np.int64)
+        ids, scores = self._index.search(vectors[known], number)
+        return ids.T[scores.T > -np.inf]
 
     def _popular(self, now_ms: int) -> Merged:
         popular = self._sources.trending(_POPULAR, now_ms)

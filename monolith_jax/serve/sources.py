@@ -21,8 +21,10 @@ from monolith_jax.serve.trending import Trending, TrendingConfig, trending_bytes
 class SourcesConfig:
     """How many candidates each source gives (0: it is switched off), and what they are made of."""
 
-    two_tower: int = 700
+    two_tower: int = 600
     """Candidates from the index, by the user's vector."""
+    similar: int = 100
+    """Candidates from the index, by the vectors of the videos that the user liked last (`UserStateConfig.positive`)."""
     fresh: int = 100
     """Newest uploads."""
     trending: int = 100

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from monolith_jax.serve.id_slots import IdSlots, id_slots_bytes
+from monolith_jax.serve.id_slots import EMPTY, IdSlots, id_slots_bytes
 from monolith_jax.serve.log_tail import LogTail
 from monolith_jax.serve.recent import RecentItems, recent_bytes
 from monolith_jax.stream.decoder import TIMED_ACTIONS
@@ -194,6 +194,13 @@ class UserState:
         """Returns the authors that a user has followed, int64 [n], newest first; each where it was followed first."""
         users = np.array([user_id], np.int64)
         return self._newest(self._followed, users, np.array([np.iinfo(np.int64).max]))[0]
+
+    def users(self, number: int) -> np.ndarray:
+        """Returns users who were active last, int64 [N], at most so many."""
+        with self._lock:
+            used = self._slots.used
+            slots = np.argsort(used)[::-1][:number]
+            return self._slots.ids[slots[used[slots] != EMPTY]].copy()
 
     def metrics(self) -> dict[str, int]:
         """Returns what there is and what was counted: users, forgotten ones, events, and those set aside by reason."""

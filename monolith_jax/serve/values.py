@@ -58,6 +58,9 @@ class RankConfig:
     """Weight of each of them: the value of the action; negative for what users dislike."""
     play_s_weight: float = 0.0
     """Value of one expected second of play: the score of the head play_ratio times the duration."""
+    interest_weight: float = 0.0
+    """Value of having a tag in common with the videos that the user liked last, times the share of these that have it: what
+    makes a feed turn with the last swipe, before the model has learned from it."""
     groups: tuple[GroupValuesConfig, ...] = ()
     """Groups of users for whom other weights hold."""
     calibration: tuple[CalibrationConfig, ...] = ()
@@ -81,7 +84,7 @@ class Values:
             raise ValueError(f"RankConfig.num_candidates must be at least 1, got {config.num_candidates}")
         self._labels = [head.label for head in heads]
         weights = self._weights(np.zeros(len(heads)), config.heads, config.weights, "RankConfig")
-        self._default = (weights, config.play_s_weight)
+        self._default, self._interest_weight = (weights, config.play_s_weight), config.interest_weight
         self._groups: dict[str, tuple[np.ndarray, float]] = {}
         for group in config.groups:
             where = f"GroupValuesConfig {group.name!r}"
@@ -127,7 +130,9 @@ class Values:
                 out[:, index] = one.slope * out[:, index] + one.intercept
         return out
 
-    def __call__(self, scores: np.ndarray, durations_ms: np.ndarray, group: str = "") -> np.ndarray:
+    def __call__(
+        self, scores: np.ndarray, durations_ms: np.ndarray, group: str = "", interest: np.ndarray | float = 0.0
+    ) -> np.ndarray:
         """Returns the value of each candidate, float32 [K].
 
         A candidate with a score that is no finite number has the value -inf, and is counted.
@@ -135,6 +140,7 @@ class Values:
         Args:
             scores: float32 [K, T].
             durations_ms: [K] in milliseconds; a play of what is NaN or below 0 is expected to last 0 s.
+            interest: [K], share of the videos that the user liked last with which each has a tag in common.
             group: Of the user; of a name that no config has, and is not empty, the defaults hold, and it is counted.
         """
         if group and group not in self._groups:
@@ -145,7 +151,7 @@ class Values:
             self._set_aside += int(good.size - good.sum())
             scores = np.where(good[:, None], scores, 0.5)
         of_heads = self.calibrated(scores)
-        values = of_heads @ weights
+        values = of_heads @ weights + self._interest_weight * interest
         if self._played is not None and play_s:
             durations = np.asarray(durations_ms, np.float64)
             values += play_s * of_heads[:, self._played] * np.where(durations > 0, durations, 0.0) / 1000

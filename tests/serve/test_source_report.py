@@ -30,5 +30,5 @@ def test_only_so_many_are_waited_for() -> None:
         report.fed(request, np.arange(4), np.full(4, request, np.int8))
     every = np.repeat(np.arange(3), 4), np.tile(np.arange(4), 3)
     report.acted(*every, np.ones(12, np.bool_))
-    assert [one["hits"] for one in report.report().values()] == [0, 4, 4, 0, 0]
+    assert [one["hits"] for one in report.report().values()] == [0, 4, 4, 0, 0, 0]
     assert report.metrics() == {"feeds": 3, "replaced": 4, "not_open": 4}
