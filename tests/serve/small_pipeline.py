@@ -58,7 +58,7 @@ TWO_TOWER = TwoTowerConfig(
     user_hidden=(16,),
     video_hidden=(16,),
 )
-QUOTAS = {"two_tower": 60, "fresh": 10, "trending": 10, "followed": 10, "explore": 10}
+QUOTAS = {"two_tower": 60, "fresh": 10, "trending": 10, "followed": 10, "explore": 10, "similar": 0}
 
 
 def serving(**fields: Any) -> ServingConfig:
@@ -68,7 +68,7 @@ def serving(**fields: Any) -> ServingConfig:
         "index": IndexConfig(max_videos=1000, scanned=1000),
         "user_state": UserStateConfig(length=HISTORY, max_users=200, actions=("like", "complete", "skip")),
         "seen": SeenConfig(max_users=200, videos=500),
-        "sources": SourcesConfig(**QUOTAS, max_videos=2000),
+        "sources": SourcesConfig(**QUOTAS, max_videos=2000),  # pyright: ignore[reportArgumentType]
         "rank": RankConfig(
             num_candidates=100,
             heads=("like", "skip"),

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import numpy as np
 import pyarrow as pa
@@ -41,7 +43,7 @@ def videos(rng: np.random.Generator, ids: list[int]) -> pa.RecordBatch:
     )
 
 
-def make(max_videos: int = 1000, **more) -> Catalogue:
+def make(max_videos: int = 1000, **more: Any) -> Catalogue:
     return Catalogue(CatalogueConfig(max_videos, COLUMNS, **more), [LAYOUT])
 
 

@@ -1,5 +1,6 @@
-import math
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from monolith_jax.serve.pipeline import Pipeline
 from monolith_jax.serve.request import FLAGS, Feed, Request
 from monolith_jax.serve.rerank import RerankConfig
 from monolith_jax.serve.sources import SourcesConfig
+from monolith_jax.serve.user_state import UserStateConfig
 from tests.serve.small_pipeline import (
     COLUMNS,
     HISTORY,
@@ -104,7 +106,7 @@ def test_an_action_is_felt_by_the_next_request(pipeline: Pipeline) -> None:
 
 
 def test_followed_authors_are_a_source(world: World) -> None:
-    pipeline = world.pipeline(sources=SourcesConfig(**(QUOTAS | {"two_tower": 0, "fresh": 0, "trending": 0, "explore": 0})))
+    pipeline = world.pipeline(sources=sources(two_tower=0, fresh=0, trending=0, explore=0))
     known = pipeline.catalogue.values("author_id", np.arange(VIDEOS))[0]
     pipeline.events.actions(actions(3, [5], ["follow"]))
     feed = ask(pipeline, number=3)
@@ -126,8 +128,12 @@ def test_a_batch_answers_as_one_by_one(world: World) -> None:
     all_at_once.close()
 
 
+def sources(**quotas: Any) -> SourcesConfig:
+    return SourcesConfig(**(QUOTAS | quotas))  # pyright: ignore[reportArgumentType]
+
+
 def no_chance() -> SourcesConfig:
-    return SourcesConfig(**(QUOTAS | {"explore": 0}))
+    return sources(explore=0)
 
 
 # Bad input, and stages that fail.
@@ -336,7 +342,29 @@ def test_it_follows_the_trainer_by_itself(tmp_path: Path) -> None:
     for _ in range(1000):
         if pipeline._model.version == version and not np.allclose(pipeline.index.vectors(np.array([10]))[0], before):
             break
-        math.factorial(3000)
+        time.sleep(0.02)
     assert pipeline._model.version == version and not np.allclose(pipeline.index.vectors(np.array([10]))[0], before)
     assert ask(pipeline).version == version
+    pipeline.close()
+
+
+def test_a_tag_that_was_liked_last_takes_more_of_the_next_feed(world: World) -> None:
+    state = UserStateConfig(length=HISTORY, max_users=200, actions=("like", "complete", "skip"), positive="like")
+    plain = serving().rank
+    assert plain is not None
+    rank = replace(plain, interest_weight=10.0)
+    pipeline = world.pipeline(user_state=state, rank=rank, rerank=PLAIN, sources=sources(similar=20, explore=0))
+    tags, lengths = pipeline.catalogue.take(np.arange(VIDEOS), columns=("tag_id",)).columns["tag_id"]
+    has = (tags[:, 0] == 7) & (lengths == 1)
+    liked = np.flatnonzero(has)[:2]
+    before = ask(pipeline)
+    pipeline.events.actions(actions(3, liked, ["like"] * 2))
+    after = ask(pipeline)
+    shares = [
+        ((tags[feed.video_ids] == 7) & (np.arange(4) < lengths[feed.video_ids, None])).any(1).mean() for feed in (before, after)
+    ]
+    assert shares[1] == 1.0 > shares[0], "every video shares the tag of both: there are more than ten"
+    # What is worth more is known of by name: the sources, too.
+    found = pipeline._recall._similar(pipeline._ask(Request(3, 10, NOW_MS), 0.0))
+    assert set(liked.tolist()) <= set(found[:4].tolist()) and found.size == 40
     pipeline.close()
