@@ -5,7 +5,7 @@ the served two-tower (`launch.export`, `ServedModel`, `Encoder`), exactly. Recal
 are found, NDCG@20 has binary gains and the best possible order as 1; both are means over the users with `val` videos.
 
 The data, "DiffMM: Multi-Modal Diffusion Model for Recommendation" (Jiang et al. 2024), was split by number of the video:
-whatever a user has in `val` has a higher number than all of the user's `trn`. Numbers are names here; no model sees their order.
+whatever a user has in `val` is numbered above all of the user's `trn`. Numbers are names here: no model sees their order.
 `--inner` measures on a split made in the same way out of `trn`, for choices of the recipe; EASE's strength is chosen by it.
 """
 
