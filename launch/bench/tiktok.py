@@ -293,9 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="interactions and vectors of the videos")
     parser.add_argument("--workdir", type=Path, required=True, help="for the runs and their exports, which are replaced")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model (default: %(default)s)")
-    parser.add_argument(
-        "--inner", action="store_true", help="measure on a split of trn, one a seed, never on val"
-    )
+    parser.add_argument("--inner", action="store_true", help="measure on a split of trn, one a seed, never on val")
     parser.add_argument("--only", action="store_true", help="only the model with content")
     parser.add_argument("--gin", action="append", default=[], metavar="BINDING", help="override of configs/tiktok.gin")
     asked = parser.parse_args(argv)
