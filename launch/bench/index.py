@@ -53,6 +53,13 @@ def made_up(number: int, dim: int, latent: int, noise: float, seed: int) -> np.n
     return out
 
 
+def near(vectors: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns new unit vectors float32 [number, D] close to random ones of `vectors`: of the same kind, and no ties."""
+    some = vectors[rng.integers(len(vectors), size=number)]
+    some = some + np.float32(0.1 / vectors.shape[1] ** 0.5) * rng.normal(size=some.shape).astype(np.float32)
+    return some / np.linalg.norm(some, axis=1, keepdims=True)
+
+
 @dataclass
 class World:
     """What is in the indexes: vectors by number, those that enter later included."""
@@ -142,8 +149,7 @@ class Changes:
         some = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
         some = some[self.there[some]][: 2 * number]
         move, leave = some[:number], some[number:]
-        # To where another video is, or was: moves and new videos are of the same kind as all.
-        self.vectors[move] = self.vectors[self.rng.integers(len(self.vectors), size=number)]
+        self.vectors[move] = near(self.vectors, number, self.rng)
         contestant.remove(leave)
         both = np.concatenate([move, enter])
         contestant.put(both, self.vectors[both])
@@ -291,12 +297,12 @@ def _world(args: argparse.Namespace) -> World:
     if args.vectors:
         with np.load(args.vectors) as file:
             videos, queries = file["videos"].astype(np.float32), file["queries"].astype(np.float32)[: args.queries]
-        if args.videos + 1 > len(videos):
+        if args.videos > len(videos):
             raise ValueError(f"{args.vectors} has {len(videos):,} videos, --videos asks for {args.videos:,}")
         videos = videos[np.random.default_rng(0).permutation(len(videos))]
-        rest = videos[args.videos :]
-        rest = rest if len(rest) >= later else videos[np.random.default_rng(1).integers(len(videos), size=later)]
-        videos = np.concatenate([videos[: args.videos], rest[:later]])
+        rest = videos[args.videos :][:later]
+        videos = videos[: args.videos]
+        videos = np.concatenate([videos, rest, near(videos, later - len(rest), np.random.default_rng(1))])
     else:
         videos = made_up(args.videos + later, args.dim, args.latent, args.noise, 1)
         queries = made_up(args.queries, args.dim, args.latent, args.noise, 2)

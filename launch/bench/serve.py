@@ -41,7 +41,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--workdir", type=Path, required=True, help="for the run, which is made once, and its deltas")
     parser.add_argument("--videos", type=int, default=1_000_000, help="in the catalogue and the index (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="of training, batches of 512 (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="of training, batches of 512 (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=3000, help="that are measured (default: %(default)s)")
     parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True, help="measure usearch and hnswlib too")
     parser.add_argument("--role", choices=("write",), help=argparse.SUPPRESS)
@@ -103,19 +103,21 @@ class World:
     """The synthetic world around a pipeline: its videos, and what users do with a feed."""
 
     def __init__(self, experiment: Any, videos: int) -> None:
-        """Takes the videos that are alive when training ended, and the time."""
+        """Takes the videos that are alive when training ended, the next ones up to `videos`, and the time."""
         import numpy as np
 
         from monolith_jax.stream.world import newest
 
         self.config, self.rng = experiment.source, np.random.default_rng(2)
         self.time_ms = self.config.start_ms + int(1000 * experiment.train.steps * 512 / self.config.events_per_s)
-        self.next = int(newest(self.config, "video", np.array([self.time_ms]))[0]) + 1
-        self.first = self.next - videos
-        self.users = np.arange(self.config.live_users)
+        now = np.array([self.time_ms])
+        last_video, last_user = (int(newest(self.config, space, now)[0]) for space in ("video", "user"))
+        self.first = last_video + 1 - self.config.live_videos
+        self.shown, self.next = np.arange(self.first, last_video + 1), self.first + videos
+        self.users = np.arange(last_user + 1 - self.config.live_users, last_user + 1)
 
     def batches(self) -> Iterator[Any]:
-        """Yields all videos that are alive."""
+        """Yields all videos, those that nobody has seen last."""
         import numpy as np
 
         from monolith_jax.stream.synthetic import videos
@@ -255,8 +257,10 @@ def two_likes(pipeline: Any, world: World, number: int) -> dict[str, float]:
 
     from launch.serving import actions_of
     from monolith_jax.serve.request import Request
+    from monolith_jax.stream.world import ids_of
 
-    tags, lengths = pipeline.catalogue.take(ids := pipeline.catalogue.ids(), columns=("tag_id",)).columns["tag_id"]
+    ids = ids_of(world.config.seed, "video", world.shown)
+    tags, lengths = pipeline.catalogue.take(ids, columns=("tag_id",)).columns["tag_id"]
     every, often = np.unique(tags[lengths > 0, 0], return_counts=True)
     every = every[often >= 100]
     shares, time_ms = [], world.time_ms + 3_600_000

@@ -55,7 +55,8 @@ class TwoTowerConfig:
     positive_weights: tuple[float, ...] = (1.0,)
     """Of each of these labels: what it adds to the weight of an example, times the label."""
     num_negatives: int = 256
-    """M, videos drawn uniformly for each step, over all devices, beside those of the examples."""
+    """M, videos drawn uniformly for each step, over all devices, beside those of the examples. Being drawn does not keep an id
+    from expiring; it does count where a table admits ids that were seen so many times, and gives an expired one a row again."""
     pool_size: int = 65_536
     """Videos that each partition draws them from: the last that were shown, but for those whose place a later one took. Costs
     the video's features each. About the number of live videos is best: a larger pool holds videos that are shown no more."""

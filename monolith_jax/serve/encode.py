@@ -5,13 +5,15 @@ In: features of users or of videos. Out: float32 [B, D], of length 1.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from monolith_jax.features import FeatureLayout, Features, restricted
-from monolith_jax.models.towers import RETRIEVAL, user_vectors, video_vectors
+from monolith_jax.models.towers import RETRIEVAL, Towers, user_vectors, video_vectors
 from monolith_jax.serve.padding import checked_sizes, no_features, padded
 from monolith_jax.serve.served_model import ServedModel
 from monolith_jax.types import GroupIds
@@ -51,15 +53,20 @@ class Encoder:
         return self._of_videos(features)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _encode(vectors: Callable[..., jax.Array], towers: Towers, layout: FeatureLayout, weights: Any, *inputs: Any) -> jax.Array:
+    return vectors(towers, weights, layout, *inputs)
+
+
 class _Side:
     def __init__(
         self, model: ServedModel, layout: FeatureLayout, vectors: Callable[..., jax.Array], sizes: Sequence[int]
     ) -> None:
-        config, towers = model.towers.two_tower, model.towers
+        config = model.towers.two_tower
         assert config is not None
         self._model, self._sizes, self._dim = model, sizes, config.dim
         self._tables = model.position_tables(layout)
-        self._encode = jax.jit(lambda weights, *inputs: vectors(towers, weights, layout, *inputs))
+        self._vectors, self._towers, self._layout = vectors, model.towers, layout
         for size in sizes:
             self(no_features(layout, size))
 
@@ -73,7 +80,8 @@ class _Side:
             (vectors,), weights = self._model.gather([(block.groups, self._tables)])
             valid = tuple(group.valid for group in block.groups)
             of_two_tower = {RETRIEVAL: weights[RETRIEVAL]}
-            encoded = self._encode(of_two_tower, tuple(vectors), valid, block.weights, block.dense)
+            inputs = tuple(vectors), valid, block.weights, block.dense
+            encoded = _encode(self._vectors, self._towers, self._layout, of_two_tower, *inputs)
             out[start : start + rows] = np.asarray(encoded)[:rows]
         return out
 

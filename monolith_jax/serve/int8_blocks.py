@@ -12,10 +12,9 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
@@ -31,7 +30,7 @@ _INT8, _INT32, _INT64, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), i
 _WORDS, _FLOATS = ir.VectorType(_INT32, _HALF), ir.VectorType(_FLOAT, _HALF)
 
 _intrinsic: Any = intrinsic
-_given: str | None = numba.config.CPU_FEATURES  # pyright: ignore[reportAttributeAccessIssue]
+_given: str | None = config.CPU_FEATURES  # pyright: ignore[reportAttributeAccessIssue]
 _FEATURES = get_host_cpu_features() if _given is None else _given
 HAS_VNNI = "+avx512vnni" in _FEATURES
 """Whether kernels are compiled for a machine with that instruction; on others plain vectors give the same sums."""

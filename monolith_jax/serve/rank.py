@@ -8,6 +8,7 @@ request touches no Arrow but its own row.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -16,12 +17,19 @@ import numpy as np
 import pyarrow as pa
 
 from monolith_jax.features import FeatureLayout, Features, featurize, restricted
-from monolith_jax.models.candidates import Prepared, SideInputs, candidate_logits, prepare, split
+from monolith_jax.models.candidates import Prepared, SideInputs, Split, candidate_logits, prepare, split
 from monolith_jax.models.losses import scores
 from monolith_jax.serve.crosses import Crosses, columns_of
 from monolith_jax.serve.padding import checked_sizes, no_features, padded, part_sizes
 from monolith_jax.serve.served_model import ServedModel
 from monolith_jax.types import GroupIds
+
+_prepare = jax.jit(prepare, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(split: Split, prepared: Prepared, once: SideInputs, each: SideInputs) -> jax.Array:
+    return scores(candidate_logits(split, prepared, once, each), split.towers.heads)
 
 
 class Ranker:
@@ -57,12 +65,6 @@ class Ranker:
         self._tables = [model.position_tables(layout) for layout in (self.once_layout, self.each_layout)]
         self._plain_places = [_places(self.each_layout, group, crossing, False) for group in range(len(model.dims))]
         self._cross_places = [_places(self.each_layout, group, crossing, True) for group in range(len(model.dims))]
-
-        def predict(prepared: Prepared, once: SideInputs, each: SideInputs) -> jax.Array:
-            return scores(candidate_logits(self._split, prepared, once, each), self.heads)
-
-        self._prepare = jax.jit(lambda weights: prepare(self._split, weights))
-        self._predict = jax.jit(predict)
         self._prepared: tuple[Any, Prepared | None] = (None, None)
         for size in self._sizes:
             self.scores(no_features(self.once_layout, 1), no_features(self.each_layout, size))
@@ -133,12 +135,12 @@ class Ranker:
         inputs = _side(of_once, once)
         candidates = _side(of_each, whole)
         if len(sizes) == 1:
-            return np.asarray(self._predict(prepared, inputs, candidates))[:number]
+            return np.asarray(_predict(self._split, prepared, inputs, candidates))[:number]
         scored, start = [], 0
         for size in sizes:
             where = slice(start, start + size)
             part = jax.tree.map(lambda array, where=where: array[where], candidates)
-            scored.append(self._predict(prepared, inputs, part))
+            scored.append(_predict(self._split, prepared, inputs, part))
             start += size
         return np.concatenate([np.asarray(one) for one in scored])[:number]
 
@@ -146,7 +148,7 @@ class Ranker:
         """Returns the weights as the ranker takes them, made once for each version of them."""
         of, prepared = self._prepared
         if prepared is None or of is not weights:
-            prepared = self._prepare(weights)
+            prepared = _prepare(self._split, weights)
             self._prepared = (weights, prepared)
         return prepared
 

@@ -5,6 +5,7 @@ In: features of examples and what gives their vectors and weights. Out: scores f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,11 @@ Gather = Callable[[Sequence[GroupIds]], tuple[Sequence[np.ndarray], Any]]
 """Ids of each group, [B, P], to vectors [B, P, D] of each and the weights that belong to them, of one version."""
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(towers: Towers, weights: Any, vectors: Any, valid: Any, list_weights: Any, dense: Any) -> jax.Array:
+    return scores(forward(towers, weights, vectors, valid, list_weights, dense), towers.heads)
+
+
 class Scorer:
     """The compiled towers."""
 
@@ -31,12 +37,7 @@ class Scorer:
             ValueError: No size, or one below 1.
         """
         self.batch_sizes = checked_sizes(batch_sizes, "batch_sizes")
-        self._layout = towers.layout
-
-        def predict(weights: Any, vectors: Any, valid: Any, list_weights: Any, dense: Any) -> jax.Array:
-            return scores(forward(towers, weights, vectors, valid, list_weights, dense), towers.heads)
-
-        self._predict = jax.jit(predict)
+        self._towers, self._layout = towers, towers.layout
 
     def score(self, features: Features, gather: Gather) -> np.ndarray:
         """Returns the scores of examples, float32 [B, T]: padded to the next size, or in several parts of the largest.
@@ -52,7 +53,7 @@ class Scorer:
         for size in sizes:
             part = slice(start, start + size)
             inputs = jax.tree.map(lambda array, part=part: array[part], (vectors, valid, whole.weights, whole.dense))
-            scored.append(self._predict(weights, *inputs))
+            scored.append(_predict(self._towers, weights, *inputs))
             start += size
         return np.concatenate([np.asarray(one) for one in scored])[:number]
 

@@ -237,3 +237,36 @@ def test_nothing_to_learn_is_refused() -> None:
         make_towers(None, layout(), DIMS, (), 0)
     with pytest.raises(ValueError, match=r"heads are the ranker's"):
         make_towers(None, layout(), DIMS, (HeadConfig("like"),), 0, CONFIG)
+
+
+def test_the_correction_keeps_frequent_videos_from_being_pushed_down() -> None:
+    # All users are alike: what is to be learned is how often each video is the positive.
+    videos, batch, drawn, temperature = 60, 64, 16, 0.2
+    shares = 1 / np.arange(1, videos + 1)
+    shares /= shares.sum()
+    log_q = np.log(batch * shares + drawn / videos)
+    rng = np.random.default_rng(0)
+
+    def slope(corrected: bool) -> float:
+        """Returns by how much the learned logits rise with the log of the share."""
+
+        def loss(weights: Any, number: Any, of_rows: Any) -> Any:
+            user, table = (one / jnp.linalg.norm(one, axis=-1, keepdims=True) for one in weights)
+            seen = Retrieval(jnp.ones(batch), of_rows, number.astype(jnp.uint32))
+            own = table[number[:batch]]
+            users = jnp.broadcast_to(user, own.shape)
+            return retrieval_loss(users, own, of_rows[:batch], seen.key[:batch], table[number], seen, temperature).loss
+
+        weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8,), (videos, 8))]
+        gradient = jax.jit(jax.grad(loss))
+        for step in range(1500):
+            number = np.concatenate([rng.choice(videos, batch, p=shares), rng.integers(0, videos, drawn)]).astype(np.int32)
+            of_rows = log_q[number] if corrected else np.zeros(number.size)
+            moved = gradient(weights, number, of_rows.astype(np.float32))
+            rate = 0.3 * (1 - step / 1500)
+            weights = [one - rate * change for one, change in zip(weights, moved, strict=True)]
+        user, table = (np.asarray(one / jnp.linalg.norm(one, axis=-1, keepdims=True)) for one in weights)
+        return float(np.polyfit(np.log(shares), table @ user / temperature, 1)[0])
+
+    assert slope(True) == pytest.approx(1, abs=0.15)
+    assert slope(False) < 0.6

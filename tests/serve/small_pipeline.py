@@ -29,7 +29,7 @@ from monolith_jax.stream.events import ACTION
 from monolith_jax.tables.table import TableConfig
 from tests.serve.published import NUM_SHARDS, Log
 
-NOW_MS = 1_800_000_000_000
+NOW_MS = 1_750_000_000_000
 HISTORY = 6
 VIDEOS, AUTHORS = 400, 40
 COLUMNS = ("video_id", "author_id", "sound_id", "tag_id", "duration_ms", "content")
@@ -96,12 +96,14 @@ def videos(ids: np.ndarray, seed: int = 0, **columns: Any) -> pa.RecordBatch:
     return pa.record_batch(made | columns)
 
 
-def actions(user: int, ids: Any, names: Any, time_ms: int = NOW_MS - 1000, values: Any = None) -> pa.RecordBatch:
+def actions(
+    user: int, ids: Any, names: Any, time_ms: int = NOW_MS - 1000, values: Any = None, request_id: int = 1
+) -> pa.RecordBatch:
     """Returns actions of a user, a millisecond apart."""
     number = len(names)
     columns: dict[str, Any] = {
         "event_time_ms": pa.array(time_ms + np.arange(number)),
-        "request_id": pa.nulls(number, pa.int64()),
+        "request_id": pa.array(np.full(number, request_id)),
         "user_id": pa.array(np.full(number, user)),
         "video_id": pa.array(np.asarray(ids, np.int64)),
         "action": pa.array(list(names)),

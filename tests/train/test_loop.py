@@ -52,7 +52,7 @@ class Events:
         loss = np.float32(np.nan if self._bad and inputs >= self._bad else inputs)
         return inputs, jax.device_put(Metrics(loss, np.zeros((1, 1), np.float32)))  # pyright: ignore[reportArgumentType]
 
-    def step(self, planned: Any, loss: float, scores: np.ndarray) -> None:
+    def step(self, planned: Any, loss: float, scores: np.ndarray, retrieval: Any = None) -> None:
         if not np.isfinite(loss):
             raise FloatingPointError(f"step {planned.inputs}")
         assert loss == planned.inputs

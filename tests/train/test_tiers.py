@@ -79,7 +79,7 @@ class Kept:
         self.losses: list[float] = []
         self.stats: list[dict[str, float]] = []
 
-    def step(self, planned: Any, loss: float, scores: np.ndarray) -> None:
+    def step(self, planned: Any, loss: float, scores: np.ndarray, retrieval: Any = None) -> None:
         self.losses.append(loss)
         self.stats.append(planned.stats)
 
