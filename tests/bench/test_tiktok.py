@@ -12,10 +12,10 @@ from launch.bench.tiktok import Data, Pairs
 
 
 def small() -> Data:
-    users = np.repeat([0, 1, 2], [1, 3, 60])
-    videos = np.concatenate([[5], [2, 7, 9], np.arange(60)])
-    content = tuple(np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32) for _ in tiktok.CONTENT)
-    return Data(Pairs(users, videos), Pairs(np.array([1, 1, 2]), np.array([40, 41, 63])), content, 3)
+    users = np.repeat([0, 1, 2], [1, 3, 120])
+    videos = np.concatenate([[5], [2, 7, 9], np.arange(120)])
+    content = tuple(np.random.default_rng(0).normal(size=(128, 4)).astype(np.float32) for _ in tiktok.CONTENT)
+    return Data(Pairs(users, videos), Pairs(np.array([1, 1, 2]), np.array([40, 41, 126])), content, 3)
 
 
 def test_measures_by_hand() -> None:
@@ -36,10 +36,10 @@ def test_best_leaves_out_what_was_seen() -> None:
 
 
 def test_judged_averages_over_users_with_something_to_find() -> None:
-    data, scores = small(), np.zeros((3, 64), np.float32)
-    # User 1: 40 is second behind a video that is not wanted, 41 is behind 20 others. User 2: 63 is first of the 4 not seen.
+    data, scores = small(), np.zeros((3, 128), np.float32)
+    # User 1: 40 is second behind a video that is not wanted, 41 is behind 20 others. User 2: 126 is first of the 8 not seen.
     scores[1, 10:31], scores[1, 50], scores[1, 40], scores[1, 41] = 1.0, 3.0, 2.0, 0.5
-    scores[2, :60], scores[2, 63] = 9.0, 1.0
+    scores[2, :120], scores[2, 126] = 9.0, 1.0
     gain = (1 / math.log2(3)) / (1 + 1 / math.log2(3))
     assert tiktok.judged(data, lambda users: scores[users]) == pytest.approx(((0.5 + 1) / 2, (gain + 1) / 2))
 
@@ -70,8 +70,8 @@ def test_examples_do_not_show_what_they_ask_for(tmp_path: Path) -> None:
     data = small()
     tiktok.prepare(data, tmp_path / "examples.parquet", 3)
     rows = pq.read_table(tmp_path / "examples.parquet").to_pylist()
-    assert sorted(row["video_id"] for row in rows[:64]) == list(range(64)) and not any(row["like"] for row in rows[:64])
-    passes = rows[64:]
+    assert sorted(row["video_id"] for row in rows[:128]) == list(range(128)) and not any(row["like"] for row in rows[:128])
+    passes = rows[128:]
     assert len(passes) == tiktok.PASSES * (3 + tiktok.MANY) and all(row["like"] for row in passes)
     own = tiktok.by_user(data.train, 3)
     for row in passes:
@@ -79,6 +79,7 @@ def test_examples_do_not_show_what_they_ask_for(tmp_path: Path) -> None:
         assert row["video_id"] in own[row["user_id"]] and set(row["liked"]) <= others
         assert len(row["liked"]) == len(set(row["liked"])) == min(len(others), tiktok.MAX_HISTORY)
         np.testing.assert_allclose(row["acoustic"], data.content[1][row["video_id"]], rtol=1e-6)
+        np.testing.assert_allclose(row["liked_visual"], data.content[0][row["liked"]].mean(0), rtol=1e-4, atol=1e-6)
     assert {row["user_id"] for row in passes} == {1, 2}
 
 
