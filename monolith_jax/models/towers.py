@@ -139,7 +139,7 @@ def user_vectors(
         vectors, valid, list_weights, dense: As of `forward`.
     """
     config = _two_tower(towers)
-    inputs = tower_inputs(layout, config.user_features, config.attention, vectors, valid, list_weights, dense)
+    inputs = tower_inputs(layout, config.user_features, config, vectors, valid, list_weights, dense)
     return _merged(towers, weights).user(inputs)
 
 
@@ -154,7 +154,7 @@ def video_vectors(
 ) -> jax.Array:
     """Returns the two-tower's vectors of videos, float32 [B, D] of length 1; arguments as of `user_vectors`."""
     config = _two_tower(towers)
-    inputs = tower_inputs(layout, config.video_features, (), vectors, valid, list_weights, dense)
+    inputs = tower_inputs(layout, config.video_features, config, vectors, valid, list_weights, dense)
     return _merged(towers, weights).video(inputs)
 
 

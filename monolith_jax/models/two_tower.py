@@ -8,6 +8,8 @@ them (Yang et al., Mixed Negative Sampling for Learning Two-tower Neural Network
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -48,6 +50,9 @@ class TwoTowerConfig:
     """Lists of the user that lie side by side, newest first (`history`, `history_action`): the vectors of an item, one from
     each, are joined, and the items averaged with learned weights, by what they are and by their place. An item counts where the
     first of these lists has an id. Lists that are not named here are combined as their feature says."""
+    summed: tuple[str, ...] = ()
+    """Features of ids, of either tower, whose combined vectors are added to what the layers make of the others, before that is
+    brought to length 1; their tables' dim must be `dim`. A tower of these alone has no layers, only one vector for all."""
     temperature: float = 0.1
     """A logit is the product of the two vectors over this."""
     positives: tuple[str, ...] = ("like",)
@@ -77,6 +82,8 @@ class TowerInputs(NamedTuple):
     """[B, N, d] what attention pools; None where there is none."""
     there: jax.Array | None
     """bool [B, N]"""
+    summed: tuple[jax.Array, ...] = ()
+    """[B, D] each, what is added to the tower's vector."""
 
 
 class TowerShapes(NamedTuple):
@@ -93,10 +100,15 @@ class Tower(nnx.Module):
 
     def __init__(self, shapes: TowerShapes, hidden: Sequence[int], dim: int, rngs: nnx.Rngs) -> None:
         """Makes the tower."""
-        self.mlp = Mlp((shapes.flat + shapes.item_dim, *hidden, dim), False, "float32", rngs)
-        bias = self.mlp.layers[-1].bias
-        assert bias is not None
-        bias[...] = _CENTRE * jax.random.normal(rngs.params(), (dim,), float_dtype())
+        inputs = shapes.flat + shapes.item_dim
+        self.mlp = Mlp((inputs, *hidden, dim), False, "float32", rngs) if inputs else None
+        centre = _CENTRE * jax.random.normal(rngs.params(), (dim,), float_dtype())
+        if self.mlp is None:
+            self.centre = nnx.Param(centre)
+        else:
+            bias = self.mlp.layers[-1].bias
+            assert bias is not None
+            bias[...] = centre
         self.attention = Mlp((shapes.item_dim, _ATTENTION_HIDDEN), True, "float32", rngs) if shapes.items else None
         if shapes.items:
             initial = nnx.initializers.lecun_normal()(rngs.params(), (_ATTENTION_HIDDEN, 1), float_dtype())
@@ -111,7 +123,10 @@ class Tower(nnx.Module):
             scores_BN = self.attention(inputs.items) @ self.score[...] + self.place[...]
             shares_BN = jnp.where(inputs.there, jax.nn.softmax(jnp.where(inputs.there, scores_BN, _NEVER)), 0.0)
             seen.append(jnp.einsum("bn,bnd->bd", shares_BN, inputs.items))
-        vectors = self.mlp(jnp.concatenate(seen, axis=1))
+        vectors = self.centre[...] if self.mlp is None else self.mlp(jnp.concatenate(seen, axis=1))
+        vectors = functools.reduce(
+            operator.add, inputs.summed, jnp.broadcast_to(vectors, (inputs.flat.shape[0], vectors.shape[-1]))
+        )
         return vectors * jax.lax.rsqrt(jnp.maximum(jnp.square(vectors).sum(1, keepdims=True), 1e-12))
 
 
@@ -131,8 +146,9 @@ class TwoTower(nnx.Module):
             ValueError: The config does not fit the features.
         """
         check_two_tower(config, layout)
-        self.user = Tower(_shapes(layout, config.user_features, config.attention, dims), config.user_hidden, config.dim, rngs)
-        self.video = Tower(_shapes(layout, config.video_features, (), dims), config.video_hidden, config.dim, rngs)
+        _check_summed(config, layout, dims)
+        self.user = Tower(_shapes(layout, config.user_features, config, dims), config.user_hidden, config.dim, rngs)
+        self.video = Tower(_shapes(layout, config.video_features, config, dims), config.video_hidden, config.dim, rngs)
 
 
 def check_two_tower(config: TwoTowerConfig, layout: FeatureLayout) -> None:
@@ -167,6 +183,25 @@ def check_two_tower(config: TwoTowerConfig, layout: FeatureLayout) -> None:
         )
 
 
+def _check_summed(config: TwoTowerConfig, layout: FeatureLayout, dims: Sequence[int]) -> None:
+    """Raises ValueError where vectors of `TwoTowerConfig.summed` cannot be added."""
+    if outside := sorted(set(config.summed) - set(config.user_features) - set(config.video_features)):
+        raise ValueError(f"TwoTowerConfig.summed names {', '.join(outside)}, which is among neither tower's features")
+    if both := sorted(set(config.summed) & set(config.attention)):
+        raise ValueError(f"TwoTowerConfig: {', '.join(both)} cannot be in attention and in summed; name it in one of them")
+    found = {slot.feature: (slot, dims[group]) for group, slot in _slots_of(layout, config.summed)}
+    for name in config.summed:
+        if name not in found or found[name][0].combiner == "none":
+            raise ValueError(
+                f"TwoTowerConfig.summed: {name!r} has no one vector; it must be of ids, with a combiner other than none"
+            )
+        if found[name][1] != config.dim:
+            raise ValueError(
+                f"TwoTowerConfig.summed: the vectors of {name!r} have {found[name][1]} floats and TwoTowerConfig.dim is "
+                f"{config.dim}; set its TableConfig.dim and TwoTowerConfig.dim to the same"
+            )
+
+
 def _slots_of(layout: FeatureLayout, names: Sequence[str]) -> list[tuple[int, Slot]]:
     """Returns group and slot of features, in an order that all layouts with them share."""
     return [(group, slot) for group, slots in enumerate(layout.groups) for slot in slots if slot.feature in names]
@@ -183,12 +218,12 @@ def _dense_of(layout: FeatureLayout, names: Sequence[str]) -> list[tuple[int, in
     return places
 
 
-def _shapes(layout: FeatureLayout, names: Sequence[str], attention: Sequence[str], dims: Sequence[int]) -> TowerShapes:
+def _shapes(layout: FeatureLayout, names: Sequence[str], config: TwoTowerConfig, dims: Sequence[int]) -> TowerShapes:
     flat, items, item_dim = sum(end - start for start, end in _dense_of(layout, names)), 0, 0
     for group, slot in _slots_of(layout, names):
-        if slot.feature in attention:
+        if slot.feature in config.attention:
             items, item_dim = slot.length, item_dim + dims[group]
-        else:
+        elif slot.feature not in config.summed:
             flat += dims[group] * (slot.length if slot.combiner == "none" else 1)
     return TowerShapes(flat, items, item_dim)
 
@@ -196,7 +231,7 @@ def _shapes(layout: FeatureLayout, names: Sequence[str], attention: Sequence[str
 def tower_inputs(
     layout: FeatureLayout,
     names: Sequence[str],
-    attention: Sequence[str],
+    config: TwoTowerConfig,
     vectors: Sequence[Array],
     valid: Sequence[Array],
     list_weights: Sequence[Array | None],
@@ -207,21 +242,21 @@ def tower_inputs(
     Args:
         layout: By which those are laid out: that of all features, or of these.
         names: The tower's features.
-        attention: Those of them that attention pools.
+        config: Which of them attention pools, and which are summed.
     """
-    flat, items, there = [], [], None
+    flat, items, there, summed = [], [], None, []
     for group, slot in _slots_of(layout, names):
-        if slot.feature not in attention:
+        if slot.feature not in config.attention:
             of_slot = combined(slot, vectors[group], valid[group], list_weights[group])
-            flat.append(of_slot.reshape(of_slot.shape[0], -1))
+            (summed if slot.feature in config.summed else flat).append(of_slot.reshape(of_slot.shape[0], -1))
             continue
         kept = combined(replace(slot, combiner="none"), vectors[group], valid[group], list_weights[group])
         items.append(kept)
-        if slot.feature == attention[0]:
+        if slot.feature == config.attention[0]:
             there = valid[group][:, slot.start : slot.start + slot.length]
     flat += [dense[:, start:end].astype(float_dtype()) for start, end in _dense_of(layout, names)]
     whole = jnp.concatenate(flat, axis=1) if flat else jnp.zeros((dense.shape[0], 0), float_dtype())
-    return TowerInputs(whole, jnp.concatenate(items, axis=2) if items else None, there)
+    return TowerInputs(whole, jnp.concatenate(items, axis=2) if items else None, there, tuple(summed))
 
 
 class RetrievalLoss(NamedTuple):

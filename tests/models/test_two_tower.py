@@ -140,6 +140,37 @@ def test_attention_weighs_items_by_what_they_are() -> None:
     assert np.abs(newest - before).max() > 1e-3
 
 
+def test_summed_vectors_are_added_before_the_length_is_1() -> None:
+    summed = dataclasses.replace(
+        CONFIG, dim=6, user_features=("history", "user"), attention=(), video_hidden=(5,), summed=("history", "video", "user")
+    )
+    towers, weights = make_towers(None, layout(), DIMS, (), 0, summed)
+    pure, inputs = nnx.to_pure_dict(weights), drawn(5)
+    vectors, valid, of_lists, dense = (jax.tree.map(np.asarray, one) for one in inputs)
+    slots = {slot.feature: slot for of_group in layout().groups for slot in of_group}
+
+    def at(name: str, of: Any) -> Any:
+        return of[:, slots[name].start : slots[name].start + slots[name].length]
+
+    there = at("history", valid[0])[:, :, None]
+    history = (at("history", vectors[0]) * there).sum(1) / np.maximum(there.sum(1), 1)
+    # The user's tower has no other features: no layers, one vector for all.
+    of_user = history + at("user", vectors[0])[:, 0] + pure["retrieval"]["user"]["centre"]
+    assert pure["retrieval"]["user"].keys() == {"centre"}
+    tag = (at("tag", vectors[1]) * at("tag", of_lists[1])[:, :, None]).sum(1) / np.sqrt(
+        np.maximum(at("tag", valid[1]).sum(1), 1)
+    )[:, None]
+    layers = pure["retrieval"]["video"]["mlp"]["layers"]
+    hidden = np.maximum(np.concatenate([tag, dense[:, :3]], 1) @ layers[0]["kernel"] + layers[0]["bias"], 0)
+    of_video = hidden @ layers[1]["kernel"] + layers[1]["bias"] + at("video", vectors[0])[:, 0]
+    for of, expected in ((user_vectors, of_user), (video_vectors, of_video)):
+        expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(of(towers, pure, layout(), *inputs), expected, rtol=1e-5, atol=1e-6)
+    nothing = [jnp.zeros_like(one) for one in inputs[0]], [jnp.zeros_like(one) for one in inputs[1]], inputs[2], inputs[3]
+    unknown = user_vectors(towers, pure, layout(), *nothing)
+    np.testing.assert_allclose(np.linalg.norm(unknown, axis=1), 1, rtol=1e-5)
+
+
 def test_the_ranker_keeps_its_names_and_its_first_weights_beside_a_two_tower() -> None:
     heads = (HeadConfig("like"), HeadConfig("skip"))
     alone, without = make_towers(MMoEConfig(), layout(), DIMS, heads, 3)
@@ -221,6 +252,10 @@ def test_loss_of_a_batch_without_candidates_or_queries_teaches_nothing() -> None
         ({"video_features": ("video", "age")}, "age cannot be the user's and the video's"),
         ({"attention": ("tag",)}, "not among user_features"),
         ({"attention": ("history", "user")}, "of one max_length"),
+        ({"summed": ("nobody",)}, "nobody, which is among neither tower's"),
+        ({"summed": ("history",)}, "history cannot be in attention and in summed"),
+        ({"summed": ("content",)}, "'content' has no one vector"),
+        ({"summed": ("video",)}, "'video' have 6 floats and TwoTowerConfig.dim is 8"),
         ({"positives": ("like", "share")}, "a number above 0 for each"),
         ({"positive_weights": (0.0,)}, "a number above 0 for each"),
         ({"temperature": 0.0}, "temperature above 0"),

@@ -1,0 +1,91 @@
+"""TikTok: measures against values worked out by hand, EASE against its own regression, and what the examples hold."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from launch.bench import tiktok
+from launch.bench.tiktok import Data, Pairs
+
+
+def small() -> Data:
+    users = np.repeat([0, 1, 2], [1, 3, 120])
+    videos = np.concatenate([[5], [2, 7, 9], np.arange(120)])
+    content = tuple(np.random.default_rng(0).normal(size=(128, 4)).astype(np.float32) for _ in tiktok.CONTENT)
+    return Data(Pairs(users, videos), Pairs(np.array([1, 1, 2]), np.array([40, 41, 126])), content, 3)
+
+
+def test_measures_by_hand() -> None:
+    found = np.array([[4, 8, 1, 9], [3, 0, 2, 5], [6, 7, 8, 9]])
+    wanted = [np.array([8, 9, 2]), np.array([3]), np.array([0, 1, 2, 3, 4, 5])]
+    first = (1 / math.log2(3) + 1 / math.log2(5)) / (1 + 1 / math.log2(3) + 0.5)
+    assert tiktok.measures(found, wanted) == pytest.approx(((2 / 3 + 1 + 0) / 3, (first + 1 + 0) / 3))
+
+
+def test_ideal_order_has_no_more_than_k_places() -> None:
+    assert tiktok.measures(np.array([[3, 1]]), [np.array([1, 2, 3, 4])]) == pytest.approx((0.5, 1.0))
+
+
+def test_best_leaves_out_what_was_seen() -> None:
+    scores = np.array([[0.1, 0.9, 0.5, 0.7], [4.0, 3.0, 2.0, 1.0]], np.float32)
+    np.testing.assert_array_equal(tiktok.best(scores, [np.array([1]), np.array([0, 2])], 2), [[3, 2], [1, 3]])
+    assert scores[0, 1] == np.float32(0.9)
+
+
+def test_judged_averages_over_users_with_something_to_find() -> None:
+    data, scores = small(), np.zeros((3, 128), np.float32)
+    # User 1: 40 is second behind a video that is not wanted, 41 is behind 20 others. User 2: 126 is first of the 8 not seen.
+    scores[1, 10:31], scores[1, 50], scores[1, 40], scores[1, 41] = 1.0, 3.0, 2.0, 0.5
+    scores[2, :120], scores[2, 126] = 9.0, 1.0
+    gain = (1 / math.log2(3)) / (1 + 1 / math.log2(3))
+    assert tiktok.judged(data, lambda users: scores[users]) == pytest.approx(((0.5 + 1) / 2, (gain + 1) / 2))
+
+
+def test_ease_is_ridge_regression_without_oneself() -> None:
+    rng, strength = np.random.default_rng(1), 0.7
+    seen = (rng.random((30, 6)) < 0.4).astype(np.float32)
+    weights = tiktok.ease(seen, strength)
+    for video in range(6):
+        others = np.delete(np.arange(6), video)
+        x, y = seen[:, others].astype(np.float64), seen[:, video].astype(np.float64)
+        solved = np.linalg.solve(x.T @ x + strength * np.eye(5), x.T @ y)
+        np.testing.assert_allclose(weights[others, video], solved, rtol=1e-5, atol=1e-6)
+        assert weights[video, video] == 0
+
+
+def test_inner_split_takes_the_last_of_some_users() -> None:
+    users = np.repeat(np.arange(3000), 3)
+    data = small()._replace(train=Pairs(users, np.tile([3, 5, 8], 3000)), num_users=3000)
+    split = tiktok.inner(data, 4)
+    assert set(split.test.videos) == {8} and 900 < split.test.users.size < 1100
+    assert split.train.users.size + split.test.users.size == users.size
+    single = tiktok.inner(data._replace(train=Pairs(np.arange(3000), np.full(3000, 3))), 4)
+    assert single.test.users.size == 0
+
+
+def test_examples_do_not_show_what_they_ask_for(tmp_path: Path) -> None:
+    data = small()
+    tiktok.prepare(data, tmp_path / "examples.parquet", 3)
+    rows = pq.read_table(tmp_path / "examples.parquet").to_pylist()
+    assert sorted(row["video_id"] for row in rows[:128]) == list(range(128)) and not any(row["like"] for row in rows[:128])
+    passes = rows[128:]
+    assert len(passes) == tiktok.PASSES * (3 + tiktok.MANY) and all(row["like"] for row in passes)
+    own = tiktok.by_user(data.train, 3)
+    for row in passes:
+        others = set(own[row["user_id"]].tolist()) - {row["video_id"]}
+        assert row["video_id"] in own[row["user_id"]] and set(row["liked"]) <= others
+        assert len(row["liked"]) == len(set(row["liked"])) == min(len(others), tiktok.MAX_HISTORY)
+        np.testing.assert_allclose(row["acoustic"], data.content[1][row["video_id"]], rtol=1e-6)
+        np.testing.assert_allclose(row["liked_visual"], data.content[0][row["liked"]].mean(0), rtol=1e-4, atol=1e-6)
+    assert {row["user_id"] for row in passes} == {1, 2}
+
+
+def test_figures_are_means_over_seeds() -> None:
+    runs = {"": [(0.12, 0.05), (0.13, 0.054)], "ease_": [(0.09, 0.04)]}
+    figures = tiktok.figures_of(runs)
+    assert figures["recall_at_20"] == 0.125 and figures["ndcg_at_20"] == 0.052 and figures["met"]
+    assert figures["recall_at_20_by_seed"] == [0.12, 0.13] and figures["ease_ndcg_at_20"] == 0.04
+    assert not tiktok.figures_of({"": [(0.13, 0.0509)]})["met"]
