@@ -23,6 +23,10 @@ _BLOCK = 256
 """Videos whose vectors are made at once: a request waits for no more than that."""
 
 _BUILD = 1 << 16
+_LEARN_S = 600.0
+"""How often the index is laid out for those who ask now: towers and users drift."""
+_LEAST = 256
+"""Users that it takes for that."""
 
 
 class Indexer:
@@ -38,6 +42,7 @@ class Indexer:
         table: str,
         refresh_per_s: int,
         gone: Callable[[np.ndarray], None],
+        recent: Callable[[], np.ndarray] = lambda: np.zeros((0, 0), np.float32),
     ) -> None:
         """Takes over its parts; the index is filled by `step`.
 
@@ -50,14 +55,16 @@ class Indexer:
             table: Table of the videos' ids.
             refresh_per_s: Videos whose vectors are made anew in a second, beside those that changed.
             gone: Is told ids of videos that leave, because training let them go.
+            recent: Gives vectors of users who asked last, float32 [Q, D].
         """
         self._model, self._encoder, self._catalogue, self._layout = model, encoder, catalogue, layout
         self._index, self._table, self._refresh_per_s, self._gone = index, table, refresh_per_s, gone
+        self._recent, self._learned_s = recent, time.monotonic()
         self._pending: list[np.ndarray] = []
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._watcher: threading.Thread | None = None
         self._due, self._last_s = 0.0, time.monotonic()
-        self._counts = {"encoded": 0, "refreshed": 0, "left": 0, "faults": 0}
+        self._counts = {"encoded": 0, "refreshed": 0, "left": 0, "learned": 0, "faults": 0}
         self.last_fault = ""
 
     def add(self, ids: np.ndarray) -> None:
@@ -84,6 +91,11 @@ class Indexer:
         made = self._encode(asked)
         self._counts["encoded"] += made
         now_s = time.monotonic()
+        if now_s - self._learned_s > _LEARN_S:
+            self._learned_s, users = now_s, self._recent()
+            if len(users) >= _LEAST:
+                self._index.learn(users)
+                self._counts["learned"] += 1
         self._due = min(self._due + (now_s - self._last_s) * self._refresh_per_s, float(self._refresh_per_s))
         self._last_s = now_s
         if self._due >= 1:

@@ -108,18 +108,17 @@ class Pipeline:
         self.user_state, self.seen = UserState(config.user_state), SeenFilter(config.seen)
         self.sources, self.report = Sources(config.sources), SourceReport()
         self.index = VideoIndex(config.index, self._encoder.dim) if self._encoder else None
+        self._clock = Clock()
+        states = self.sources, self.seen, self.user_state, self.catalogue
+        self._recall = Recall(config.sources.quotas, self._encoder, self.index, *states, self._clock)
         self.indexer = None
         if self._encoder is not None and retrieval is not None and self.index is not None:
             two_tower = retrieval.towers.two_tower
             assert two_tower is not None
             parts = retrieval, self._encoder, self.catalogue, len(layouts) - 1, self.index
-            self.indexer = Indexer(
-                *parts, _table_of(retrieval, two_tower.video_column), config.refresh_per_s, self.sources.remove
-            )
+            table, recent = _table_of(retrieval, two_tower.video_column), self._recall.recent
+            self.indexer = Indexer(*parts, table, config.refresh_per_s, self.sources.remove, recent)
         self.events = Events(self.catalogue, self.indexer, self.user_state, self.seen, self.sources, self.report)
-        self._clock = Clock()
-        states = self.sources, self.seen, self.user_state, self.catalogue
-        self._recall = Recall(config.sources.quotas, self._encoder, self.index, *states, self._clock)
         self._columns = self._columns_of_candidates()
         self._request_columns = self._columns_of_requests()
         self._user_table = _table_of(self._model, "user_id") if self._model else ""

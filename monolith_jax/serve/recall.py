@@ -7,6 +7,7 @@ video once, none that the user has seen. Where a source fails, the others fill i
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +30,8 @@ _ANYTHING = 2000
 _SPARE = 200
 """Candidates that a source gives beyond its quota: some were seen, or come from another source too."""
 
+_RECENT = 2048
+"""Users whose vectors are kept, for the index to learn from."""
 _LIKED = 2
 """Videos that others are like."""
 
@@ -50,6 +53,7 @@ class Recall:
         """Takes over its parts; without encoder and index the sources that are not learned give all candidates."""
         self._quotas, self._encoder, self._index, self._sources = quotas, encoder, index, sources
         self._seen, self._user_state, self._catalogue, self._clock = seen, user_state, catalogue, clock
+        self._recent: deque[np.ndarray] = deque(maxlen=_RECENT)
 
     def search(self, asked: Sequence[Asked]) -> list[np.ndarray]:
         """Returns videos by the two-tower for each request, int64 [N], best first; none where that cannot be."""
@@ -64,12 +68,19 @@ class Recall:
         if not all([self._clock.has_time(one, "recall") for one in asked]):
             return none
         try:
-            ids, scores = self._index.search(self.user_vectors([one.row for one in asked]), number + _SPARE)
+            vectors = self.user_vectors([one.row for one in asked])
+            ids, scores = self._index.search(vectors, number + _SPARE)
+            self._recent.extend(vectors)
         except Exception as error:  # Whatever went wrong, the other sources go on.
             self._clock.failed(asked, "recall", error)
             return none
         self._clock.note(asked, "recall", began_s)
         return [of_one[found > -np.inf] for of_one, found in zip(ids, scores, strict=True)]
+
+    def recent(self) -> np.ndarray:
+        """Returns the vectors of users who asked last, float32 [Q, D]."""
+        vectors = self._recent.copy()
+        return np.stack(list(vectors)) if vectors else np.zeros((0, 0), np.float32)
 
     def user_vectors(self, rows: Sequence[pa.RecordBatch]) -> np.ndarray:
         """Returns the two-tower's vectors of users, float32 [B, D], given the row of each request."""

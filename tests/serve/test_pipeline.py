@@ -368,3 +368,21 @@ def test_a_tag_that_was_liked_last_takes_more_of_the_next_feed(world: World) -> 
     found = pipeline._recall._similar(pipeline._ask(Request(3, 10, NOW_MS), 0.0))
     assert set(liked.tolist()) <= set(found[:4].tolist()) and found.size == 40
     pipeline.close()
+
+
+def test_the_index_learns_from_those_who_ask(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = world.pipeline(rerank=PLAIN)
+    assert pipeline.indexer is not None and pipeline.index is not None
+    monkeypatch.setattr("monolith_jax.serve.indexer._LEARN_S", -1.0)
+    pipeline.indexer.step()
+    assert pipeline.indexer.metrics()["learned"] == 0, "nobody has asked yet"
+    pipeline.recommend_batch([Request(user, 1, NOW_MS) for user in range(300)])
+    vectors = pipeline.user_vectors([Request(3, 1, NOW_MS)])
+    before = pipeline.index.search(vectors, 50)[0]
+    assert pipeline._recall.recent().shape == (300, 8)
+    pipeline.indexer.step()
+    assert pipeline.indexer.metrics()["learned"] == 1
+    for _ in range(3):
+        pipeline.index.upsert(np.arange(VIDEOS), pipeline.index.vectors(np.arange(VIDEOS))[0])
+    assert np.isin(pipeline.index.search(vectors, 50)[0], before).mean() > 0.95
+    pipeline.close()
