@@ -15,7 +15,7 @@ import pyarrow as pa
 from launch.readers import open_source
 from monolith_jax.experiment import Experiment
 from monolith_jax.serve.log_tail import LogTail
-from monolith_jax.serve.pipeline import Pipeline
+from monolith_jax.serve.pipeline import Pipeline, table_of
 from monolith_jax.serve.served_model import ServedModel
 from monolith_jax.stream.events import ACTION
 from monolith_jax.stream.log_source import LogConfig
@@ -37,6 +37,7 @@ def open_pipeline(experiment: Experiment, deltas: Path, retrieval: tuple[Experim
             "Experiment.serving is not set: give --gin.Experiment.serving=@ServingConfig(), and a RankConfig; "
             "configs/for_you.gin shows how"
         )
+    _check_history(experiment)
     both = (experiment, deltas) if experiment.retrieval and retrieval is None else retrieval
     ranker = _served(experiment, deltas) if experiment.model else None
     if both is None:
@@ -45,10 +46,26 @@ def open_pipeline(experiment: Experiment, deltas: Path, retrieval: tuple[Experim
     return Pipeline(experiment.serving, ranker, two_tower)
 
 
+def _check_history(experiment: Experiment) -> None:
+    """Refuses a user state whose histories would not be those that the model was trained with."""
+    history, serving = experiment.history, experiment.serving
+    if history is None or serving is None:
+        return
+    state = serving.user_state
+    for name in ("length", "actions", "positive"):
+        if getattr(state, name) != getattr(history, name):
+            raise ValueError(
+                f"UserStateConfig.{name} is {getattr(state, name)!r}, and the model was trained with HistoryConfig.{name} "
+                f"{getattr(history, name)!r}: it would read other histories than it knows; set both alike"
+            )
+    if missing := sorted(set(history.columns) - set(serving.catalogue.columns)):
+        raise ValueError(f"HistoryConfig.columns has {', '.join(missing)}: name them in CatalogueConfig.columns, too")
+
+
 def _served(experiment: Experiment, deltas: Path) -> ServedModel:
-    columns = {getattr(feature, "column", ""): getattr(feature, "table", "") for feature in experiment.features}
     two_tower = experiment.retrieval
-    follow = (columns[two_tower.video_column],) if two_tower and columns.get(two_tower.video_column) else ()
+    table = table_of(experiment.features, two_tower.video_column) if two_tower else ""
+    follow = (table,) if table else ()
     return ServedModel(
         deltas, experiment.features, experiment.tables, experiment.model, experiment.heads,
         num_shards=experiment.mesh.num_shards, batch_sizes=(64,), two_tower=two_tower, follow=follow,

@@ -17,6 +17,10 @@ from monolith_jax.serve.request import Request
 
 _LEARN = 0.05
 """Share of the newest time in what a stage is expected to take."""
+_FIRST_MS = 10.0
+"""What a stage is expected to take at most after its first time, which may compile."""
+_MUST = ("merge", "rerank", "feed")
+"""Stages that every request goes through."""
 _SAFE = 1.5
 """Times as long a stage may take before its deadline is in danger."""
 
@@ -50,16 +54,20 @@ class Clock:
         took = 1000 * (time.perf_counter() - began_s)
         for one in asked:
             one.timings_ms[stage] = one.timings_ms.get(stage, 0.0) + took
-        before = self.costs_ms.get(stage, took)
-        self.costs_ms[stage] = before + _LEARN * (took - before)
+        each = took / max(len(asked), 1)
+        before = self.costs_ms.get(stage, min(each, _FIRST_MS))
+        # A pause, or a program that is compiled, says nothing of the next request.
+        self.costs_ms[stage] = before + _LEARN * (min(each, 4 * before + 1) - before)
 
     def has_time(self, asked: Asked, stage: str) -> bool:
         """Returns whether a stage, and what must follow it, will be done before the deadline; if not, flags it."""
         if asked.request.deadline_ms == math.inf:
             return True
         left_ms = asked.request.deadline_ms - 1000 * (time.perf_counter() - asked.began_s)
-        if left_ms > _SAFE * sum(self.costs_ms.get(name, 0.0) for name in (stage, "rerank", "feed")):
+        if left_ms > _SAFE * sum(self.costs_ms.get(name, 0.0) for name in (stage, *_MUST)):
             return True
+        # Who never tries never learns that it has become cheaper.
+        self.costs_ms[stage] = self.costs_ms.get(stage, 0.0) * (1 - _LEARN)
         asked.flags.append(f"deadline_{stage}")
         return False
 

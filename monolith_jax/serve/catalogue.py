@@ -23,8 +23,6 @@ from monolith_jax.types import GroupIds
 
 _BLOCK = 1024
 """Videos written while requests wait."""
-_SPARE = 100
-"""A full catalogue makes room for one in so many of its videos at once."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +118,10 @@ class Catalogue:
                 self._wanted.setdefault(feature.column, []).append(size)
         self._came = np.full(self._slots, -1, np.int64)
         """When each slot's video came, by count; -1: there is none."""
+        self._line = np.zeros(self._slots, np.int64)
+        """Slots in the order in which videos came: count c stands at c modulo the slots, while it is in the line."""
+        self._first = 0
+        """The count that is the first in the line; of some behind it the video may have left."""
         self._count, self._swept, self.refused = 0, 0, 0
         self._lock = threading.Lock()
 
@@ -140,7 +142,7 @@ class Catalogue:
         Raises:
             ValueError: A column is missing or of a type that cannot be kept.
         """
-        videos = self._plain(videos)
+        whole, videos = videos, self._plain(videos)
         ids, there = videos.column("video_id").fill_null(0).to_numpy(), valid_mask(videos.column("video_id"))
         rows = np.flatnonzero(there)
         _, last = np.unique(ids[rows][::-1], return_index=True)
@@ -148,8 +150,10 @@ class Catalogue:
         new, removed = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         size = min(_BLOCK, self.config.max_videos)
         for first in range(0, rows.size, size):
-            block = videos.take(pa.array(rows[first : first + size]))
-            features = [featurize(block, layout) for layout in self.layouts]
+            which = pa.array(rows[first : first + size])
+            # Features are of the columns as they came, as in training.
+            block, as_it_came = videos.take(which), whole.take(which)
+            features = [featurize(as_it_came, layout) for layout in self.layouts]
             with self._lock:
                 of_block = self._write(block, features)
             new.append(of_block[0])
@@ -191,8 +195,7 @@ class Catalogue:
                 if mine_weights is not None:
                     mine_weights[slots] = weights
             store.dense[slots] = of_store.dense
-        self._came[slots[fresh]] = self._count + np.arange(np.count_nonzero(fresh))
-        self._count += int(np.count_nonzero(fresh))
+        self._stand_in_line(slots[fresh])
         return ids[fresh], removed
 
     def _write_column(self, name: str, array: pa.Array, slots: np.ndarray) -> None:
@@ -219,15 +222,29 @@ class Catalogue:
         missing = len(self) + needed - self.config.max_videos
         if missing <= 0:
             return np.zeros(0, np.int64)
-        came = self._came.copy()
-        of_kept = self._lookup(kept)
-        came[of_kept[of_kept >= 0]] = -1
-        used = np.flatnonzero(came >= 0)
-        number = min(max(missing, self.config.max_videos // _SPARE), used.size)
-        oldest = used[np.argpartition(came[used], number - 1)[:number]]
-        ids = self._columns["video_id"][oldest]
-        self._erase(ids)
-        return ids
+        spared, ids = self._lookup(kept), [np.zeros(0, np.int64)]
+        while missing > 0:
+            counts = np.arange(self._first, min(self._first + missing, self._count))
+            slots = self._line[counts % self._slots]
+            slots = slots[self._came[slots] == counts]  # Of the others the video has left already.
+            self._first += counts.size
+            again = np.isin(slots, spared)
+            self._stand_in_line(slots[again])
+            ids.append(self._columns["video_id"][slots[~again]])
+            missing -= self._erase(ids[-1])
+        return np.concatenate(ids)
+
+    def _stand_in_line(self, slots: np.ndarray) -> None:
+        """Puts videos at the end of the line."""
+        if self._count + slots.size - self._first > self._slots:
+            used = np.flatnonzero(self._came >= 0)
+            used = used[np.argsort(self._came[used])]
+            self._first, self._count = 0, used.size
+            self._came[used] = np.arange(used.size)
+            self._line[: used.size] = used
+        counts = self._count + np.arange(slots.size)
+        self._came[slots], self._line[counts % self._slots] = counts, slots
+        self._count += slots.size
 
     def _erase(self, ids: np.ndarray) -> int:
         slots = self._slots_of(*self._maps.erase(ids, 0))
@@ -296,7 +313,8 @@ class Catalogue:
             else:
                 offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
                 kept = values[np.arange(values.shape[1]) < lengths[:, None]]
-                arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept)))
+                null = None if lengths.all() else pa.array(lengths == 0)
+                arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept), mask=null))
         return pa.RecordBatch.from_arrays(arrays, list(self.config.columns))
 
     def values(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -310,15 +328,28 @@ class Catalogue:
             return self._maps.entries(0)[0]
 
     def sweep(self, number: int) -> np.ndarray:
-        """Returns the ids of the next videos, going round all of them for ever, at most `number`, int64 [N]."""
-        with self._lock:
-            if not len(self):
-                return np.zeros(0, np.int64)
-            # In strides of the slots, of which a part is empty.
-            last = min(self._swept + number, self._slots)
-            slots = self._swept + np.flatnonzero(self._came[self._swept : last] >= 0)
-            self._swept = 0 if last == self._slots else last
-            return self._columns["video_id"][slots]
+        """Returns the ids of the next videos, going round all of them for ever, at most `number`, int64 [N]. For one caller."""
+        ids, self._swept = self._from(self._swept, number)
+        return ids
+
+    def some(self, number: int, rng: np.random.Generator) -> np.ndarray:
+        """Returns the ids of videos that lie beside one another, from a random place on, at most `number`, int64 [N]."""
+        return self._from(int(rng.integers(self._slots)), number)[0]
+
+    def _from(self, start: int, number: int) -> tuple[np.ndarray, int]:
+        """Returns the ids of the next videos from a slot on, of each slot at most once, and where they end."""
+        found, left, at = [np.zeros(0, np.int64)], min(number, len(self)), start
+        passed = 0
+        while left > 0 and passed < self._slots:
+            last = min(at + max(4 * left, _BLOCK), self._slots)
+            with self._lock:
+                slots = at + np.flatnonzero(self._came[at:last] >= 0)[:left]
+                if slots.size == left:
+                    last = int(slots[-1]) + 1
+                if slots.size:
+                    found.append(self._columns["video_id"][slots])
+            passed, left, at = passed + last - at, left - slots.size, last % self._slots
+        return np.concatenate(found), at
 
 
 def _flat(array: pa.Array) -> np.ndarray:

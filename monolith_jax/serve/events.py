@@ -1,7 +1,7 @@
 """What happens, to the parts of the pipeline that remember it: videos come, are shown, users act.
 
 In: record batches of videos, impressions, actions or examples, or a log of them. Out: nothing; the catalogue, the index, the
-users' state, the seen filter and the sources are changed. One caller at a time.
+users' state, the seen filter and the sources are changed. Any number of threads may call; they take turns.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Events:
         self._catalogue, self._indexer, self._user_state = catalogue, indexer, user_state
         self._seen, self._sources, self._report = seen, sources, report
         self._closed, self._thread = threading.Event(), None
-        self.faults, self.last_fault = 0, ""
+        self.faults, self.rows_refused, self.last_fault = 0, 0, ""
+        self._lock = threading.RLock()
         self.latest = (0, 0)
         """Who was shown something last, and when, Unix time in ms."""
 
@@ -56,21 +57,22 @@ class Events:
         Raises:
             ValueError: A column is missing or of a wrong type.
         """
-        upserted = self._catalogue.upsert(videos)
-        if upserted.removed.size:
-            self._sources.remove(upserted.removed)
-        ids, there = ids_of(videos, "video_id", "the catalogue")
-        rows = there & np.isin(ids, upserted.new)
-        times = np.zeros(ids.size, np.int64)
-        if "event_time_ms" in videos.schema.names:
-            times = videos.column("event_time_ms").fill_null(0).to_numpy()
-        authors, known = np.zeros(ids.size, np.int64), np.zeros(ids.size, np.bool_)
-        if "author_id" in videos.schema.names:
-            authors, known = ids_of(videos, "author_id", "the catalogue")
-        self._sources.videos(ids[rows], authors[rows], times[rows], known[rows])
-        if self._indexer:
-            self._indexer.remove(upserted.removed)
-            self._indexer.add(ids[there])
+        with self._lock:
+            upserted = self._catalogue.upsert(videos)
+            if upserted.removed.size:
+                self._sources.remove(upserted.removed)
+            ids, there = ids_of(videos, "video_id", "the catalogue")
+            rows = there & np.isin(ids, upserted.new)
+            times = np.zeros(ids.size, np.int64)
+            if "event_time_ms" in videos.schema.names:
+                times = videos.column("event_time_ms").fill_null(0).to_numpy()
+            authors, known = np.zeros(ids.size, np.int64), np.zeros(ids.size, np.bool_)
+            if "author_id" in videos.schema.names:
+                authors, known = ids_of(videos, "author_id", "the catalogue")
+            self._sources.videos(ids[rows], authors[rows], times[rows], known[rows])
+            if self._indexer:
+                self._indexer.remove(upserted.removed)
+                self._indexer.add(ids[there])
 
     def impressions(self, impressions: pa.RecordBatch) -> None:
         """Takes impressions in: a video that is not known is one that has come.
@@ -78,19 +80,23 @@ class Events:
         Raises:
             ValueError: A column is missing or of a wrong type.
         """
-        videos, there = ids_of(impressions, "video_id", "an impression")
-        users, known = ids_of(impressions, "user_id", "an impression")
-        new = there & ~self._catalogue.known(videos)
-        if new.any():
-            self.videos(impressions.filter(pa.array(new)))
-        self._sources.impressions(videos[there])
-        both = there & known
-        self._seen.add(users[both], videos[both])
-        times = impressions.column("event_time_ms")
-        both &= valid_mask(times)
-        if both.any():
-            last = int(np.flatnonzero(both)[-1])
-            self.latest = int(users[last]), times[last].as_py()
+        with self._lock:
+            videos, there = ids_of(impressions, "video_id", "an impression")
+            users, known = ids_of(impressions, "user_id", "an impression")
+            new = there & ~self._catalogue.known(videos)
+            if new.any():
+                try:
+                    self.videos(impressions.filter(pa.array(new)))
+                except ValueError as error:  # What was shown was seen, whether or not the catalogue can take it.
+                    self._fault(error, int(np.count_nonzero(new)))
+            self._sources.impressions(videos[there])
+            both = there & known
+            self._seen.add(users[both], videos[both])
+            times = impressions.column("event_time_ms")
+            both &= valid_mask(times)
+            if both.any():
+                last = int(np.flatnonzero(both)[-1])
+                self.latest = int(users[last]), times[last].as_py()
 
     def actions(self, actions: pa.RecordBatch) -> None:
         """Takes actions in, in the order in which they come: the next request of their users feels them.
@@ -98,11 +104,15 @@ class Events:
         Raises:
             ValueError: A column is missing or of a wrong type.
         """
-        self._user_state.observe(actions, self._durations, self._authors)
-        name = actions.column("action").cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False)
-        weights = np.array([POSITIVE.get(one, 0.0) for one in name.tolist()])
-        videos, there = ids_of(actions, "video_id", "an action")
-        self._liked(actions, videos, np.where(there, weights, 0.0))
+        with self._lock:
+            self._user_state.observe(actions, self._durations, self._authors)
+            users, user_known = ids_of(actions, "user_id", "an action")
+            acted, video_known = ids_of(actions, "video_id", "an action")
+            self._seen.add(users[user_known & video_known], acted[user_known & video_known])
+            name = actions.column("action").cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False)
+            weights = np.array([POSITIVE.get(one, 0.0) for one in name.tolist()])
+            videos, there = ids_of(actions, "video_id", "an action")
+            self._liked(actions, videos, np.where(there, weights, 0.0))
 
     def examples(self, examples: pa.RecordBatch) -> None:
         """Takes examples in: impressions with all that followed, from a source that is no log.
@@ -110,14 +120,20 @@ class Events:
         Raises:
             ValueError: A column is missing or of a wrong type.
         """
-        self.impressions(examples)
-        self._user_state.observe_examples(examples)
-        weights = np.zeros(examples.num_rows)
-        for name, weight in POSITIVE.items():
-            if name in examples.schema.names:
-                weights += weight * examples.column(name).fill_null(False).to_numpy(zero_copy_only=False)
-        videos, there = ids_of(examples, "video_id", "an example")
-        self._liked(examples, videos, np.where(there, weights, 0.0))
+        with self._lock:
+            self.impressions(examples)
+            self._user_state.observe_examples(examples)
+            weights = np.zeros(examples.num_rows)
+            for name, weight in POSITIVE.items():
+                if name in examples.schema.names:
+                    weights += weight * examples.column(name).fill_null(False).to_numpy(zero_copy_only=False)
+            videos, there = ids_of(examples, "video_id", "an example")
+            self._liked(examples, videos, np.where(there, weights, 0.0))
+
+    def _fault(self, error: Exception, rows: int) -> None:
+        self.faults += 1
+        self.rows_refused += rows
+        self.last_fault = f"{type(error).__name__}: {error}"
 
     def _liked(self, batch: pa.RecordBatch, videos: np.ndarray, weights: np.ndarray) -> None:
         rows = np.flatnonzero(weights)
@@ -150,11 +166,13 @@ class Events:
         return taken
 
     def _take(self, impressions: pa.RecordBatch | None, actions: pa.RecordBatch | None) -> int:
-        # Impressions first: an action finds its video's duration and author.
-        if impressions is not None:
-            self.impressions(impressions)
-        if actions is not None:
-            self.actions(actions)
+        # Impressions first: an action finds its video's duration and author. What is wrong with one does not lose the other.
+        for take, batch in ((self.impressions, impressions), (self.actions, actions)):
+            try:
+                if batch is not None:
+                    take(batch)
+            except ValueError as error:
+                self._fault(error, 0 if batch is None else batch.num_rows)
         return sum(batch.num_rows for batch in (impressions, actions) if batch is not None)
 
     def follow(self, tail: LogTail, period_s: float = 0.02) -> None:
@@ -169,8 +187,7 @@ class Events:
                 events = tail.poll()
                 self._take(events.impressions, events.actions)
             except Exception as error:  # What is remembered goes on being served.
-                self.faults += 1
-                self.last_fault = f"{type(error).__name__}: {error}"
+                self._fault(error, 0)
         tail.close()
 
     def close(self) -> None:
@@ -189,5 +206,6 @@ class Events:
             "sources": self._sources.metrics(),
             "report": self._report.report(),
             "faults": self.faults,
+            "rows_refused": self.rows_refused,
             "last_fault": self.last_fault,
         }

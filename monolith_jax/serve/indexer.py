@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from monolith_jax.serve.catalogue import Catalogue
+from monolith_jax.serve.changes import Changed
 from monolith_jax.serve.encode import Encoder
 from monolith_jax.serve.index import VideoIndex
 from monolith_jax.serve.served_model import ServedModel
@@ -23,6 +24,7 @@ _BLOCK = 256
 """Videos whose vectors are made at once: a request waits for no more than that."""
 
 _BUILD = 1 << 16
+_UNCHANGED = Changed(np.zeros(0, np.int64), np.zeros(0, np.int64), False)
 _LEARN_S = 600.0
 """How often the index is laid out for those who ask now: towers and users drift."""
 _LEAST = 256
@@ -52,7 +54,7 @@ class Indexer:
             catalogue: The videos.
             layout: Which of its layouts the encoder reads.
             index: Where vectors go.
-            table: Table of the videos' ids.
+            table: Table of the videos' ids; empty: the towers read no id, so that no row moves a vector.
             refresh_per_s: Videos whose vectors are made anew in a second, beside those that changed.
             gone: Is told ids of videos that leave, because training let them go.
             recent: Gives vectors of users who asked last, float32 [Q, D].
@@ -61,6 +63,7 @@ class Indexer:
         self._index, self._table, self._refresh_per_s, self._gone = index, table, refresh_per_s, gone
         self._recent, self._learned_s = recent, time.monotonic()
         self._pending: list[np.ndarray] = []
+        self._leaving: list[np.ndarray] = []
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._watcher: threading.Thread | None = None
         self._due, self._last_s = 0.0, time.monotonic()
@@ -74,19 +77,23 @@ class Indexer:
                 self._pending.append(ids)
 
     def remove(self, ids: np.ndarray) -> None:
-        """Takes videos out of the index, int64 [N]."""
+        """Asks for videos to be taken out of the index, int64 [N]; as they are in no catalogue, none is shown until then."""
         if ids.size:
-            self._index.remove(ids)
+            with self._lock:
+                self._leaving.append(ids)
 
     def step(self) -> int:
         """Brings the index up to what has changed, and refreshes what is due; returns how many vectors were made."""
-        changed = self._model.take_changed(self._table)
+        changed = self._model.take_changed(self._table) if self._table else _UNCHANGED
         if changed.deleted.size:
             self._counts["left"] += self._catalogue.remove(changed.deleted)
             self._index.remove(changed.deleted)
             self._gone(changed.deleted)
         with self._lock:
             pending, self._pending = self._pending, []
+            leaving, self._leaving = self._leaving, []
+        if leaving:
+            self._remove_unknown(np.concatenate(leaving))
         asked = np.unique(np.concatenate([changed.written, *pending]))
         made = self._encode(asked)
         self._counts["encoded"] += made
@@ -105,6 +112,10 @@ class Indexer:
             made += refreshed
         return made
 
+    def _remove_unknown(self, ids: np.ndarray) -> None:
+        """Takes those of some videos out of the index that are not in the catalogue any more."""
+        self._index.remove(ids[~self._catalogue.known(ids)])
+
     def _encode(self, ids: np.ndarray) -> int:
         made = 0
         for first in range(0, ids.size, _BLOCK):
@@ -114,6 +125,7 @@ class Indexer:
             if taken.known.any():
                 vectors = self._encoder.videos(taken.features)[taken.known]
                 self._index.upsert(of_block[taken.known], vectors)
+                self._remove_unknown(of_block[taken.known])  # Some may have left meanwhile.
                 made += len(vectors)
         return made
 
@@ -132,6 +144,7 @@ class Indexer:
             vectors.append(self._encoder.videos(taken.features))
         if vectors:
             self._index.build(ids, np.concatenate(vectors), queries)
+            self._remove_unknown(ids)
         return ids.size
 
     def watch(self, period_s: float) -> None:

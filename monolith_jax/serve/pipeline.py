@@ -12,6 +12,7 @@ answer is empty only where there is no video that may be shown.
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from monolith_jax.features import IdFeatureConfig
+from monolith_jax.features import FeatureConfig, IdFeatureConfig
 from monolith_jax.serve.asked import Asked, Clock
 from monolith_jax.serve.catalogue import Catalogue, CatalogueConfig, Taken
 from monolith_jax.serve.crosses import columns_of
@@ -48,6 +49,7 @@ _POOL = 200
 """Candidates that the rules of the feed choose from: the best ones; those of the explore source come on top."""
 _LIKED = 5
 """Videos that the user liked last whose tags count."""
+_SWITCH_S = 0.0005
 _USERS = 2048
 """Users that the index is laid out for: a sample."""
 _PRIORITY = np.array([FILLS.index(name) for name in SOURCES])
@@ -100,7 +102,12 @@ class Pipeline:
         self._models = list(dict.fromkeys(one for one in (ranker, retrieval) if one is not None))
         self._ranker = Ranker(ranker, config.catalogue.columns) if ranker else None
         self._values = Values(config.rank, ranker.towers.heads) if ranker and config.rank else None
-        self._num_candidates = config.rank.num_candidates if config.rank else sum(config.sources.quotas.values())
+        wanted = sum(config.sources.quotas.values())
+        if config.rank and wanted > config.rank.num_candidates:
+            raise ValueError(
+                f"the quotas of SourcesConfig add up to {wanted}, RankConfig.num_candidates is {config.rank.num_candidates}: "
+                "the last sources would never be ranked; lower the quotas or raise num_candidates"
+            )
         self._encoder = Encoder(retrieval) if retrieval else None
         layouts = [self._ranker.plain_layout] if self._ranker else []
         layouts += [self._encoder.video_layout] if self._encoder else []
@@ -116,12 +123,12 @@ class Pipeline:
             two_tower = retrieval.towers.two_tower
             assert two_tower is not None
             parts = retrieval, self._encoder, self.catalogue, len(layouts) - 1, self.index
-            table, recent = _table_of(retrieval, two_tower.video_column), self._recall.recent
+            table, recent = table_of(retrieval.layout.features, two_tower.video_column), self._recall.recent
             self.indexer = Indexer(*parts, table, config.refresh_per_s, self.sources.remove, recent)
         self.events = Events(self.catalogue, self.indexer, self.user_state, self.seen, self.sources, self.report)
         self._columns = self._columns_of_candidates()
         self._request_columns = self._columns_of_requests()
-        self._user_table = _table_of(self._model, "user_id") if self._model else ""
+        self._user_table = table_of(self._model.layout.features, "user_id") if self._model else ""
         self._requests, self._first_request = itertools.count(1), time.time_ns() // 1_000_000 << 20
         self._counts: Counter[str] = Counter()
 
@@ -211,19 +218,20 @@ class Pipeline:
         return model is not None and table != "" and bool(model.vectors(table, np.array([user_id]))[1][0])
 
     def _answer(self, asked: Asked, hits: np.ndarray) -> Feed:
-        candidates = self._rank(asked, self._recall.candidates(asked, hits))
+        merged = self._recall.candidates(asked, hits)
+        candidates = self._rank(asked, merged)
         slate, rows = self._rerank(asked, candidates)
         if slate.order.size < asked.request.number:
             # Too few may be shown: behind them whatever else there is, such as was seen already.
             asked.flags.append("seen_again")
-            candidates = self._rank(asked, self._recall.anything(asked, candidates.ids, candidates.source))
+            candidates = self._rank(asked, self._recall.anything(asked, merged))
             slate, rows = self._rerank(asked, candidates)
         return self._feed(asked, candidates, slate, rows)
 
     def _rank(self, asked: Asked, merged: Merged) -> Candidates:
         """Returns what the candidates are worth: by the ranker, or where it cannot, by their order."""
         began_s = time.perf_counter()
-        rows = np.flatnonzero(self._may_be_shown(asked.request, merged.ids))[: self._num_candidates]
+        rows = np.flatnonzero(self._may_be_shown(asked.request, merged.ids))
         ids, source, sources = merged.ids[rows], merged.source[rows], merged.sources[rows]
         taken = self.catalogue.take(ids, 0 if self._ranker else None, self._columns)
         explore = (sources >> SOURCES.index("explore")).astype(np.bool_)
@@ -267,6 +275,8 @@ class Pipeline:
         each = ranker.joined(taken.features, crosses.ids(crosses.of_request(asked.row), raw))
         scores = ranker.scores(once, each)
         duration_ms = taken.columns.get("duration_ms", (np.zeros(number),))[0]
+        if not np.isfinite(scores).all(1).any():
+            raise FloatingPointError("no candidate has a score that is a number")
         of_candidates = values(scores, duration_ms, asked.request.group, self._interest(asked, taken))
         return candidates._replace(values=np.where(taken.known, of_candidates, -np.inf), scores=scores)
 
@@ -279,11 +289,17 @@ class Pipeline:
 
     def _rerank(self, asked: Asked, candidates: Candidates) -> tuple[Slate, np.ndarray]:
         """Returns the slate, and which candidates its pool had."""
-        began_s = time.perf_counter()
-        rows = best(behind(candidates.values, candidates.is_spare), candidates.is_explore, _POOL)
+        began_s, number = time.perf_counter(), asked.request.number
+        values = behind(candidates.values, candidates.is_spare)
+        rows = best(values, candidates.is_explore, max(_POOL, 4 * number))
         pool = pool_of(candidates, rows, self.index)
         try:
-            slate = rerank(pool, self.config.rerank, asked.request.number, asked.rng)
+            slate = rerank(pool, self.config.rerank, number, asked.rng)
+            if rows.size < values.size and (slate.relaxed or slate.order.size < number):
+                # The best are too much alike: among all others there may be some that keep the rules.
+                rows = np.arange(values.size)
+                pool = pool_of(candidates, rows, self.index)
+                slate = rerank(pool, self.config.rerank, number, asked.rng)
         except Exception as error:  # Only what must not be shown is left out.
             self._clock.failed([asked], "rerank", error)
             slate = by_score(pool, asked.request.number)
@@ -326,7 +342,12 @@ class Pipeline:
         return feed
 
     def watch(self, model_period_s: float = 0.1, index_period_s: float = 0.1) -> None:
-        """Starts threads that follow the trainer's deltas and keep the index in step with them."""
+        """Starts threads that follow the trainer's deltas and keep the index in step with them.
+
+        Python's threads of this process then give way every 0.5 ms (`sys.setswitchinterval`): a request waits no longer than
+        that for one of them.
+        """
+        sys.setswitchinterval(_SWITCH_S)
         for model in self._models:
             model.watch(model_period_s)
         if self.indexer:
@@ -356,7 +377,7 @@ class Pipeline:
         return found
 
 
-def _table_of(model: ServedModel, column: str) -> str:
+def table_of(features: Sequence[FeatureConfig], column: str) -> str:
     """Returns the table that a model keeps the ids of a column in; empty: it has no such feature."""
-    found = [one.table for one in model.layout.features if isinstance(one, IdFeatureConfig) and one.column == column]
+    found = [one.table for one in features if isinstance(one, IdFeatureConfig) and one.column == column]
     return found[0] if found else ""

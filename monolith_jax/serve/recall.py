@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +24,9 @@ from monolith_jax.serve.sources import Sources
 from monolith_jax.serve.user_state import UserState
 
 _POPULAR = 500
-"""Videos that stand in where recall fails."""
+"""Popular videos that come first where there are too few candidates."""
 _ANYTHING = 2000
-"""Videos that are looked through where nothing else may be shown."""
+"""Any videos that come behind those."""
 _SPARE = 200
 """Candidates that a source gives beyond its quota: some were seen, or come from another source too."""
 
@@ -65,13 +65,17 @@ class Recall:
             for one in asked:
                 one.flags.append("no_index")
             return none
-        if not all([self._clock.has_time(one, "recall") for one in asked]):
-            return none
+        in_time = [one for one in asked if self._clock.has_time(one, "recall")]
+        if len(in_time) < len(asked):
+            found = iter(self.search(in_time))
+            return [next(found) if one in in_time else none[0] for one in asked]
         try:
             vectors = self.user_vectors([one.row for one in asked])
             ids, scores = self._index.search(vectors, number + _SPARE)
             self._recent.extend(vectors)
-        except Exception as error:  # Whatever went wrong, the other sources go on.
+        except Exception as error:  # Whatever went wrong, the other sources go on, and so do the other requests.
+            if len(asked) > 1:
+                return [self.search([one])[0] for one in asked]
             self._clock.failed(asked, "recall", error)
             return none
         self._clock.note(asked, "recall", began_s)
@@ -91,22 +95,27 @@ class Recall:
     def candidates(self, asked: Asked, hits: np.ndarray) -> Merged:
         """Returns the candidates of a request, given what `search` returned for it."""
         began_s, quotas, now_ms, user = time.perf_counter(), self._quotas, asked.time_ms, asked.request.user_id
-        try:
-            followed = np.concatenate([np.array(asked.request.followed_authors, np.int64), self._user_state.followed(user)])
-            lists = {
-                "two_tower": hits,
-                "similar": self._similar(asked),
-                "fresh": self._sources.fresh(quotas["fresh"] + _SPARE, now_ms),
-                "trending": self._sources.trending(quotas["trending"] + _SPARE, now_ms),
-                "followed": self._sources.of_authors(followed, quotas["followed"] + _SPARE),
-                "explore": self._sources.explore(quotas["explore"] + _SPARE, asked.rng),
-            }
-            merged = merge(lists, quotas, lambda ids: self._seen.unseen(user, ids))
-        except Exception as error:  # Popular videos have to do.
-            self._clock.failed([asked], "recall", error)
-            merged = self._popular(now_ms)
+        sources: dict[str, Callable[[], np.ndarray]] = {
+            "similar": lambda: self._similar(asked),
+            "fresh": lambda: self._sources.fresh(quotas["fresh"] + _SPARE, now_ms),
+            "trending": lambda: self._sources.trending(quotas["trending"] + _SPARE, now_ms),
+            "followed": lambda: self._followed(asked, quotas["followed"] + _SPARE),
+            "explore": lambda: self._sources.explore(quotas["explore"] + _SPARE, asked.rng),
+        }
+        lists = {"two_tower": hits}
+        for name, give in sources.items():
+            try:
+                lists[name] = give()
+            except Exception as error:  # The others fill its places.
+                self._clock.failed([asked], "recall", error)
+        merged = merge(lists, quotas, lambda ids: self._seen.unseen(user, ids))
         self._clock.note([asked], "merge", began_s)
         return merged
+
+    def _followed(self, asked: Asked, number: int) -> np.ndarray:
+        followed = self._user_state.followed(asked.request.user_id)
+        followed = np.concatenate([np.array(asked.request.followed_authors, np.int64), followed])
+        return self._sources.of_authors(followed, number)
 
     def _similar(self, asked: Asked) -> np.ndarray:
         """Returns videos like those that the user liked last, by turns, int64 [N]."""
@@ -117,33 +126,27 @@ class Recall:
         if not known.any():
             return np.zeros(0, np.int64)
         ids, scores = self._index.search(vectors[known], number)
-        return ids.T[scores.T > -np.inf]
+        found = ids.T[scores.T > -np.inf]
+        return found[~np.isin(found, asked.liked)]
 
-    def _popular(self, now_ms: int) -> Merged:
-        popular = self._sources.trending(_POPULAR, now_ms)
-        ids = popular if popular.size else self._sources.fresh(_POPULAR, now_ms)
-        source = np.full(ids.size, SOURCES.index("trending" if popular.size else "fresh"), np.int8)
-        return Merged(ids, source, np.zeros(ids.size, np.uint8))
-
-    def anything(self, asked: Asked, ids: np.ndarray, source: np.ndarray) -> Merged:
+    def anything(self, asked: Asked, merged: Merged) -> Merged:
         """Returns candidates, and behind them any videos, popular ones first, also such as the user has seen.
 
         Args:
             asked: The request.
-            ids: The candidates, int64 [K].
-            source: Their sources, int8 [K].
+            merged: The candidates.
 
         Returns:
             All of them; `sources` is 0 for the others.
         """
-        popular = self._popular(asked.time_ms)
-        rest = self._catalogue.sweep(_ANYTHING)
-        others = np.concatenate([popular.ids, rest])
-        of_others = np.concatenate([popular.source, np.full(rest.size, SOURCES.index("explore"), np.int8)])
+        popular = self._sources.trending(_POPULAR, asked.time_ms)
+        rest = self._catalogue.some(_ANYTHING, asked.rng)
+        others = np.concatenate([popular, rest])
+        of_others = np.repeat(np.array([SOURCES.index("trending"), SOURCES.index("fresh")], np.int8), [popular.size, rest.size])
         _, first = np.unique(others, return_index=True)
-        new = np.sort(first[~np.isin(others[first], ids)])
-        sources = np.concatenate([np.uint8(1) << source.astype(np.uint8), np.zeros(new.size, np.uint8)])
-        return Merged(np.concatenate([ids, others[new]]), np.concatenate([source, of_others[new]]), sources)
+        new = np.sort(first[~np.isin(others[first], merged.ids)])
+        ids, source = np.concatenate([merged.ids, others[new]]), np.concatenate([merged.source, of_others[new]])
+        return Merged(ids, source, np.concatenate([merged.sources, np.zeros(new.size, np.uint8)]))
 
 
 def _together(rows: Sequence[pa.RecordBatch]) -> pa.RecordBatch:

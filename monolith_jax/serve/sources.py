@@ -72,7 +72,7 @@ class _Fresh:
 
 
 class Sources:
-    """All that is not learned. One caller tells at a time, any number ask."""
+    """All that is not learned. Any number of threads may tell and ask."""
 
     def __init__(self, config: SourcesConfig) -> None:
         """Knows no videos yet."""
@@ -97,8 +97,8 @@ class Sources:
             authors_known: bool [N], whose author is known; None: all.
         """
         known = np.ones(ids.size, np.bool_) if authors_known is None else authors_known
-        self._fresh = self._with(ids, times_ms)
         with self._lock:
+            self._fresh = self._with(ids, times_ms)
             self._shown[self._videos.take(ids, times_ms)[1]] = 0
             slots, new = self._authors.take(authors[known], times_ms[known])
             self._uploads.clear(new)
@@ -125,10 +125,10 @@ class Sources:
     def remove(self, ids: np.ndarray) -> None:
         """Forgets videos, int64 [N], at once: no source gives them any more until they are uploaded again."""
         self._counts.remove(ids)
-        stay = ~np.isin(self._fresh.videos, ids)
-        self._fresh = _Fresh(self._fresh.videos[stay], self._fresh.times_ms[stay])
-        slots, places = np.nonzero(np.isin(self._uploads.items, ids))  # Some milliseconds, in which requests go on.
         with self._lock:
+            stay = ~np.isin(self._fresh.videos, ids)
+            self._fresh = _Fresh(self._fresh.videos[stay], self._fresh.times_ms[stay])
+            slots, places = np.nonzero(np.isin(self._uploads.items, ids))
             self._videos.remove(ids)
             self._uploads.drop(slots, self._uploads.items[slots, places])
 
