@@ -24,10 +24,10 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = "python -m launch.bench.serve --workdir /tmp/serve --videos 1000000"
-MOVES_PER_S = 1000
-"""Videos whose rows change, of those that are alive; deltas have twice as many, as half have left."""
+MOVES_PER_S = 1200
+"""Videos of the catalogue whose rows change."""
 COMING_PER_S = 100
-"""Videos that come, each in the place of another."""
+"""Videos that come, each in the place of the one that came first."""
 STAGES = ("user", "recall", "merge", "rank", "rerank", "feed", "total")
 _BLOCK = 1 << 16
 
@@ -44,13 +44,19 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1500, help="of training, batches of 512 (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=3000, help="that are measured (default: %(default)s)")
     parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True, help="measure usearch and hnswlib too")
+    parser.add_argument("--rivals_videos", type=int, default=1_000_000, help="of these for the rivals (default: %(default)s)")
     parser.add_argument("--role", choices=("write",), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
+def trained_folder(asked: argparse.Namespace) -> Path:
+    """Returns the folder of the run."""
+    return asked.workdir.absolute() / f"run_{asked.videos}_{asked.steps}"
+
+
 def trained(asked: argparse.Namespace) -> Path:
     """Returns the folder of a trained run, made unless it is there."""
-    run = asked.workdir.absolute() / f"run_{asked.videos}_{asked.steps}"
+    run = trained_folder(asked)
     if not (run / "done").exists():
         command = [sys.executable, "-m", "launch.train", "--gin_file=configs/for_you_large.gin", f"--workdir={run}"]
         command += [f"--gin.VIDEOS={asked.videos}", f"--gin.TrainConfig.steps={asked.steps}"]
@@ -66,6 +72,8 @@ def write(asked: argparse.Namespace) -> None:
     """Writes deltas until it is ended, four a second, as a trainer would: rows of videos and of what else a batch touches."""
     import numpy as np
 
+    from monolith_jax.experiment import load
+    from monolith_jax.stream.world import ids_of
     from monolith_jax.sync.delta import Content, DeltaFolder, Manifest, Rows, Version
 
     folder, rng = DeltaFolder(asked.workdir.absolute() / "deltas"), np.random.default_rng(1)
@@ -73,19 +81,28 @@ def write(asked: argparse.Namespace) -> None:
     base = folder.manifest(last).base
     content = folder.read(base)
     dense = {name: np.array(array) for name, array in content.dense.items()} if content.dense else None
-    shares = {"video": 2 * MOVES_PER_S / 4, "user": 100, "author": 250, "sound": 250, "user_author": 500}
+    experiment = load([trained_folder(asked) / "config.gin"])
+    world = World(experiment, asked.videos)
+    alive = ids_of(world.config.seed, "video", world.shown)
+    known = {name: np.arange(of_table.ids.size) for name, of_table in content.rows.items()}
+    known["video"] = np.flatnonzero(np.isin(content.rows["video"].ids, alive))
+    vectors_of = {name: np.array(of_table.vectors, np.float32) for name, of_table in content.rows.items()}
+    shares = {"video": MOVES_PER_S / 4, "user": 100, "author": 250, "sound": 250, "user_author": 500}
     number, started = 0, time.monotonic()
     while True:
         number += 1
         rows = {}
         for name, share in shares.items():
             of_table = content.rows[name]
-            picked = rng.choice(of_table.ids.size, min(int(share), of_table.ids.size), replace=False)
-            vectors = np.asarray(of_table.vectors[picked], np.float32)
-            vectors = vectors + rng.normal(0, 0.02 * vectors.std(), vectors.shape).astype(np.float32)
-            rows[name] = Rows(of_table.ids[picked], vectors, None)
+            picked, every = rng.choice(known[name], min(int(share), known[name].size), replace=False), vectors_of[name]
+            # They walk, as rows do that learn: what was moved goes on from there.
+            every[picked] += rng.normal(0, 0.02 * every[:1000].std(), every[picked].shape).astype(np.float32)
+            rows[name] = Rows(of_table.ids[picked], every[picked], None)
         version = Version(last.epoch, last.sequence + 1)
         now_ms = int(1000 * time.time())
+        if dense and number % 4 == 0:
+            for array in dense.values():
+                array += rng.normal(0, 1e-4 * (array.std() + 1e-9), array.shape).astype(array.dtype)
         folder.write_part(version, 0, Content(rows=rows, dense=dense if number % 4 == 0 else None), "float16")
         told: dict[str, Any] = {
             "step": number,
@@ -117,13 +134,15 @@ class World:
         self.users = np.arange(last_user + 1 - self.config.live_users, last_user + 1)
 
     def batches(self) -> Iterator[Any]:
-        """Yields all videos, those that nobody has seen last."""
+        """Yields all videos, those that nobody has seen first: they are the first to leave."""
         import numpy as np
 
         from monolith_jax.stream.synthetic import videos
 
-        for first in range(self.first, self.next, _BLOCK):
-            yield videos(self.config, np.arange(first, min(first + _BLOCK, self.next)), self.time_ms - 3_600_000)
+        shown = self.first + self.config.live_videos
+        for start, end in ((shown, self.next), (self.first, shown)):
+            for first in range(start, end, _BLOCK):
+                yield videos(self.config, np.arange(first, min(first + _BLOCK, end)), self.time_ms - 3_600_000)
 
     def coming(self, number: int) -> Any:
         """Returns the next videos."""
@@ -159,8 +178,10 @@ class World:
         )
 
 
-def filled(pipeline: Any, world: World, say: Any) -> dict[str, float]:
+def filled(pipeline: Any, world: World, experiment: Any, examples: int, say: Any) -> dict[str, float]:
     """Fills catalogue, index and users' state; returns what that took."""
+    from launch.serving import replay
+
     began = time.perf_counter()
     for number, batch in enumerate(world.batches()):
         pipeline.events.videos(batch)
@@ -168,6 +189,7 @@ def filled(pipeline: Any, world: World, say: Any) -> dict[str, float]:
             say(f"{len(pipeline.catalogue):,} videos in the catalogue")
     catalogue_s = time.perf_counter() - began
     say(f"catalogue: {len(pipeline.catalogue):,} videos in {catalogue_s:.0f} s")
+    replay(pipeline, experiment, examples)
     began = time.perf_counter()
     pipeline.build_index(world.time_ms)
     build_s = time.perf_counter() - began
@@ -211,7 +233,7 @@ class Churn:
         self._thread = threading.Thread(target=self._come, daemon=True)
         self._thread.start()
         time.sleep(5.0)  # Until it flows.
-        self._before, self._began_s = pipeline.metrics()["index"], time.perf_counter()
+        self._before, self._began_s, self._next = pipeline.metrics()["index"], time.perf_counter(), world.next
 
     def _come(self) -> None:
         while not self._over.wait(0.5):
@@ -220,7 +242,8 @@ class Churn:
     def rates(self) -> dict[str, float]:
         """Returns how many vectors were made in a second, by why."""
         now, took_s = self._pipeline.metrics()["index"], time.perf_counter() - self._began_s
-        return {f"{name}_per_s": (now[name] - self._before[name]) / took_s for name in ("encoded", "refreshed")}
+        rates = {f"{name}_per_s": (now[name] - self._before[name]) / took_s for name in ("encoded", "refreshed")}
+        return rates | {"came_per_s": (self._world.next - self._next) / took_s}
 
     def close(self) -> None:
         """Ends it; the served model keeps what it has."""
@@ -280,6 +303,20 @@ def two_likes(pipeline: Any, world: World, number: int) -> dict[str, float]:
     return {"tag_share_before": before, "tag_share_after": after, "tag_share_ratio": after / max(before, 1e-9)}
 
 
+def rivals(pipeline: Any, world: World, asked: argparse.Namespace, say: Any) -> dict[str, Any]:
+    """Returns what `launch.bench.index` says of the same vectors, beside usearch and hnswlib."""
+    import numpy as np
+
+    vectors, there = pipeline.index.vectors(pipeline.catalogue.ids())
+    file = asked.workdir.absolute() / "vectors.npz"
+    np.savez(file, videos=vectors[there], queries=queries(pipeline, world, 1000))
+    say("the index beside usearch and hnswlib, whose indexes take minutes to build")
+    command = [sys.executable, "-m", "launch.bench.index", f"--videos={asked.rivals_videos}", f"--vectors={file}"]
+    command += ["--rivals", "usearch-f16", "hnswlib", "--rounds=3"]
+    told = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True).stdout
+    return {name: value for name, value in json.loads(told.splitlines()[-1]).items() if name.startswith("index_qps")}
+
+
 def rss_mb() -> float:
     """Returns the memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -293,18 +330,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.role == "write":
         write(asked)
         return 0
-    from launch.serving import open_pipeline, replay
+    from launch.serving import open_pipeline
     from monolith_jax.experiment import load
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    sys.setswitchinterval(0.0005)  # A request waits no longer than that for a thread that computes in Python.
     run = trained(asked)
     experiment = load([run / "config.gin"])
     pipeline, world = open_pipeline(experiment, asked.workdir.absolute() / "deltas"), World(experiment, asked.videos)
-    replay(pipeline, experiment, asked.steps * 512)
-    found: dict[str, Any] = {"videos": asked.videos, **filled(pipeline, world, say)}
+    found: dict[str, Any] = {"videos": asked.videos, **filled(pipeline, world, experiment, asked.steps * 512, say)}
     measured(pipeline, world, 100, lambda text: None)  # Compiles what is left to compile.
     churn = Churn(pipeline, world, asked)
     found |= measured(pipeline, world, asked.requests, say)
@@ -315,6 +350,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found["version"] = list(pipeline.metrics()["version"])
     churn.close()
     found |= two_likes(pipeline, world, 300)
+    if asked.rivals:
+        found |= rivals(pipeline, world, asked, say)
     pipeline.close()
     for stage in STAGES:
         print(f"{stage:8s} p50 {found[f'{stage}_p50_ms']:6.2f} ms   p99 {found[f'{stage}_p99_ms']:6.2f} ms")
