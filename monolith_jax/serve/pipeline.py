@@ -50,6 +50,8 @@ _POOL = 200
 _LIKED = 5
 """Videos that the user liked last whose tags count."""
 _SWITCH_S = 0.0005
+_FEW = 256
+"""Candidates of a request that has few: it is not padded to as many as there may be."""
 _USERS = 2048
 """Users that the index is laid out for: a sample."""
 _PRIORITY = np.array([FILLS.index(name) for name in SOURCES])
@@ -100,7 +102,10 @@ class Pipeline:
         self.config = config
         self._model = ranker or retrieval
         self._models = list(dict.fromkeys(one for one in (ranker, retrieval) if one is not None))
-        self._ranker = Ranker(ranker, config.catalogue.columns) if ranker else None
+        self._ranker = None
+        if ranker and config.rank:
+            most = config.rank.num_candidates
+            self._ranker = Ranker(ranker, config.catalogue.columns, (min(_FEW, most), most))
         self._values = Values(config.rank, ranker.towers.heads) if ranker and config.rank else None
         wanted = sum(config.sources.quotas.values())
         if config.rank and wanted > config.rank.num_candidates:

@@ -19,6 +19,7 @@ from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.serve.catalogue import CatalogueConfig
 from monolith_jax.serve.index import IndexConfig
 from monolith_jax.serve.pipeline import Pipeline, ServingConfig
+from monolith_jax.serve.request import FLAGS, Feed, Request
 from monolith_jax.serve.rerank import RerankConfig
 from monolith_jax.serve.seen import SeenConfig
 from monolith_jax.serve.served_model import ServedModel
@@ -58,6 +59,7 @@ TWO_TOWER = TwoTowerConfig(
     user_hidden=(16,),
     video_hidden=(16,),
 )
+PLAIN = RerankConfig(explore_share=0.0, author_gap=0, sound_gap=0, tag_window=0, diversity="none")
 QUOTAS = {"two_tower": 60, "fresh": 10, "trending": 10, "followed": 10, "explore": 10, "similar": 0}
 
 
@@ -111,6 +113,26 @@ def actions(
         "event_id": pa.nulls(number, pa.int64()),
     }
     return pa.RecordBatch.from_arrays([columns[field.name] for field in ACTION], schema=ACTION)
+
+
+def sources(**quotas: Any) -> SourcesConfig:
+    """Returns quotas, some replaced."""
+    return SourcesConfig(**(QUOTAS | quotas))  # pyright: ignore[reportArgumentType]
+
+
+def no_chance() -> SourcesConfig:
+    """Returns quotas without exploring."""
+    return sources(explore=0)
+
+
+def ask(pipeline: Pipeline, user: int = 3, number: int = 10, **fields: Any) -> Feed:
+    """Returns a feed that has been looked over."""
+    feed = pipeline.recommend(Request(user, number, **{"time_ms": NOW_MS, **fields}))
+    assert set(feed.flags) <= set(FLAGS)
+    assert len(set(feed.video_ids.tolist())) == len(feed)
+    lengths = (feed.values, feed.scores, feed.sources, feed.explored, feed.propensities)
+    assert all(len(one) == len(feed) for one in lengths)
+    return feed
 
 
 class World:

@@ -47,7 +47,7 @@ def make(max_videos: int = 1000, **more: Any) -> Catalogue:
     return Catalogue(CatalogueConfig(max_videos, COLUMNS, **more), [LAYOUT])
 
 
-def test_features_are_those_of_the_columns_after_any_upserts():
+def test_features_are_those_of_the_columns_after_any_upserts() -> None:
     rng = np.random.default_rng(0)
     catalogue, rows = make(), {}
     for _ in range(30):
@@ -69,7 +69,7 @@ def test_features_are_those_of_the_columns_after_any_upserts():
     np.testing.assert_array_equal(found.dense, wanted.dense)
 
 
-def test_the_columns_come_back_as_they_came_and_give_the_same_features():
+def test_the_columns_come_back_as_they_came_and_give_the_same_features() -> None:
     rng = np.random.default_rng(1)
     catalogue, batch = make(), videos(rng, list(range(-50, 50)))
     catalogue.upsert(batch)
@@ -89,7 +89,7 @@ def test_the_columns_come_back_as_they_came_and_give_the_same_features():
     np.testing.assert_array_equal(again.dense[:, 0], wanted.dense[:, 0])
 
 
-def test_a_full_catalogue_lets_the_oldest_go_first():
+def test_a_full_catalogue_lets_the_oldest_go_first() -> None:
     rng = np.random.default_rng(2)
     catalogue = make(max_videos=50)
     assert not catalogue.upsert(videos(rng, list(range(50)))).removed.size
@@ -102,13 +102,13 @@ def test_a_full_catalogue_lets_the_oldest_go_first():
     assert upserted.removed.tolist() == [4] and catalogue.known(np.array([3])).all()
 
 
-def test_more_videos_in_one_batch_than_there_is_room_for_leaves_a_full_catalogue():
+def test_more_videos_in_one_batch_than_there_is_room_for_leaves_a_full_catalogue() -> None:
     catalogue = make(max_videos=30)
     upserted = catalogue.upsert(videos(np.random.default_rng(3), list(range(500))))
     assert len(catalogue) == 30 and upserted.new.size == 500 and upserted.removed.size == 470
 
 
-def test_rows_without_an_id_are_set_aside_and_the_last_of_two_counts():
+def test_rows_without_an_id_are_set_aside_and_the_last_of_two_counts() -> None:
     batch = videos(np.random.default_rng(4), [7, 8, 7])
     batch = batch.set_column(0, "video_id", pa.array([7, None, 7], pa.int64()))
     batch = batch.set_column(4, "duration_ms", pa.array([1, 2, 3], pa.int64()))
@@ -119,7 +119,7 @@ def test_rows_without_an_id_are_set_aside_and_the_last_of_two_counts():
     assert catalogue.values("duration_ms", np.array([7, 9]))[1].tolist() == [True, False]
 
 
-def test_the_sweep_meets_every_video_again_and_again():
+def test_the_sweep_meets_every_video_again_and_again() -> None:
     rng = np.random.default_rng(5)
     catalogue = make(max_videos=200)
     assert catalogue.sweep(10).size == 0
@@ -131,7 +131,7 @@ def test_the_sweep_meets_every_video_again_and_again():
     assert catalogue.remove(np.array([0, 1])) == 1
 
 
-def test_bad_columns_are_named():
+def test_bad_columns_are_named() -> None:
     catalogue = make()
     with pytest.raises(ValueError, match="need the columns content"):
         catalogue.upsert(videos(np.random.default_rng(6), [1]).drop_columns(["content"]))
