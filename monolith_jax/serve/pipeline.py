@@ -37,11 +37,11 @@ from monolith_jax.serve.rank import Ranker
 from monolith_jax.serve.recall import Recall
 from monolith_jax.serve.request import Feed, Request, request_row
 from monolith_jax.serve.rerank import RerankConfig, Slate, rerank
-from monolith_jax.serve.seen import SeenConfig, SeenFilter
+from monolith_jax.serve.seen import SeenConfig, SeenFilter, seen_bytes
 from monolith_jax.serve.served_model import ServedModel
 from monolith_jax.serve.source_report import SourceReport
-from monolith_jax.serve.sources import Sources, SourcesConfig
-from monolith_jax.serve.user_state import HISTORY_COLUMNS, UserState, UserStateConfig
+from monolith_jax.serve.sources import Sources, SourcesConfig, sources_bytes
+from monolith_jax.serve.user_state import HISTORY_COLUMNS, UserState, UserStateConfig, user_state_bytes
 from monolith_jax.serve.values import RankConfig, Values
 from monolith_jax.types import GroupIds
 
@@ -367,13 +367,21 @@ class Pipeline:
             model.close()
 
     def metrics(self) -> dict[str, Any]:
-        """Returns counts of feeds and flags, the expected time of each stage, and what the parts tell."""
+        """Returns counts of feeds and flags, the expected time of each stage, memory at most, and what the parts tell."""
         found: dict[str, Any] = {
             "counts": dict(self._counts),
             "costs_ms": dict(self._clock.costs_ms),
             "version": self._model.version if self._model else None,
             "last_fault": self._clock.last_fault,
             "events": self.events.metrics(),
+        }
+        config = self.config
+        found["memory_bytes"] = {
+            "catalogue": self.catalogue.nbytes,
+            "index": self.index.nbytes if self.index is not None else 0,
+            "user_state": user_state_bytes(config.user_state),
+            "seen": seen_bytes(config.seen),
+            "sources": sources_bytes(config.sources),
         }
         if self._values:
             found["values"] = self._values.metrics()

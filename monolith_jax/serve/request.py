@@ -19,10 +19,10 @@ FLAGS = {
     "seen_again": "too few of the candidates may be shown; popular videos, and any others, were added, be they seen or not",
     "no_index": "the index is empty, or there is no two-tower model: the other sources fill the feed",
     "no_ranker": "there is no ranking model: the order is that of recall",
-    "recall_failed": "recall raised an error: popular videos in its place",
+    "recall_failed": "a source raised an error: the others fill its places",
     "rank_failed": "the ranking model raised an error: the order is that of recall",
     "rerank_failed": "the rules raised an error: the order is that of the values",
-    "deadline_recall": "there was no time for recall: popular videos in its place",
+    "deadline_recall": "there was no time for the two-tower: the other sources alone",
     "deadline_rank": "there was no time to rank: the order is that of recall",
     "short": "there were fewer videos that may be shown than asked for",
     "empty": "there was no video that may be shown",
@@ -70,7 +70,8 @@ class Feed:
     explored: np.ndarray
     """bool [N], whether chance put it there."""
     propensities: np.ndarray
-    """float32 [N], how likely the video was to get this place, given those before it."""
+    """float32 [N], how likely the video was to get this place, given those before it and the candidates,
+    of which the explore source draws its own anew for each request."""
     relaxed: tuple[tuple[int, str], ...]
     """Rules that were broken because nothing else was left: place and rule."""
     flags: tuple[str, ...]

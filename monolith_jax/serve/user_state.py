@@ -1,9 +1,9 @@
 """What each user did just now: the features that a request's history has, changed by the action before it.
 
-In: actions as they come, or examples of a source. Out: the last videos of a user with what came of each, newest first, in the
-columns that `stream.history` adds to examples: same names, same bits, only what is strictly earlier; and the authors that the
-user has followed. Memory is bounded: the least recently active of more users is forgotten. Nothing is saved: after a restart
-the state is rebuilt from the log, and as a user's events are read in the log's order both times, it is the one before.
+In: actions as they come, or examples of a source. Out: the last videos of a user with what came of each, newest first, as
+`stream.history` gives them to examples: same bits, only what is strictly earlier; and the authors that the user has followed.
+Memory is bounded: the least recently active of more users is forgotten. Nothing is saved: after a restart the state is rebuilt
+from the log (`events`), and as a user's events are read in the log's order both times, it is the one before.
 
 The first action on a video makes it the newest of its user; further ones add to its bits and move nothing. A video that was
 shown and had no action, not even a play, is not in the history, whereas an example always is: an entry of its own each time, as
@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from monolith_jax.serve.id_slots import EMPTY, IdSlots, id_slots_bytes
-from monolith_jax.serve.log_tail import LogTail
 from monolith_jax.serve.recent import RecentItems, recent_bytes
 from monolith_jax.stream.decoder import TIMED_ACTIONS
 from monolith_jax.stream.events import ACTIONS, DERIVED_LABELS, labels, valid_mask
@@ -146,54 +145,17 @@ class UserState:
         self._add(users[rows], videos[rows], times[rows], bits[rows], play_ms[rows], True, None)
         return int(rows.size)
 
-    def rebuild(self, tail: LogTail, durations: Lookup | None = None, authors: Lookup | None = None) -> int:
-        """Observes all that a log has from where a tail begins; reading goes on with `tail.poll()`.
-
-        Where the tail begins before the oldest entry of every user that counts, the state is the one of a process that never
-        stopped, if `durations` and `authors` know what they knew then.
-
-        Returns:
-            How many actions were taken.
-        """
-        taken = 0
-        for events in tail.catch_up():
-            if events.actions is not None:
-                taken += self.observe(events.actions, durations, authors)
-        return taken
-
     def history(self, user_id: int, now_ms: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns a user's last videos and what came of them: int64 [n] ids and int64 [n] action bits, newest first.
 
         Only those whose first action is strictly earlier than `now_ms`; none of a user that is not known.
         """
-        videos, bits, _ = self._newest(self._videos, np.array([user_id], np.int64), np.array([now_ms], np.int64))
+        videos, bits = self._newest(self._videos, user_id, now_ms)
         return videos, bits.astype(np.int64)
-
-    def history_columns(
-        self, user_ids: np.ndarray, now_ms: np.ndarray | int, known: np.ndarray | None = None
-    ) -> dict[str, pa.ListArray]:
-        """Returns the histories of users as columns of features.
-
-        Args:
-            user_ids: int64 [B].
-            now_ms: int64 [B] or one time for all; see `history`.
-            known: bool [B], which requests have a user; the others have no history. None: all.
-
-        Returns:
-            `HISTORY_COLUMNS`, lists of int64 [B].
-        """
-        before = np.broadcast_to(np.asarray(now_ms, np.int64), user_ids.shape)
-        videos, bits, lengths = self._newest(self._videos, user_ids, before, known)
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        values = (videos, bits.astype(np.int64))
-        return {
-            name: pa.ListArray.from_arrays(offsets, pa.array(one)) for name, one in zip(HISTORY_COLUMNS, values, strict=True)
-        }
 
     def followed(self, user_id: int) -> np.ndarray:
         """Returns the authors that a user has followed, int64 [n], newest first; each where it was followed first."""
-        users = np.array([user_id], np.int64)
-        return self._newest(self._followed, users, np.array([np.iinfo(np.int64).max]))[0]
+        return self._newest(self._followed, user_id, np.iinfo(np.int64).max)[0]
 
     def users(self, number: int) -> np.ndarray:
         """Returns users who were active last, int64 [N], at most so many."""
@@ -266,15 +228,11 @@ class UserState:
                 if follows is not None and follows[1][part].any():
                     self._followed.add(np.where(follows[1][part], slots, -1), follows[0][part], times[part])
 
-    def _newest(
-        self, rings: RecentItems, user_ids: np.ndarray, before: np.ndarray, known: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _newest(self, rings: RecentItems, user_id: int, before_ms: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
-            slots = self._slots.find(user_ids)
-            if known is not None:
-                slots[~known] = -1
-            items, _, bits, lengths = rings.newest(slots, before, rings.items.shape[1])
-        return items, bits, lengths
+            slots = self._slots.find(np.array([user_id], np.int64))
+            items, _, bits, _ = rings.newest(slots, np.array([before_ms], np.int64), rings.items.shape[1])
+        return items, bits
 
 
 def user_state_bytes(config: UserStateConfig) -> int:

@@ -35,6 +35,8 @@ def test_a_feed_has_what_was_asked_for_and_says_why(pipeline: Pipeline) -> None:
     assert np.isfinite(feed.scores).all() and np.isfinite(feed.values).all()
     assert set(feed.sources) <= {"two_tower", "fresh", "trending", "followed", "explore"} and "two_tower" in feed.sources
     assert {"user", "recall", "merge", "rank", "rerank", "feed", "total"} == set(feed.timings_ms)
+    memory = pipeline.metrics()["memory_bytes"]
+    assert set(memory) == {"catalogue", "index", "user_state", "seen", "sources"} and min(memory.values()) > 1000
     report = pipeline.metrics()["events"]["report"]
     assert sum(one["fed"] for one in report.values()) == 10 and report["two_tower"]["share"] > 0
 
