@@ -27,8 +27,6 @@ class Changed(NamedTuple):
     """int64 [N], distinct: ids whose rows were written, and are there."""
     deleted: np.ndarray
     """int64 [M], distinct: ids that were there at the last call, and are gone."""
-    dense: bool
-    """Whether the dense weights were written."""
 
 
 class _Noted(NamedTuple):
@@ -46,7 +44,6 @@ _NOTHING = _Noted(np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros(0, np.b
 class _Table:
     def __init__(self) -> None:
         self.sorted, self.later = _NOTHING, list[_Noted]()
-        self.dense = False
 
     def add(self, noted: _Noted) -> None:
         self.later.append(noted)
@@ -88,7 +85,6 @@ class Changes:
             noted = _Noted(ids, was, np.arange(ids.size) >= gone.size)
             with self._lock:
                 self._tables[name].add(noted)
-                self._tables[name].dense |= loaded.weights is not None
 
     def take(self, table: str) -> Changed:
         """Returns what changed since the last call; all that there is, at the first one.
@@ -104,4 +100,4 @@ class Changes:
             self._tables[table] = _Table()
         of_table.merge()
         ids, was, is_there = of_table.sorted
-        return Changed(ids[is_there], ids[was & ~is_there], of_table.dense)
+        return Changed(ids[is_there], ids[was & ~is_there])

@@ -24,7 +24,7 @@ _BLOCK = 256
 """Videos whose vectors are made at once: a request waits for no more than that."""
 
 _BUILD = 1 << 16
-_UNCHANGED = Changed(np.zeros(0, np.int64), np.zeros(0, np.int64), False)
+_UNCHANGED = Changed(np.zeros(0, np.int64), np.zeros(0, np.int64))
 _LEARN_S = 600.0
 """How often the index is laid out for those who ask now: towers and users drift."""
 _LEAST = 256

@@ -31,20 +31,20 @@ def test_changed_ids_are_told_once(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(changes, "_FEW", few)
         served = log.serve(follow=("video",), batch_sizes=(1,))
-        there, known, written, dense = {0, 1, 2}, set[int](), {0, 1, 2}, True
+        there, known, written = {0, 1, 2}, set[int](), {0, 1, 2}
         for kind, ids, gone, asks in [*steps, ("delta", [], [], True)]:
             if asks:
                 changed = served.take_changed("video")
-                assert changed.dense == dense and changed.written.dtype == changed.deleted.dtype == np.int64
+                assert changed.written.dtype == changed.deleted.dtype == np.int64
                 assert sorted(changed.written.tolist()) == sorted(written & there)
                 assert sorted(changed.deleted.tolist()) == sorted(known - there)
-                known, written, dense = set(there), set(), False
+                known, written = set(there), set()
             with_dense = kind == "base" or len(ids) % 2 == 1
             deleted = {"video": gone} if kind == "delta" else None
             log.publish({"video": vectors(ids)}, deleted, log.dense if with_dense else None, kind=kind)
             assert served.poll() == 1
             there = set(ids) if kind == "base" else (there - set(gone)) | set(ids)
-            written, dense = written | set(ids), dense or with_dense
+            written = written | set(ids)
 
 
 def test_what_comes_and_goes_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
