@@ -30,7 +30,7 @@ from monolith_jax.packing import pack, stacked, unpack
 from monolith_jax.reader import Fetched, Observed, Part, Reader, joined
 from monolith_jax.rounds import agree, may_go_on
 from monolith_jax.train.state import Inputs, Model, place_inputs
-from monolith_jax.types import CUT_DENSE, CUT_ROWS, Cut, Cuts, Exchange, FreedRows, GroupPlan, Moves
+from monolith_jax.types import CUT_BASE, CUT_DENSE, CUT_ROWS, Cut, Cuts, Exchange, FreedRows, GroupPlan, Moves
 
 AHEAD = 2
 IDLE_S = 0.01
@@ -110,7 +110,8 @@ class Planner:
         self._max_steps = max_steps
         self._insert = insert
         self._cuts = cuts
-        self._step = self._now_ms = self._cut_step = 0
+        self._step = self._now_ms = 0
+        self._cut_steps = dict.fromkeys((CUT_ROWS, CUT_DENSE), 0)
         # The plan that waits for room in the queue is one of those ahead.
         self._queue: Queue[Planned | Cut | _End] = Queue(maxsize=AHEAD - 1)
         self._stop, self._abandon = threading.Event(), threading.Event()
@@ -171,7 +172,7 @@ class Planner:
                 # Takes the memory for it before the first step, not at a later one.
                 self._mapper.get_state()
             error = self._plan_all()
-            if self._cuts and self._step > self._cut_step:
+            if self._is_unpublished(CUT_ROWS | CUT_DENSE):
                 self._put(self._make_cut(CUT_ROWS | CUT_DENSE))
             # Whoever only tests changes nothing that is worth keeping.
             frozen = self.get_state() if self._insert else {}
@@ -196,9 +197,13 @@ class Planner:
                 self._put(self._plan(go.cut))
                 continue
             self._take()  # A turn in which nothing came, anywhere: no plan.
-            if go.cut and self._step > self._cut_step:
+            if self._is_unpublished(go.cut):
                 self._put(self._make_cut(go.cut))
         return None
+
+    def _is_unpublished(self, kind: int) -> bool:
+        """Tells whether rows, or dense weights if they are meant, changed since they were last published."""
+        return self._cuts is not None and any(kind & part and self._step > step for part, step in self._cut_steps.items())
 
     def _fetch(self) -> tuple[list[Fetched], Exception | None]:
         """Returns what the partitions have, and the first error: that input cannot be read on."""
@@ -225,7 +230,9 @@ class Planner:
         """Returns the publication of the state after the plans so far."""
         assert self._cuts is not None
         self._cuts.agreed(kind, self._now_ms)
-        self._cut_step = self._step
+        self._cut_steps[CUT_ROWS] = self._step
+        if kind & (CUT_DENSE | CUT_BASE):
+            self._cut_steps[CUT_DENSE] = self._step
         of_all = everyone(self._exchange, [reader.position for reader in self._readers])
         return Cut(self._step, kind, self._now_ms, tuple(position for of_process in of_all for position in of_process))
 
@@ -284,7 +291,7 @@ class Planner:
         for reader, rows in zip(self._readers, state["parts"], strict=True):
             reader.set_state(unpack(rows))
         self._step, self._now_ms = state["step"], state["now_ms"]
-        self._cut_step = self._step
+        self._cut_steps = dict.fromkeys(self._cut_steps, self._step)
 
 
 def _told(parts: Sequence[Part]) -> dict[str, float]:

@@ -51,6 +51,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = [
         f"TrainConfig.steps = {STEPS}", "user/TableConfig.dtype = 'bfloat16'", "user/TableConfig.dim = 7",
         "Experiment.publisher = @PublisherConfig()", "PublisherConfig.format = 'float32'", "SnapshotConfig.period_steps = 20",
+        "PublisherConfig.period_s = 0.0", "PublisherConfig.dense_period_s = 1000.0",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)

@@ -124,3 +124,46 @@ def test_the_last_step_is_published(tmp_path: Path) -> None:
     assert len(list(planner.steps(lambda: None, cuts.append))) == 5
     assert [(made.step, made.kind) for made in cuts] == [(5, CUT_ROWS | CUT_DENSE)]
     planner.close()
+
+
+class EachStep(Wants):
+    """Publishes the rows of every step, and now and then dense weights too."""
+
+    def __init__(self, dense_at: int | None) -> None:
+        super().__init__()
+        self.dense_at = dense_at
+
+    def wanted(self, now_ms: int) -> int:
+        return CUT_ROWS | CUT_DENSE if len(self.agreed_at) + 1 == self.dense_at else CUT_ROWS
+
+
+@pytest.mark.parametrize(("dense_at", "last"), [(None, [(5, CUT_ROWS | CUT_DENSE)]), (4, [(5, CUT_ROWS | CUT_DENSE)]), (5, [])])
+def test_dense_weights_of_the_last_step_are_published_though_its_rows_were(
+    tmp_path: Path, dense_at: int | None, last: list[tuple[int, int]]
+) -> None:
+    planner = planner_of(Ticking(), tmp_path, cuts=EachStep(dense_at), max_steps=5)
+    cuts: list[Cut] = []
+    with_steps = [planned.cut for planned in planner.steps(lambda: None, cuts.append)]
+    planner.close()
+    assert [made.step for made in with_steps if made] == [1, 2, 3, 4, 5]
+    assert [(made.step, made.kind) for made in cuts] == last
+
+
+def test_dense_weights_follow_their_rows_while_the_stream_is_idle(tmp_path: Path) -> None:
+    class Due(EachStep):
+        def wanted(self, now_ms: int) -> int:
+            return CUT_ROWS | CUT_DENSE if self.wants.is_set() else CUT_ROWS
+
+    due = Due(None)
+    planner = planner_of(Pausing(), tmp_path, cuts=due)
+    done, cuts = 0, []
+    try:
+        for planned in planner.steps(lambda: due.wants.set(), cuts.append):
+            done += 1
+            assert planned.cut is not None
+            if done == 12:
+                planner.stop()
+    finally:
+        planner.close()
+    dense = [made for made in cuts if made.kind & CUT_DENSE]
+    assert len(dense) >= 2 and len({made.step for made in dense}) == len(dense)
