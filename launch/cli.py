@@ -108,10 +108,10 @@ def _override(parser: argparse.ArgumentParser, argument: str) -> str:
     name, equals, value = argument.removeprefix(_GIN).partition("=")
     if not equals or not name:
         parser.error(f"{argument}: expected {_GIN}NAME=VALUE, in one word")
-    return f"{name} = {_quoted(value)}"
+    return f"{name} = {gin_value(value)}"
 
 
-def _quoted(value: str) -> str:
+def gin_value(value: str) -> str:
     """Returns `value` as gin reads it: a literal, a reference, a macro or a container as it stands, anything else as text."""
     if value.startswith(("@", "%", "(", "[", "{", "'", '"')):
         return value

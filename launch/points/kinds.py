@@ -1,0 +1,19 @@
+"""The kinds of points. A new one is imported here, listed, and run by `measure`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.points import train
+from launch.points.measured import Base, Measured
+from launch.points.train import TrainPoint
+
+PointConfig = TrainPoint
+POINTS: tuple[type, ...] = (TrainPoint,)
+
+
+def measure(point: PointConfig, base: Base, folder: Path) -> list[Measured]:
+    """Runs a point in a folder, which may hold what an earlier try left; returns what it measured."""
+    match point:
+        case TrainPoint():
+            return train.run(point, base, folder)

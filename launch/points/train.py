@@ -1,0 +1,79 @@
+"""A training run as a point: what it measured online, on its test source, and of itself."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.points.measured import Base, Measured
+
+if TYPE_CHECKING:
+    from monolith_jax.evaluate.report import Row
+
+_METRICS = ("auc", "gauc", "log_loss", "calibration", "learned", "optimal_auc", "rmse", "mae")
+_OF_RUN = ("rows", "steps", "examples")
+_LARGE = ("snapshots", "deltas", "stream")
+
+
+@dataclass(frozen=True)
+class TrainPoint:
+    """Trains the experiment, or goes on training it."""
+
+    keep: bool = False
+    """Whether snapshots and deltas stay; metrics and the configuration do."""
+
+
+def run(point: TrainPoint, base: Base, folder: Path) -> list[Measured]:
+    """Trains in a folder; returns its totals (and `test_...` of a test source), their means over heads, and `auc` by hour.
+
+    Raises:
+        ValueError: As `launch.run.train`.
+    """
+    from rich.console import Console
+
+    from launch.run import train
+    from monolith_jax.evaluate.report import read
+
+    train(base.load(), folder, Console(quiet=True))
+    run = read(folder)
+    if not point.keep:
+        for name in _LARGE:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    measured = of_heads(run.totals) + of_heads(run.tests, "test_")
+    measured += [Measured(name, float(run.summary[name])) for name in _OF_RUN if name in run.summary]
+    measured += [Measured(name, float(value)) for name, value in run.summary.items() if name.startswith("retrieval_")]
+    return measured + _by_hour(run.periods)
+
+
+def of_heads(rows: Iterable[Row], prefix: str = "") -> list[Measured]:
+    """Returns the metrics of rows of heads, and their means over the heads that have them all."""
+    rows = list(rows)
+    out = [Measured(prefix + name, _number(row.get(name)), row["head"]) for row in rows for name in _METRICS if name in row]
+    binary = [row for row in rows if row.get("log_loss") is not None]
+    for name in ("auc", "gauc", "log_loss", "learned", "optimal_auc"):
+        values = [row[name] for row in binary if row.get(name) is not None]
+        if values and len(values) == len(binary):
+            out.append(Measured(prefix + name, statistics.fmean(values), "mean"))
+    return out
+
+
+def _by_hour(rows: Iterable[Row]) -> list[Measured]:
+    rows, curves = list(rows), []
+    if not rows:
+        return []
+    first, by_time = min(row["period_start_ms"] for row in rows), {}
+    for row in rows:
+        by_time.setdefault(row["period_start_ms"], []).append(row)
+    for start, at_once in sorted(by_time.items()):
+        of_means = [one for one in of_heads(at_once) if one.head == "mean" and one.metric == "auc"]
+        curves += [one._replace(along="hour", at=(start - first) / 3.6e6) for one in of_means]
+    return curves
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

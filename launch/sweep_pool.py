@@ -1,0 +1,152 @@
+"""Points in worker processes on this machine: so many at a time, each on cores of its own, within limits of memory and time.
+
+In: a sweep's folder and the points to run. Out: `Told` as they start, end or fail. What runs is ended when the pool closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, TextIO
+
+from launch.sweep_config import Point, Sweep
+from launch.sweep_folder import is_finished, note, reason_of, write_json
+from launch.sweep_workers import BUSY
+
+_TURN_S = 0.25
+_TERM_S = 5.0
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Told(NamedTuple):
+    """What became of a point."""
+
+    point: Point
+    what: Literal["started", "finished", "failed", "busy"]
+    reason: str = ""
+
+
+@dataclass
+class _Worker:
+    point: Point
+    process: subprocess.Popen[bytes]
+    log: TextIO
+    cores: tuple[int, ...]
+    began: float
+    ended_for: str = ""
+
+
+class Pool:
+    """Runs points; iterate over it for what becomes of them, with None for each turn in which nothing did."""
+
+    def __init__(self, sweep: Sweep, workdir: Path, points: Sequence[Point]) -> None:
+        """Starts nothing yet.
+
+        Args:
+            sweep: Its limits.
+            workdir: Its folder.
+            points: To run, in this order.
+
+        Raises:
+            ValueError: The machine has fewer cores than a worker wants.
+        """
+        cores = sorted(os.sched_getaffinity(0))
+        if sweep.cores > len(cores):
+            raise ValueError(
+                f"Sweep.cores is {sweep.cores}, and this machine has {len(cores)}; set it to {len(cores)} or fewer"
+            )
+        most = sweep.workers or len(cores) // sweep.cores
+        # More workers than cores share them by turns.
+        blocks = [[cores[(worker * sweep.cores + one) % len(cores)] for one in range(sweep.cores)] for worker in range(most)]
+        self._free = deque(tuple(sorted(block)) for block in blocks)
+        self._sweep, self._workdir, self._todo = sweep, workdir, deque(points)
+        self.running: list[_Worker] = []
+        """What runs now."""
+
+    def __iter__(self) -> Iterator[Told | None]:
+        """Yields until all points have ended."""
+        while self._todo or self.running:
+            while self._todo and self._free:
+                yield self._start(self._todo.popleft())
+            ended = [told for told in map(self._look_at, list(self.running)) if told]
+            yield from ended
+            if not ended:
+                yield None
+                time.sleep(_TURN_S)
+
+    def close(self) -> None:
+        """Ends what runs: SIGTERM, then SIGKILL."""
+        for worker in self.running:
+            worker.process.terminate()
+        for worker in self.running:
+            try:
+                worker.process.wait(_TERM_S)
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
+            worker.log.close()
+        self.running = []
+
+    def _start(self, point: Point) -> Told:
+        cores = self._free.popleft()
+        folder = self._workdir / "points" / point.key
+        folder.mkdir(parents=True, exist_ok=True)
+        log = (folder / "log.txt").open("a", encoding="utf-8")
+        of_point = [f"--workdir={self._workdir}", f"--index={point.index}", f"--parent={os.getpid()}"]
+        command = [sys.executable, "-m", "launch.sweep_workers", *of_point, f"--cores={','.join(map(str, cores))}"]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        self.running.append(_Worker(point, process, log, cores, time.monotonic()))
+        return Told(point, "started")
+
+    def _look_at(self, worker: _Worker) -> Told | None:
+        status = worker.process.poll()
+        if status is None:
+            self._hold_to_limits(worker)
+            return None
+        self.running.remove(worker)
+        self._free.append(worker.cores)
+        worker.log.close()
+        point = worker.point
+        if is_finished(self._workdir, point.key):
+            return Told(point, "finished")
+        if status == BUSY:
+            return Told(point, "busy", "another process runs it")
+        if worker.ended_for or not reason_of(self._workdir, point.key):
+            reason = worker.ended_for or _of_status(status, self._workdir / "points" / point.key / "log.txt")
+            write_json(self._workdir / "points" / point.key / "failed.json", {"reason": reason, "traceback": []})
+            note(self._workdir, what="failed", point=point.index)
+        return Told(point, "failed", reason_of(self._workdir, point.key))
+
+    def _hold_to_limits(self, worker: _Worker) -> None:
+        if worker.ended_for:
+            return
+        sweep, took = self._sweep, time.monotonic() - worker.began
+        if (held := held_bytes(worker.process.pid) / 2**30) > sweep.memory_gb:
+            worker.ended_for = f"held {held:.2f} GB, more than Sweep.memory_gb {sweep.memory_gb:g}"
+        elif took > sweep.timeout_s:
+            worker.ended_for = f"took more than Sweep.timeout_s {sweep.timeout_s:g}"
+        if worker.ended_for:
+            worker.process.kill()
+
+
+def held_bytes(pid: int) -> int:
+    """Returns the memory that a process and those that it started hold, 0 once it is gone."""
+    held = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        held = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            held += sum(held_bytes(int(child)) for child in children.read_text().split())
+    return held
+
+
+def _of_status(status: int, log: Path) -> str:
+    how = f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return f"{how}{': ' + lines[-1] if lines else ''}"

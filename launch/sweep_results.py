@@ -1,0 +1,280 @@
+"""What the points of a sweep measured, and the tables that tell of it. Imports nothing heavy.
+
+In: the folder of a sweep, finished or not. Out: `Results`, and from them `Grid`s of text, which Markdown, a terminal and
+a report show each in its way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launch.sweep_folder import is_finished, read_json, reason_of
+from monolith_jax.evaluate.spread import Spread, paired, spread
+
+_MOST_COLUMNS = 8
+_MOST_PLACES = 12
+
+
+class Value(NamedTuple):
+    """One number of one point."""
+
+    point: int
+    labels: tuple[str, ...]
+    """Of the axes, in their order."""
+    seed: int
+    head: str
+    metric: str
+    along: str
+    at: float
+    value: float
+
+
+class Column(NamedTuple):
+    """A figure that is shown."""
+
+    metric: str
+    head: str
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.metric}, {self.head}" if self.head else self.metric
+
+
+class Grid(NamedTuple):
+    """A table of text."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    strong: frozenset[tuple[int, int]] = frozenset()
+    """Cells that stand out, as (row, column)."""
+    note: str = ""
+    num_labels: int = 1
+    """Columns that hold words; the others hold numbers."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """A sweep's plan, and what is there of its figures."""
+
+    plan: dict[str, Any]
+    """sweep.json."""
+    values: tuple[Value, ...]
+    points: tuple[dict[str, Any], ...]
+    """One for each point: index, labels, seed, status (finished, failed, missing), seconds, peak_rss_mb, reason."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names."""
+        return tuple(axis["name"] for axis in self.plan["axes"])
+
+    @property
+    def combinations(self) -> tuple[tuple[str, ...], ...]:
+        """Of labels, in the order of the points."""
+        return tuple(dict.fromkeys(tuple(point["labels"].values()) for point in self.plan["points"]))
+
+    def by_seed(self, labels: tuple[str, ...], column: Column, along: str = "", at: float = math.nan) -> dict[int, float]:
+        """Returns a figure of a combination for each seed that has it."""
+        return {
+            one.seed: one.value
+            for one in self.values
+            if (one.labels, one.metric, one.head, one.along) == (labels, *column, along) and (not along or one.at == at)
+        }
+
+    def columns(self, along: str | None = None) -> list[Column]:
+        """Returns the figures to show: those that the sweep names, else a choice; `along`: those of a curve."""
+        known = dict.fromkeys(Column(one.metric, one.head) for one in self.values if bool(one.along) == (along is not None))
+        metrics = self.plan["metrics"] or _choice(known)
+        out = []
+        for metric in metrics:
+            heads = [column.head for column in known if column.metric == metric]
+            chosen = [head for head in self.plan["heads"] if head in heads]
+            chosen = chosen or [head for head in ("mean", "") if head in heads][:1] or heads
+            out += [Column(metric, head) for head in chosen]
+        return out
+
+    @property
+    def baseline(self) -> tuple[str, str] | None:
+        """Axis and label that others are compared with."""
+        axis, equals, label = self.plan["baseline"].partition("=")
+        return (axis.strip(), label.strip()) if equals else None
+
+
+def _choice(known: Iterable[Column]) -> list[str]:
+    metrics = list(dict.fromkeys(column.metric for column in known))
+    return [name for name in ("test_auc", "auc") if name in metrics][:1] or metrics[:_MOST_COLUMNS]
+
+
+def read_results(workdir: Path) -> Results:
+    """Reads a sweep.
+
+    Raises:
+        ValueError: The folder holds no sweep.
+    """
+    if not (workdir / "sweep.json").is_file():
+        raise ValueError(f"{workdir} holds no sweep.json: expected the folder of a sweep, which `python -m launch.sweep` makes")
+    plan = read_json(workdir / "sweep.json")
+    values, points = [], []
+    for point in plan["points"]:
+        told = {"index": point["index"], "labels": point["labels"], "seed": point["seed"], "seconds": math.nan}
+        told |= {"peak_rss_mb": math.nan, "reason": reason_of(workdir, point["key"])}
+        told["status"] = "failed" if told["reason"] else "missing"
+        if is_finished(workdir, point["key"]):
+            result = read_json(workdir / "points" / point["key"] / "result.json")
+            told |= {"status": "finished", "seconds": result["seconds"], "peak_rss_mb": result["peak_rss_mb"]}
+            labels = tuple(point["labels"].values())
+            for row in result["rows"]:
+                at, value = (math.nan if row[name] is None else float(row[name]) for name in ("at", "value"))
+                values.append(Value(point["index"], labels, point["seed"], row["head"], row["metric"], row["along"], at, value))
+        points.append(told)
+    return Results(plan, tuple(values), tuple(points))
+
+
+def main_grid(results: Results) -> Grid:
+    """Returns mean and standard deviation over seeds of each figure; the best of a column stands out."""
+    columns, combinations = results.columns(), results.combinations
+    spreads = [[spread(list(results.by_seed(labels, column).values())) for column in columns] for labels in combinations]
+    rows = tuple(
+        (*labels, *(cell(one, len(results.plan["seeds"])) for one in of_row))
+        for labels, of_row in zip(combinations, spreads, strict=True)
+    )
+    best = set()
+    for place, column in enumerate(columns):
+        means = [of_row[place].mean for of_row in spreads]
+        if len(set(means)) > 1 and not all(map(math.isnan, means)):
+            less = column.metric in results.plan["lower_is_better"] or column.metric.endswith(("log_loss", "rmse", "mae"))
+            known = [mean for mean in means if not math.isnan(mean)]
+            wanted = min(known) if less else max(known)
+            best |= {(row, place + len(results.axes)) for row, mean in enumerate(means) if mean == wanted}
+    seeds = ", ".join(map(str, results.plan["seeds"]))
+    note = f"Mean ± standard deviation over seeds {seeds}; (n): of fewer. Bold: the best mean of a column."
+    titles = tuple(column.title for column in columns)
+    return Grid("Figures", (*results.axes, *titles), rows, frozenset(best), note, len(results.axes))
+
+
+def compared_grid(results: Results) -> Grid | None:
+    """Returns differences to the baseline seed by seed with 95 % intervals; those that exclude 0 stand out."""
+    if results.baseline is None:
+        return None
+    axis, label = results.baseline
+    place, columns = results.axes.index(axis), results.columns()
+    rows, strong = [], set()
+    for labels in results.combinations:
+        if labels[place] == label:
+            continue
+        against = (*labels[:place], label, *labels[place + 1 :])
+        spreads = [paired(results.by_seed(labels, one), results.by_seed(against, one)) for one in columns]
+        strong |= {
+            (len(rows), column + len(results.axes)) for column, one in enumerate(spreads) if one.is_above or one.is_below
+        }
+        rows.append((*labels, *(difference(one) for one in spreads)))
+    note = "Mean difference, seed by seed, and its 95 % interval (Student's t). Bold: the interval excludes 0."
+    titles = tuple(column.title for column in columns)
+    return Grid(f"Against {axis} {label}", (*results.axes, *titles), tuple(rows), frozenset(strong), note, len(results.axes))
+
+
+def curve_grids(results: Results) -> list[Grid]:
+    """Returns a table for each figure that runs along something: a column for each place, of many an even choice."""
+    grids = []
+    for along in dict.fromkeys(one.along for one in results.values if one.along):
+        for column in results.columns(along):
+            places = places_of(results, column, along)
+            if not places:
+                continue
+            number = min(len(places), _MOST_PLACES)
+            places = [places[round(one * (len(places) - 1) / max(number - 1, 1))] for one in range(number)]
+            rows = tuple(
+                (*labels, *(_cell(results, labels, column, along, at) for at in places)) for labels in results.combinations
+            )
+            titles = (*results.axes, *(f"{along} {at:g}" for at in places))
+            grids.append(Grid(f"{column.title}, by {along}", titles, rows, num_labels=len(results.axes)))
+    return grids
+
+
+def places_of(results: Results, column: Column, along: str) -> list[float]:
+    """Returns where a curve has values, rising."""
+    of_curve = (one.at for one in results.values if (one.metric, one.head, one.along) == (*column, along))
+    return sorted({at for at in of_curve if not math.isnan(at)})
+
+
+def missing_grid(results: Results) -> Grid | None:
+    """Returns the points that have no result; None: all have."""
+    rows = tuple(
+        (*point["labels"].values(), str(point["seed"]), point["status"], point["reason"])
+        for point in results.points
+        if point["status"] != "finished"
+    )
+    return Grid("Without a result", (*results.axes, "seed", "status", "reason"), rows, num_labels=99) if rows else None
+
+
+def all_grids(results: Results) -> list[Grid]:
+    """Returns every table of a sweep, in the order in which they are shown."""
+    grids = [main_grid(results), compared_grid(results), *curve_grids(results), missing_grid(results)]
+    return [grid for grid in grids if grid is not None]
+
+
+def number(value: float) -> str:
+    """Returns a number with as many digits as help: four of a fraction, none of a count."""
+    if math.isnan(value):
+        return "-"
+    if value == round(value) and abs(value) >= 10:
+        return f"{value:,.0f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def _cell(results: Results, labels: tuple[str, ...], column: Column, along: str, at: float) -> str:
+    return cell(spread(list(results.by_seed(labels, column, along, at).values())), len(results.plan["seeds"]))
+
+
+def cell(one: Spread, seeds: int) -> str:
+    """Returns mean ± standard deviation, and of how many where that is fewer than the seeds."""
+    if not one.number:
+        return "-"
+    fewer = f" ({one.number})" if one.number < seeds else ""
+    return number(one.mean) + (f" ± {number(one.sd)}" if one.number > 1 and one.sd else "") + fewer
+
+
+def difference(one: Spread) -> str:
+    """Returns a mean difference with its interval."""
+    if not one.number:
+        return "-"
+    signed = ("+" if one.mean > 0 else "") + number(one.mean)
+    return signed if math.isnan(one.low) else f"{signed} ({number(one.low)} to {number(one.high)})"
+
+
+def facts(results: Results) -> list[tuple[str, str]]:
+    """Returns what a reader has to know of a sweep, as name and text."""
+    import datetime
+
+    plan = results.plan
+    started = datetime.datetime.fromtimestamp(plan["started"], datetime.UTC)
+    took = [point["seconds"] for point in results.points if point["status"] == "finished"]
+    machine, versions = plan["machine"], plan["versions"]
+    return [
+        ("command", plan["command"]),
+        ("date", f"{started:%Y-%m-%d}"),
+        (
+            "points",
+            f"{len(took)} of {len(results.points)} finished; {sum(took):,.0f} s in all, {max(took, default=0):,.0f} s the longest",
+        ),
+        ("seeds", ", ".join(map(str, plan["seeds"]))),
+        ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+
+
+def curves(results: Results) -> list[tuple[str, Column, Sequence[float]]]:
+    """Returns each figure that runs along something: along what, which, where."""
+    return [
+        (along, column, places)
+        for along in dict.fromkeys(one.along for one in results.values if one.along)
+        for column in results.columns(along)
+        if (places := places_of(results, column, along))
+    ]

@@ -1,0 +1,111 @@
+"""One point in a process of its own: `python -m launch.sweep_workers --workdir=SWEEP --index=3`, which `launch.sweep` starts.
+
+In: the folder of a sweep, the number of a point. Out: `result.json` in the point's folder, or `failed.json` and status 1.
+A worker dies with who started it, takes the cores that it is given, and leaves a point alone that another process runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.sweep_folder import Busy, is_finished, locked, note, read_json, write_json
+
+BUSY = 75
+"""Exit status where another process runs the point (EX_TEMPFAIL)."""
+_PR_SET_PDEATHSIG = 1
+_MOST_LINES = 12
+
+
+def run_point(workdir: Path, index: int) -> None:
+    """Runs a point of a sweep, if it is not finished.
+
+    Raises:
+        Busy: Another process runs it.
+        Exception: Whatever the point raised; `failed.json` tells of it.
+    """
+    plan = read_json(workdir / "sweep.json")
+    point = plan["points"][index]
+    folder = workdir / "points" / point["key"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock"):
+        if is_finished(workdir, point["key"]):
+            return
+        note(workdir, what="start", point=index)
+        (folder / "failed.json").unlink(missing_ok=True)
+        try:
+            rows, seconds = _measured(workdir, point, folder / "run")
+        except Exception as error:
+            lines = traceback.format_exception(error)[-_MOST_LINES:]
+            write_json(folder / "failed.json", {"reason": f"{type(error).__name__}: {error}", "traceback": lines})
+            note(workdir, what="failed", point=index)
+            raise
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        result = {"rows": rows, "seconds": round(seconds, 1), "peak_rss_mb": round(peak, 1), "ended": time.time()}
+        write_json(folder / "result.json", result)
+        note(workdir, what="end", point=index)
+
+
+def _measured(workdir: Path, point: dict, folder: Path) -> tuple[list[dict], float]:
+    from launch.points.kinds import measure
+    from launch.points.measured import Base
+    from launch.sweep_config import load_sweep
+
+    began = time.monotonic()
+    config = load_sweep([workdir / "sweep.gin"], point["overrides"]).point
+    folder.mkdir(exist_ok=True)
+    base = Base(tuple(point["gin_files"]), tuple(point["bindings"]), point["seed"])
+    rows = measure(config, base, folder)
+    # NaN is no JSON.
+    return [
+        {name: None if value != value else value for name, value in row._asdict().items()} for row in rows
+    ], time.monotonic() - began
+
+
+def _die_with(parent: int) -> None:
+    with contextlib.suppress(AttributeError, OSError):  # Linux alone has it.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("who started this is gone")
+
+
+def _take_cores(cores: Sequence[int]) -> None:
+    """Before jax is imported: it makes as many threads as it sees cores."""
+    os.sched_setaffinity(0, cores)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, str(len(cores)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one point; returns 0, 1 where it failed, or `BUSY`."""
+    parser = argparse.ArgumentParser(prog="python -m launch.sweep_workers", description="Runs one point of a sweep.")
+    parser.add_argument("--workdir", type=Path, required=True, metavar="SWEEP", help="the folder of a sweep")
+    parser.add_argument("--index", type=int, required=True, metavar="N", help="of the point")
+    parser.add_argument("--parent", type=int, metavar="PID", help="dies with this process")
+    parser.add_argument("--cores", default="", metavar="LIST", help="numbers of the cores to take, by commas")
+    asked = parser.parse_args(argv)
+    if asked.parent is not None:
+        _die_with(asked.parent)
+    if asked.cores:
+        _take_cores([int(core) for core in asked.cores.split(",")])
+    try:
+        run_point(asked.workdir, asked.index)
+    except Busy:
+        return BUSY
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
