@@ -257,13 +257,11 @@ def facts(results: Results) -> list[tuple[str, str]]:
     started = datetime.datetime.fromtimestamp(plan["started"], datetime.UTC)
     took = [point["seconds"] for point in results.points if point["status"] == "finished"]
     machine, versions = plan["machine"], plan["versions"]
+    work = f"{sum(took):,.0f} s in all, the longest {max(took, default=0):,.0f} s"
     return [
         ("command", plan["command"]),
         ("date", f"{started:%Y-%m-%d}"),
-        (
-            "points",
-            f"{len(took)} of {len(results.points)} finished; {sum(took):,.0f} s in all, {max(took, default=0):,.0f} s the longest",
-        ),
+        ("points", f"{len(took)} of {len(results.points)} finished; {work}"),
         ("seeds", ", ".join(map(str, plan["seeds"]))),
         ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.points import train
+from launch.points import collisions, train
+from launch.points.collisions import CollisionsPoint
 from launch.points.measured import Base, Measured
 from launch.points.train import TrainPoint
 
-PointConfig = TrainPoint
-POINTS: tuple[type, ...] = (TrainPoint,)
+PointConfig = TrainPoint | CollisionsPoint
+POINTS: tuple[type, ...] = (TrainPoint, CollisionsPoint)
 
 
 def measure(point: PointConfig, base: Base, folder: Path) -> list[Measured]:
@@ -17,3 +18,5 @@ def measure(point: PointConfig, base: Base, folder: Path) -> list[Measured]:
     match point:
         case TrainPoint():
             return train.run(point, base, folder)
+        case CollisionsPoint():
+            return collisions.run(point, base, folder)
