@@ -34,7 +34,7 @@ class Interval(NamedTuple):
     """Of the examples as they are; NaN where it is undefined."""
     low: float
     high: float
-    """NaN where no resample has a value."""
+    """NaN where no resample has a value, or there is only one user."""
 
 
 def counts(users: int, number: int, seed: int) -> Iterator[np.ndarray]:
@@ -131,7 +131,8 @@ def _intervals(
     seed: int,
 ) -> dict[str, Interval]:
     value = measured(np.ones(users))
-    drawn = np.array([measured(weights) for weights in counts(users, number, seed)] if users else [], np.float64)
+    several = users > 1  # Of one user there is but one resample, which tells nothing.
+    drawn = np.array([measured(weights) for weights in counts(users, number, seed)] if several else [], np.float64)
     tails = ((1 - confidence) / 2, (1 + confidence) / 2)
     out = {}
     for at, name in enumerate(names):
