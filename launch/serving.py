@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from launch.readers import open_source
 from monolith_jax.experiment import Experiment
+from monolith_jax.serve.crosses import table_of
 from monolith_jax.serve.log_tail import LogTail
-from monolith_jax.serve.pipeline import Pipeline, table_of
+from monolith_jax.serve.pipeline import Pipeline
 from monolith_jax.serve.served_model import ServedModel
 from monolith_jax.stream.events import ACTION
 from monolith_jax.stream.log_source import LogConfig

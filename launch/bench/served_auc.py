@@ -12,15 +12,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from monolith_jax.experiment import Experiment
-    from monolith_jax.reader import Observed
+from typing import Any
 
 EXAMPLE = "python -m launch.bench.served_auc --data $MONOLITH_JAX_DATA/kuairand27k_slice --workdir /tmp/served_auc"
 FORMATS = ("float32", "float16", "int8")
@@ -42,37 +36,9 @@ def trained(folder: str, seed: int, run: Path) -> dict[str, float]:
     return {row["head"]: row["auc"] for row in read(run).tests if row.get("auc") is not None}
 
 
-def held_out(experiment: Experiment, run: Path) -> Iterator[tuple[pa.RecordBatch, Observed]]:
-    """Yields the held-out examples as the newest snapshot would be asked for them, with what was observed."""
-    from launch.readers import make_memories, open_source
-    from monolith_jax.packing import unpack
-    from monolith_jax.reader import observe
-    from monolith_jax.snapshot import SnapshotConfig, Snapshots, find
-    from monolith_jax.stream.batcher import batches
-    from monolith_jax.stream.log_source import LogConfig
-
-    assert experiment.test_source is not None and not isinstance(experiment.test_source, LogConfig)
-    snapshots = Snapshots(SnapshotConfig(), find(run), read_only=True)
-    newest = snapshots.latest()
-    assert newest is not None
-    saved = unpack(snapshots.restore_plain(newest).host["parts"][0])
-    snapshots.close()
-    memories = make_memories(experiment)
-    for memory, state in zip(memories, saved["memories"], strict=True):
-        memory.set_state(state)
-    stream = batches(open_source(experiment.test_source), experiment.train.batch_size)
-    for batch in stream:
-        examples = batch.examples
-        if not examples.num_rows:
-            continue
-        for memory in memories:
-            examples = memory.extend(examples)
-        yield examples, observe(examples, [head.label for head in experiment.heads], "user_id")
-    stream.close()
-
-
 def served(run: Path, exports: Path) -> dict[str, dict[str, float]]:
     """Exports the newest snapshot in each format; returns the AUC of each head by format, over the held-out examples."""
+    from launch.evaluation.held_out import held_out, restored
     from launch.export import export
     from monolith_jax.evaluate.prequential import Prequential
     from monolith_jax.experiment import load
@@ -88,7 +54,7 @@ def served(run: Path, exports: Path) -> dict[str, dict[str, float]]:
             num_shards=experiment.mesh.num_shards, batch_sizes=(size,), two_tower=experiment.retrieval,
         )  # fmt: skip
         measures[format] = Prequential(experiment.prequential, [(head.label, head.kind) for head in heads])
-    for examples, seen in held_out(experiment, run):
+    for examples, seen in held_out(experiment, restored(experiment, run)):
         for format, model in models.items():
             scores = model.predict(examples)
             measures[format].add(seen.event_time_ms, seen.groups, scores, seen.labels, seen.masks, seen.optimal)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.bench.served_auc import held_out, trained
+from launch.bench.served_auc import trained
 
 if TYPE_CHECKING:
     from monolith_jax.evaluate.calibration import Calibration
@@ -46,6 +46,7 @@ def rows_of(features: Features, where: Any) -> Features:
 
 def ranked(run: Path, exported: Path) -> dict[str, Any]:
     """Exports the newest snapshot and ranks the held-out examples; returns AUC by head, scores, and how long it took."""
+    from launch.evaluation.held_out import held_out, restored
     from launch.export import export
     from monolith_jax.evaluate.prequential import Prequential
     from monolith_jax.experiment import load
@@ -62,7 +63,7 @@ def ranked(run: Path, exported: Path) -> dict[str, Any]:
     ranker = Ranker(model, CANDIDATE_COLUMNS, sizes=(_CANDIDATES,))
     measure = Prequential(experiment.prequential, [(head.label, head.kind) for head in experiment.heads])
     observed, taken_s = [], 0.0
-    for examples, seen in held_out(experiment, run):
+    for examples, seen in held_out(experiment, restored(experiment, run)):
         once, each = featurize(examples, ranker.once_layout), featurize(examples, ranker.each_layout)
         scores = np.empty((examples.num_rows, len(experiment.heads)), np.float32)
         begun = time.perf_counter()

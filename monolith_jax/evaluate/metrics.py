@@ -124,8 +124,23 @@ def gauc_sums(scores: np.ndarray, positive: np.ndarray, codes: np.ndarray) -> tu
     Raises:
         ValueError: A score is NaN.
     """
+    _, area, size = group_areas(scores, positive, codes)
+    return float(np.dot(area, size)), float(size.sum())
+
+
+def group_areas(scores: np.ndarray, positive: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns of each group that has both classes its code int64 [G], its AUC float64 [G] and its examples int64 [G].
+
+    Args:
+        scores: [N].
+        positive: bool [N].
+        codes: [N] numbers of the groups, in [0, 2^31).
+
+    Raises:
+        ValueError: A score is NaN.
+    """
     if not scores.size:
-        return 0.0, 0.0
+        return np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64)
     # Group, score and label fit one word of 31 + 32 + 1 bits: one sort of plain integers, several times faster than a lexsort.
     packed = np.sort((codes.astype(np.uint64) << 33) | (_keys(scores).astype(np.uint64) << 1) | positive)
     cells = _starts(packed >> 1)
@@ -138,9 +153,8 @@ def gauc_sums(scores: np.ndarray, positive: np.ndarray, codes: np.ndarray) -> tu
     twice_won = np.add.reduceat(positives * (2 * below + negatives), groups)
     P, N = np.add.reduceat(positives, groups), np.add.reduceat(negatives, groups)
     both = (P > 0) & (N > 0)
-    size = (P + N)[both]
-    area = twice_won[both] / (2.0 * P[both] * N[both])
-    return float(np.dot(area, size)), float(size.sum())
+    code = (packed[cells[groups[both]]] >> 33).astype(np.int64)
+    return code, twice_won[both] / (2.0 * P[both] * N[both]), (P + N)[both]
 
 
 def log_losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

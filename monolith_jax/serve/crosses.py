@@ -87,3 +87,9 @@ class Crosses:
             of_columns = [places[column] for column in feature.columns]
             out[:, index] = crossed([(side.ids[:, at].copy(), side.valid[:, at]) for side, at in of_columns])
         return out
+
+
+def table_of(features: Sequence[FeatureConfig], column: str) -> str:
+    """Returns the table that a model keeps the ids of a column in; empty: it has no such feature."""
+    found = [one.table for one in features if isinstance(one, IdFeatureConfig) and one.column == column]
+    return found[0] if found else ""

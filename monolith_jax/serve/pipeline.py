@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from monolith_jax.features import FeatureConfig, IdFeatureConfig
 from monolith_jax.serve.asked import Asked, Clock
 from monolith_jax.serve.catalogue import Catalogue, CatalogueConfig, Taken
-from monolith_jax.serve.crosses import columns_of
+from monolith_jax.serve.crosses import columns_of, table_of
 from monolith_jax.serve.encode import Encoder
 from monolith_jax.serve.events import Events
 from monolith_jax.serve.feed_log import impressions_of
@@ -165,8 +164,16 @@ class Pipeline:
     def recommend_batch(self, requests: Sequence[Request]) -> list[Feed]:
         """Answers requests; users' vectors are made, and the index is searched, for all of them at once."""
         asked = [self._ask(request, time.perf_counter()) for request in requests]
-        hits = self._recall.search(asked)
-        return [self._answer(one, of_one) for one, of_one in zip(asked, hits, strict=True)]
+        feeds = []
+        for one, hits in zip(asked, self._recall.search(asked), strict=True):
+            feeds.append(self._answer(one, hits)[0])
+            self.seen.add(one.request.user_id, feeds[-1].video_ids)
+        return feeds
+
+    def explain(self, request: Request) -> tuple[Feed, Candidates]:
+        """Answers as `recommend`, and returns what was chosen from, too; the user counts as not having seen the feed."""
+        asked = self._ask(request, time.perf_counter())
+        return self._answer(asked, self._recall.search([asked])[0])
 
     def user_vectors(self, requests: Sequence[Request]) -> np.ndarray:
         """Returns the two-tower's vectors of users who would ask now, float32 [B, D].
@@ -222,7 +229,7 @@ class Pipeline:
         model, table = self._model, self._user_table
         return model is not None and table != "" and bool(model.vectors(table, np.array([user_id]))[1][0])
 
-    def _answer(self, asked: Asked, hits: np.ndarray) -> Feed:
+    def _answer(self, asked: Asked, hits: np.ndarray) -> tuple[Feed, Candidates]:
         merged = self._recall.candidates(asked, hits)
         candidates = self._rank(asked, merged)
         slate, rows = self._rerank(asked, candidates)
@@ -231,7 +238,7 @@ class Pipeline:
             asked.flags.append("seen_again")
             candidates = self._rank(asked, self._recall.anything(asked, merged))
             slate, rows = self._rerank(asked, candidates)
-        return self._feed(asked, candidates, slate, rows)
+        return self._feed(asked, candidates, slate, rows), candidates
 
     def _rank(self, asked: Asked, merged: Merged) -> Candidates:
         """Returns what the candidates are worth: by the ranker, or where it cannot, by their order."""
@@ -338,7 +345,6 @@ class Pipeline:
             impressions=None,
         )
         feed = replace(feed, impressions=impressions_of(feed, asked.row, self.catalogue.batch(ids)))
-        self.seen.add(feed.user_id, ids)
         self.report.fed(feed.request_id, ids, source)
         self._counts.update(feed.flags)
         self._counts["feeds"] += 1
@@ -388,9 +394,3 @@ class Pipeline:
         if self.indexer:
             found["index"] = self.indexer.metrics()
         return found
-
-
-def table_of(features: Sequence[FeatureConfig], column: str) -> str:
-    """Returns the table that a model keeps the ids of a column in; empty: it has no such feature."""
-    found = [one.table for one in features if isinstance(one, IdFeatureConfig) and one.column == column]
-    return found[0] if found else ""
