@@ -47,12 +47,9 @@ def run(point: TowersPoint, base: Base, folder: Path) -> list[Measured]:
     for name, experiment in runs_of(point, base.load()).items():
         of_run = _trained(experiment, folder / name)
         measured += _quality(of_run)
-        rows = of_run.summary["rows"]
-        dims = {table.dim for table in experiment.tables}
-        sums["rows"] += rows
         sums["dense_parameters"] += dense_parameters(experiment)
-        # A run tells of its ids together, not table by table.
-        sums["table_parameters"] += rows * dims.pop() if len(dims) == 1 else math.nan
+        sums["table_parameters"] += of_run.summary["rows"] * _dim(experiment)
+        sums["rows"] += of_run.summary["rows"]
     for metric in BINARY:
         values = [one.value for one in measured if one.metric == metric]
         if values:
@@ -90,6 +87,12 @@ def dense_parameters(experiment: Experiment) -> int:
         )
     )
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
+
+
+def _dim(experiment: Experiment) -> float:
+    """Returns the dim of all tables; NaN where they have several, because a run tells of the ids of all tables together."""
+    dims = {table.dim for table in experiment.tables}
+    return dims.pop() if len(dims) == 1 else math.nan
 
 
 def _trained(experiment: Experiment, workdir: Path) -> Run:
