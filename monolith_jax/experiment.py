@@ -31,9 +31,13 @@ from monolith_jax.features import (
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.threads import MapperConfig
 from monolith_jax.mesh import MeshConfig
+from monolith_jax.models.dcn import DCNConfig
 from monolith_jax.models.deepfm import DeepFMConfig
+from monolith_jax.models.fm import FMConfig, LinearConfig
 from monolith_jax.models.losses import HeadConfig
 from monolith_jax.models.mmoe import MMoEConfig
+from monolith_jax.models.shared_bottom import SharedBottomConfig
+from monolith_jax.models.towers import ModelConfig
 from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.serve.catalogue import CatalogueConfig
 from monolith_jax.serve.index import IndexConfig
@@ -66,7 +70,8 @@ CONFIGS: tuple[type, ...] = (
     *(HistoryConfig, CountersConfig),
     *(IdFeatureConfig, CrossFeatureConfig, BucketFeatureConfig, TimeFeatureConfig, DenseFeatureConfig),
     *(TableConfig, AdmissionConfig, MapperConfig, OptimizerConfig),
-    *(DeepFMConfig, MMoEConfig, HeadConfig, TwoTowerConfig),
+    *(LinearConfig, FMConfig, DeepFMConfig, DCNConfig, SharedBottomConfig, MMoEConfig),
+    *(HeadConfig, TwoTowerConfig),
     *(TrainConfig, SnapshotConfig, PublisherConfig, MeshConfig, WireConfig, PrequentialConfig),
     *(ServingConfig, CatalogueConfig, IndexConfig, UserStateConfig, SeenConfig, SourcesConfig, TrendingConfig),
     *(RankConfig, GroupValuesConfig, CalibrationConfig, RerankConfig),
@@ -90,7 +95,7 @@ class Experiment:
     """What the model sees of an example."""
     tables: tuple[TableConfig, ...]
     """The name spaces of ids that the features refer to."""
-    model: DeepFMConfig | MMoEConfig | None = None
+    model: ModelConfig | None = None
     """The ranker, from vectors to logits; None, where there is `retrieval`: none."""
     retrieval: TwoTowerConfig | None = None
     """The two-tower, which finds videos for a user; None: none. A ranker beside it is trained jointly, over the same tables."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from monolith_jax.mesh import MeshConfig, make_mesh
+from monolith_jax.models.dcn import DCNConfig
 from monolith_jax.models.deepfm import DeepFMConfig
 from monolith_jax.models.mmoe import MMoEConfig
 from monolith_jax.tables.update import OptimizerConfig
@@ -25,7 +26,11 @@ from monolith_jax.train.step import make_train_step
 from tests.float64_run import MESHES, OPTIMIZERS
 from tests.small_model import make_examples, make_small
 
-MODELS = {"deepfm": DeepFMConfig(hidden=(16, 8)), "mmoe": MMoEConfig(4, (16, 8), (4,))}
+MODELS: dict[str, ModelConfig] = {
+    "deepfm": DeepFMConfig(hidden=(16, 8)),
+    "mmoe": MMoEConfig(4, (16, 8), (4,)),
+    "dcn": DCNConfig(2, 8, (16, 8)),
+}
 
 
 @functools.cache

@@ -3,7 +3,8 @@
 In: the vectors of the features that all candidates share, [1, P, D], and of those that each has for itself, [K, P, D]. Out:
 logits [K, T], equal to what `towers.forward` makes of K whole examples but for rounding. The first layer is linear, so
 W x = W_once x_once + W_each x_each; only the second product, and what lies above it, is done K times. Experts are kept apart
-and candidates stay the rows of all products, which spares the CPU the copies that turn one layout into another.
+and candidates stay the rows of all products, which spares the CPU the copies that turn one layout into another. A model without
+such a first layer (DCN-v2's crosses take all inputs at every layer) or without any is given K whole examples.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import numpy as np
 from flax import nnx
 
 from monolith_jax.features import DenseFeatureConfig, FeatureLayout, restricted
+from monolith_jax.models.dcn import DCN
 from monolith_jax.models.deepfm import DeepFM
-from monolith_jax.models.layers import Mlp, ModelInputs, StackedMlp, combine, flat, num_fields, pairs
+from monolith_jax.models.fm import FactorisationMachine
+from monolith_jax.models.layers import InputShapes, Mlp, ModelInputs, StackedMlp, combine, flat, num_fields, pairs
 from monolith_jax.models.losses import offsets
 from monolith_jax.models.mmoe import MMoE
+from monolith_jax.models.shared_bottom import SharedBottom
 from monolith_jax.models.towers import RETRIEVAL, Towers
 from monolith_jax.tables.update import float_dtype
 from monolith_jax.types import Array
@@ -40,6 +44,8 @@ class Split:
     """Which of the model's flat inputs are those of `once`, in its order."""
     each_rows: tuple[int, ...]
     """The same of `each`."""
+    shapes: InputShapes
+    """Of both together, as the model takes them."""
 
 
 class SideInputs(NamedTuple):
@@ -78,18 +84,20 @@ class FirstLayer(NamedTuple):
 class Prepared(NamedTuple):
     """The weights, cut and ordered for candidates. What a model does not have is empty."""
 
-    first: tuple[FirstLayer, ...]
-    """The layers that see the inputs: deep's or trunk's first one; or those of all experts, and of the gates last."""
-    above: tuple[Layer, ...]
-    """The other layers of deep or trunk."""
-    experts: tuple[tuple[Layer, ...], ...]
+    first: tuple[FirstLayer, ...] = ()
+    """The layers that see the inputs: deep's, bottom's or trunk's first one; or those of all experts, and of the gates last."""
+    above: tuple[Layer, ...] = ()
+    """The other layers of deep, bottom or trunk."""
+    experts: tuple[tuple[Layer, ...], ...] = ()
     """Of each expert the layers that do not see the inputs."""
-    gates: Layer | None
+    gates: Layer | None = None
     """The gates [I, T E] above a trunk."""
-    towers: tuple[Layer, ...]
+    towers: tuple[Layer, ...] = ()
     """Stacked over the tasks."""
-    wide: Array | None
+    wide: Array | None = None
     """[T]"""
+    whole: Any = None
+    """All weights, of a model that takes whole examples."""
 
 
 def split(towers: Towers, dims: Sequence[int], each: Collection[str]) -> Split:
@@ -118,7 +126,8 @@ def split(towers: Towers, dims: Sequence[int], each: Collection[str]) -> Split:
     ]
     owners += [one.name for one in layout.features if isinstance(one, DenseFeatureConfig) for _ in range(one.size)]
     rows = [[row for row, name in enumerate(owners) if (name in each) == side] for side in (False, True)]
-    return Split(towers, of_once, of_each, tuple(rows[0]), tuple(rows[1]))
+    fields = tuple((num_fields(slots), dim) for slots, dim in zip(layout.groups, dims, strict=True))
+    return Split(towers, of_once, of_each, tuple(rows[0]), tuple(rows[1]), InputShapes(fields, layout.num_dense))
 
 
 def prepare(split: Split, weights: Any) -> Prepared:
@@ -134,7 +143,10 @@ def prepare(split: Split, weights: Any) -> Prepared:
     match module:
         case DeepFM():
             first, *above = _layers(module.deep)
-            return Prepared((_first(split, first),), tuple(above), (), None, (), module.wide[...])
+            return Prepared((_first(split, first),), tuple(above), wide=module.wide[...])
+        case SharedBottom():
+            first, *above = _layers(module.bottom)
+            return Prepared((_first(split, first),), tuple(above), towers=_stacked(module.towers))
         case MMoE():
             experts = _unstacked(module.experts)
             (gates,) = _stacked(module.gates)
@@ -142,10 +154,12 @@ def prepare(split: Split, weights: Any) -> Prepared:
             towers = _stacked(module.towers)
             if module.trunk.layers:
                 first, *above = _layers(module.trunk)
-                return Prepared((_first(split, first),), tuple(above), experts, gates, towers, None)
+                return Prepared((_first(split, first),), tuple(above), experts, gates, towers)
             firsts = tuple(_first(split, layer) for layer in (*(one[0] for one in experts), gates))
-            return Prepared(firsts, (), tuple(one[1:] for one in experts), None, towers, None)
-    raise AssertionError(f"a ranker is DeepFM or MMoE, not {type(module).__name__}")
+            return Prepared(firsts, (), tuple(one[1:] for one in experts), None, towers)
+        case FactorisationMachine() | DCN():
+            return Prepared(whole=of_ranker)
+    raise AssertionError(f"{type(module).__name__} is none of the rankers of towers.ModelConfig")
 
 
 def _layers(mlp: Mlp) -> list[Layer]:
@@ -186,10 +200,14 @@ def candidate_logits(split: Split, prepared: Prepared, once: SideInputs, each: S
         each: Of K examples, laid out by `split.each`.
     """
     of_once, of_each = _inputs(split.once, once), _inputs(split.each, each)
-    if prepared.wide is not None:
+    if prepared.whole is not None:
+        logits = _whole(split, prepared.whole, of_once, of_each)
+    elif prepared.wide is not None:
         logits = _deepfm(prepared, prepared.wide, of_once, of_each)
-    else:
+    elif prepared.experts:
         logits = _mmoe(prepared, of_once, of_each)
+    else:
+        logits = _shared_bottom(prepared, of_once, of_each)
     return logits + offsets(split.towers.heads)
 
 
@@ -222,9 +240,41 @@ def _deepfm(prepared: Prepared, wide_T: Array, once: ModelInputs, each: ModelInp
     return x.astype(float_dtype()) + wide[:, None] * wide_T
 
 
-def _mmoe(prepared: Prepared, once: ModelInputs, each: ModelInputs) -> jax.Array:
+def _whole(split: Split, weights: Any, once: ModelInputs, each: ModelInputs) -> jax.Array:
+    x_once, x_each = flat(once), flat(each)
+    x_once = jnp.broadcast_to(x_once, (x_each.shape[0], x_once.shape[1]))
+    x = jnp.concatenate([x_once, x_each], axis=1)[:, np.argsort([*split.once_rows, *split.each_rows])]
+    ends = np.cumsum([number * dim for number, dim in split.shapes.fields])
+    *fields, dense = jnp.split(x, ends, axis=1)
+    fields = tuple(field.reshape(-1, *shape) for field, shape in zip(fields, split.shapes.fields, strict=True))
+    assert split.towers.graph is not None
+    return nnx.merge(split.towers.graph, nnx.State(weights))(ModelInputs(fields, dense))
+
+
+def _sides(once: ModelInputs, each: ModelInputs) -> tuple[jax.Array, jax.Array]:
+    """Returns the inputs of a first layer that sees the pairs: they are each candidate's."""
     products = [pairs(*sides) for sides in zip(once.fields, each.fields, strict=True)]
-    x_once, x_each = flat(once), jnp.concatenate([flat(each), *products], axis=1)
+    return flat(once), jnp.concatenate([flat(each), *products], axis=1)
+
+
+def _shared_bottom(prepared: Prepared, once: ModelInputs, each: ModelInputs) -> jax.Array:
+    x = _first_product(prepared.first[0], *_sides(once, each))
+    for layer in prepared.above:
+        x = _above(x, layer)
+    x = nnx.relu(x).astype(prepared.towers[0].bias.dtype)
+    return _of_towers(prepared, jnp.broadcast_to(x, (prepared.towers[0].bias.shape[0], *x.shape)))
+
+
+def _of_towers(prepared: Prepared, x_TKD: jax.Array) -> jax.Array:
+    """Returns logits [K, T] of what each task's tower sees."""
+    for index, layer in enumerate(prepared.towers):
+        x_TKD = nnx.relu(x_TKD) if index else x_TKD
+        x_TKD = jnp.einsum("tki,tio->tko", x_TKD, layer.kernel) + layer.bias[:, None]
+    return x_TKD[:, :, 0].T.astype(float_dtype())
+
+
+def _mmoe(prepared: Prepared, once: ModelInputs, each: ModelInputs) -> jax.Array:
+    x_once, x_each = _sides(once, each)
     firsts = [_first_product(layer, x_once, x_each) for layer in prepared.first]
     if prepared.gates is None:
         *experts, gates = firsts
@@ -243,8 +293,4 @@ def _mmoe(prepared: Prepared, once: ModelInputs, each: ModelInputs) -> jax.Array
     # Rounded as the factors of one product are, and summed in full.
     shares_KTE = jax.nn.softmax(gates.reshape(gates.shape[0], -1, len(mixed))).astype(mixed[0].dtype).astype(float_dtype())
     terms = [shares_KTE[:, :, e].T[:, :, None] * expert.astype(float_dtype()) for e, expert in enumerate(mixed)]
-    x_TKD = functools.reduce(operator.add, terms).astype(prepared.towers[0].bias.dtype)
-    for index, layer in enumerate(prepared.towers):
-        x_TKD = nnx.relu(x_TKD) if index else x_TKD
-        x_TKD = jnp.einsum("tki,tio->tko", x_TKD, layer.kernel) + layer.bias[:, None]
-    return x_TKD[:, :, 0].T.astype(float_dtype())
+    return _of_towers(prepared, functools.reduce(operator.add, terms).astype(prepared.towers[0].bias.dtype))

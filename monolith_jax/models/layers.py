@@ -52,6 +52,11 @@ class InputShapes(NamedTuple):
         """Floats of an example."""
         return sum(number * dim for number, dim in self.fields) + self.num_dense
 
+    @property
+    def flat_and_pairs(self) -> int:
+        """Floats that `flat_and_pairs` makes of an example."""
+        return self.flat + sum(dim for _, dim in self.fields)
+
 
 def num_fields(slots: Sequence[Slot]) -> int:
     """Returns F, the vectors that `combine` makes of a group's slots."""
@@ -111,6 +116,15 @@ def pairs(*fields: jax.Array) -> jax.Array:
     total = functools.reduce(operator.add, [part.sum(1) for part in fields])
     squares = functools.reduce(operator.add, [(part * part).sum(1) for part in fields])
     return 0.5 * (total * total - squares)
+
+
+def flat_and_pairs(inputs: ModelInputs) -> jax.Array:
+    """Returns what is known of an example and, of each group, the sum over all pairs of its fields, [B, flat_and_pairs].
+
+    The sums are the bi-interaction of He and Chua (2017, arXiv 1708.05027): relu layers alone are slow to learn that a user's
+    and a video's vectors match.
+    """
+    return jnp.concatenate([flat(inputs), *map(pairs, inputs.fields)], axis=1)
 
 
 class Mlp(nnx.Module):

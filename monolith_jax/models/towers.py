@@ -17,10 +17,13 @@ import numpy as np
 from flax import nnx
 
 from monolith_jax.features import FeatureLayout
+from monolith_jax.models.dcn import DCN, DCNConfig
 from monolith_jax.models.deepfm import DeepFM, DeepFMConfig
+from monolith_jax.models.fm import FactorisationMachine, FMConfig, LinearConfig
 from monolith_jax.models.layers import InputShapes, ModelInputs, combine, num_fields
 from monolith_jax.models.losses import HeadConfig, check_heads, offsets
 from monolith_jax.models.mmoe import MMoE, MMoEConfig
+from monolith_jax.models.shared_bottom import SharedBottom, SharedBottomConfig
 from monolith_jax.models.two_tower import TwoTower, TwoTowerConfig, tower_inputs
 from monolith_jax.tables.update import float_dtype
 from monolith_jax.types import Array
@@ -28,7 +31,7 @@ from monolith_jax.types import Array
 RETRIEVAL = "retrieval"
 """Under which the weights of the two-tower are, beside the ranker's."""
 
-ModelConfig = DeepFMConfig | MMoEConfig
+ModelConfig = LinearConfig | FMConfig | DeepFMConfig | DCNConfig | SharedBottomConfig | MMoEConfig
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ def _ranker(
     shapes = InputShapes(fields, layout.num_dense)
     rngs = nnx.Rngs(seed)
     match config:
+        case LinearConfig() | FMConfig():
+            module = FactorisationMachine(config, shapes, len(heads), rngs)
+        case DCNConfig():
+            module = DCN(config, shapes, len(heads), rngs)
+        case SharedBottomConfig():
+            module = SharedBottom(config, shapes, len(heads), rngs)
         case DeepFMConfig():
             module = DeepFM(config, shapes, len(heads), rngs)
         case MMoEConfig():

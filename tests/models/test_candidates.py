@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 
 from monolith_jax.features import Combiner, DenseFeatureConfig, FeatureConfig, IdFeatureConfig, feature_layout
 from monolith_jax.models.candidates import SideInputs, candidate_logits, prepare, split
+from monolith_jax.models.dcn import DCNConfig
 from monolith_jax.models.deepfm import DeepFMConfig
+from monolith_jax.models.fm import FMConfig, LinearConfig
 from monolith_jax.models.losses import HeadConfig
 from monolith_jax.models.mmoe import MMoEConfig
+from monolith_jax.models.shared_bottom import SharedBottomConfig
 from monolith_jax.models.towers import ModelConfig, Towers, forward, make_towers
 from monolith_jax.tables.update import float_dtype
 
@@ -50,6 +53,12 @@ MODELS: dict[str, ModelConfig] = {
     "mmoe with a trunk": MMoEConfig(2, (8, 8), (6, 4), (24, 20)),
     "deepfm": DeepFMConfig((16, 8)),
     "deepfm without layers": DeepFMConfig(()),
+    "shared bottom": SharedBottomConfig((16, 8), (6,)),
+    "shared bottom of one layer": SharedBottomConfig((8,), ()),
+    "dcn": DCNConfig(2, 0, (16, 8)),
+    "dcn of low rank": DCNConfig(2, 4, ()),
+    "linear": LinearConfig(),
+    "fm": FMConfig(),
 }
 
 
@@ -94,7 +103,13 @@ def whole_inputs(towers: Towers, dims: list[int], once: set[str], number: int, s
 @functools.cache
 def made(config: ModelConfig) -> tuple[Towers, list[int], Any]:
     """Returns towers, dims and weights."""
-    dims = [6, 6] if isinstance(config, DeepFMConfig) else [4, 6]
+    match config:
+        case LinearConfig():
+            dims = [3, 3]
+        case FMConfig() | DeepFMConfig():
+            dims = [6, 6]
+        case _:
+            dims = [4, 6]
     towers, state = make_towers(config, feature_layout(FEATURES, [["small"], ["large"]]), dims, HEADS, 0)
     rng = np.random.default_rng(1)
     # Not the first weights: those of biases are zeros.
@@ -142,7 +157,7 @@ def test_any_features_may_be_either_side(each: set[str], model: str, seed: int) 
     np.testing.assert_allclose(got, expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("model", ["mmoe with a trunk", "deepfm"])
+@pytest.mark.parametrize("model", ["mmoe with a trunk", "deepfm", "shared bottom"])
 def test_bfloat16_products_round_as_forward_does(model: str) -> None:
     exact = both(MODELS[model], EACH, 40, 1)[1]
     got, expected = both(dataclasses.replace(MODELS[model], compute_dtype="bfloat16"), EACH, 40, 1)  # pyright: ignore
@@ -161,7 +176,7 @@ def test_in_float64_only_the_last_digits_differ() -> None:
         "import jax; jax.config.update('jax_enable_x64', True)\n"
         "import numpy as np\n"
         "from tests.models.test_candidates import EACH, MODELS, both\n"
-        "for config in (MODELS['mmoe'], MODELS['deepfm']):\n"
+        "for config in map(MODELS.get, ('mmoe', 'deepfm', 'shared bottom', 'dcn', 'fm')):\n"
         "    got, expected = both(config, EACH, 5, 0)\n"
         "    assert got.dtype == np.float64 and np.abs(got - expected).max() < 1e-12, (config, np.abs(got - expected).max())\n"
     )

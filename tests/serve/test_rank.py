@@ -7,8 +7,12 @@ import pyarrow as pa
 import pytest
 
 from monolith_jax.features import CrossFeatureConfig, FeatureConfig, Features, featurize
+from monolith_jax.models.dcn import DCNConfig
 from monolith_jax.models.deepfm import DeepFMConfig
+from monolith_jax.models.fm import FMConfig
 from monolith_jax.models.mmoe import MMoEConfig
+from monolith_jax.models.shared_bottom import SharedBottomConfig
+from monolith_jax.models.towers import ModelConfig
 from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.serve.encode import Encoder
 from monolith_jax.serve.rank import Ranker
@@ -27,10 +31,16 @@ CROSSED: tuple[FeatureConfig, ...] = (
 CANDIDATE = ("last", "pinned", "tag", "tag_weight")
 REQUEST = ("user_id", "seen", "age", "event_time_ms")
 TWO_TOWER = TwoTowerConfig(user_features=("user", "seen", "age"), video_features=("last", "tag"), dim=8, video_column="last")
-CONFIGS = [DeepFMConfig(hidden=(8,)), MMoEConfig(2, (8,), (4,))]
+CONFIGS: dict[str, ModelConfig] = {
+    "deepfm": DeepFMConfig(hidden=(8,)),
+    "mmoe": MMoEConfig(2, (8,), (4,)),
+    "shared bottom": SharedBottomConfig((8,), (4,)),
+    "dcn": DCNConfig(2, 0, (8,)),
+    "fm": FMConfig(),
+}
 
 
-def published(root: Path, config: DeepFMConfig | MMoEConfig, features: tuple[FeatureConfig, ...] = CROSSED) -> Log:
+def published(root: Path, config: ModelConfig, features: tuple[FeatureConfig, ...] = CROSSED) -> Log:
     log, rng = Log(root, config=config, features=features, two_tower=TWO_TOWER), np.random.default_rng(0)
     ids = np.arange(60) * 7919 - 100
     rows = {table.name: (ids, rng.normal(size=(60, 4)).astype(np.float32)) for table in TABLES}
@@ -47,8 +57,8 @@ def with_request_of_first(examples: pa.RecordBatch) -> pa.RecordBatch:
     return examples
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["deepfm", "mmoe"])
-def test_candidates_score_as_whole_examples(tmp_path: Path, config: DeepFMConfig | MMoEConfig) -> None:
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_candidates_score_as_whole_examples(tmp_path: Path, config: ModelConfig) -> None:
     log = published(tmp_path, config)
     served = log.serve()
     ranker = Ranker(served, CANDIDATE, sizes=(4, 16))
@@ -69,7 +79,7 @@ def test_candidates_score_as_whole_examples(tmp_path: Path, config: DeepFMConfig
 
 
 def test_what_is_kept_of_videos_gives_the_features_of_whole_examples(tmp_path: Path) -> None:
-    ranker = Ranker(published(tmp_path, CONFIGS[1]).serve(), CANDIDATE, sizes=(4,))
+    ranker = Ranker(published(tmp_path, CONFIGS["mmoe"]).serve(), CANDIDATE, sizes=(4,))
     asked = with_request_of_first(make_examples(30))
     plain, raw = featurize(asked.select(CANDIDATE), ranker.plain_layout), ranker.crosses.of_candidates(asked.select(CANDIDATE))
     at = np.array([3, 20, 3, 7])
@@ -120,7 +130,7 @@ def test_candidates_of_one_version(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_ranked_is_told(tmp_path: Path) -> None:
-    log = published(tmp_path, CONFIGS[0])
+    log = published(tmp_path, CONFIGS["deepfm"])
     served = log.serve()
     with pytest.raises(ValueError, match="no feature reads a column of candidates"):
         Ranker(served, ("video",))
@@ -136,7 +146,7 @@ def test_what_cannot_be_ranked_is_told(tmp_path: Path) -> None:
 
 
 def test_vectors_of_users_and_videos(tmp_path: Path) -> None:
-    log = published(tmp_path, CONFIGS[0])
+    log = published(tmp_path, CONFIGS["deepfm"])
     served = log.serve()
     encoder = Encoder(served, user_sizes=(1, 8), video_sizes=(4, 16))
     asked = make_examples(40)
@@ -164,7 +174,7 @@ def test_a_two_tower_alone(tmp_path: Path) -> None:
         Ranker(served, CANDIDATE)
     with pytest.raises(ValueError, match="no ranker to predict with"):
         served.predict(make_examples(3))
-    log = published(tmp_path / "ranker", CONFIGS[0])
+    log = published(tmp_path / "ranker", CONFIGS["deepfm"])
     log.two_tower = None
     with pytest.raises(ValueError, match="unknown retrieval/user"):
         log.serve()

@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monolith_jax.features import featurize
+from monolith_jax.models.dcn import DCNConfig
 from monolith_jax.models.deepfm import DeepFMConfig
+from monolith_jax.models.fm import FMConfig, LinearConfig
 from monolith_jax.models.mmoe import MMoEConfig
+from monolith_jax.models.shared_bottom import SharedBottomConfig
 from monolith_jax.models.towers import ModelConfig
 from monolith_jax.sync.delta import Version
 from monolith_jax.tables.table import TableConfig
@@ -27,7 +30,8 @@ from tests.small_model import SGD, TABLES, Small, make_examples, make_small
 
 BOUNDS = {"float32": (0.0, 0.0), "float16": (2.0**-11, 2.0**-25), "int8": (0.0, 1 / 254)}
 """Error of a value: relative to it, and absolute (float16) or relative to the largest of its row (int8)."""
-CONFIGS = [DeepFMConfig(hidden=(8, 8)), MMoEConfig()]
+CONFIGS: dict[str, ModelConfig] = {"deepfm": DeepFMConfig(hidden=(8, 8)), "mmoe": MMoEConfig(), "dcn": DCNConfig(2, 3, (8,))}
+CONFIGS |= {"shared bottom": SharedBottomConfig((8,), (4,)), "fm": FMConfig(), "linear": LinearConfig()}
 
 
 def logit(scores: np.ndarray) -> np.ndarray:
@@ -48,10 +52,12 @@ def vector(value: float, number: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("format", BOUNDS)
-@pytest.mark.parametrize("config", CONFIGS, ids=["deepfm", "mmoe"])
-def test_served_equals_trained(tmp_path: Path, config: ModelConfig, format: str) -> None:
-    small = make_small(1, config)
-    step, log = make_train_step(small.model), Log(tmp_path, config=config)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_served_equals_trained(tmp_path: Path, name: str, format: str) -> None:
+    config = CONFIGS[name]
+    tables = [dataclasses.replace(table, dim=2) for table in TABLES] if name == "linear" else TABLES  # A float a head.
+    small = make_small(1, config, tables)
+    step, log = make_train_step(small.model), Log(tmp_path, tables, config)
     for number in range(4):
         small.state, _ = step(small.state, small.inputs_of(make_examples(32, number))[0])
         kind = "base" if number == 0 else "delta"
