@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.points import collisions, train
+from launch.points import collisions, retrieval, towers, train
 from launch.points.collisions import CollisionsPoint
 from launch.points.measured import Base, Measured
+from launch.points.retrieval import RetrievalPoint
+from launch.points.towers import TowersPoint
 from launch.points.train import TrainPoint
 
-PointConfig = TrainPoint | CollisionsPoint
-POINTS: tuple[type, ...] = (TrainPoint, CollisionsPoint)
+PointConfig = TrainPoint | TowersPoint | CollisionsPoint | RetrievalPoint
+POINTS: tuple[type, ...] = (TrainPoint, TowersPoint, CollisionsPoint, RetrievalPoint)
 
 
 def measure(point: PointConfig, base: Base, folder: Path) -> list[Measured]:
@@ -18,5 +20,9 @@ def measure(point: PointConfig, base: Base, folder: Path) -> list[Measured]:
     match point:
         case TrainPoint():
             return train.run(point, base, folder)
+        case TowersPoint():
+            return towers.run(point, base, folder)
         case CollisionsPoint():
             return collisions.run(point, base, folder)
+        case RetrievalPoint():
+            return retrieval.run(point, base, folder)

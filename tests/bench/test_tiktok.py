@@ -1,14 +1,19 @@
 """TikTok: measures against values worked out by hand, EASE against its own regression, and what the examples hold."""
 
+import itertools
 import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from launch.bench import tiktok
-from launch.bench.tiktok import Data, Pairs
+from launch.bench import tiktok as bench
+from launch.points import retrieval, tiktok
+from launch.points.measured import Base
+from launch.points.retrieval import RetrievalPoint
+from launch.points.tiktok import Data, Pairs
 
 
 def small() -> Data:
@@ -18,20 +23,9 @@ def small() -> Data:
     return Data(Pairs(users, videos), Pairs(np.array([1, 1, 2]), np.array([40, 41, 126])), content, 3)
 
 
-def test_measures_by_hand() -> None:
-    found = np.array([[4, 8, 1, 9], [3, 0, 2, 5], [6, 7, 8, 9]])
-    wanted = [np.array([8, 9, 2]), np.array([3]), np.array([0, 1, 2, 3, 4, 5])]
-    first = (1 / math.log2(3) + 1 / math.log2(5)) / (1 + 1 / math.log2(3) + 0.5)
-    assert tiktok.measures(found, wanted) == pytest.approx(((2 / 3 + 1 + 0) / 3, (first + 1 + 0) / 3))
-
-
-def test_ideal_order_has_no_more_than_k_places() -> None:
-    assert tiktok.measures(np.array([[3, 1]]), [np.array([1, 2, 3, 4])]) == pytest.approx((0.5, 1.0))
-
-
 def test_best_leaves_out_what_was_seen() -> None:
     scores = np.array([[0.1, 0.9, 0.5, 0.7], [4.0, 3.0, 2.0, 1.0]], np.float32)
-    np.testing.assert_array_equal(tiktok.best(scores, [np.array([1]), np.array([0, 2])], 2), [[3, 2], [1, 3]])
+    np.testing.assert_array_equal(retrieval.best(scores, [np.array([1]), np.array([0, 2])], 2), [[3, 2], [1, 3]])
     assert scores[0, 1] == np.float32(0.9)
 
 
@@ -41,13 +35,14 @@ def test_judged_averages_over_users_with_something_to_find() -> None:
     scores[1, 10:31], scores[1, 50], scores[1, 40], scores[1, 41] = 1.0, 3.0, 2.0, 0.5
     scores[2, :120], scores[2, 126] = 9.0, 1.0
     gain = (1 / math.log2(3)) / (1 + 1 / math.log2(3))
-    assert tiktok.judged(data, lambda users: scores[users]) == pytest.approx(((0.5 + 1) / 2, (gain + 1) / 2))
+    figures = retrieval.judged(data, lambda users: scores[users])
+    assert (figures["recall_at_20"], figures["ndcg_at_20"]) == pytest.approx(((0.5 + 1) / 2, (gain + 1) / 2))
 
 
 def test_ease_is_ridge_regression_without_oneself() -> None:
     rng, strength = np.random.default_rng(1), 0.7
     seen = (rng.random((30, 6)) < 0.4).astype(np.float32)
-    weights = tiktok.ease(seen, strength)
+    weights = retrieval.ease(seen, strength)
     for video in range(6):
         others = np.delete(np.arange(6), video)
         x, y = seen[:, others].astype(np.float64), seen[:, video].astype(np.float64)
@@ -83,9 +78,51 @@ def test_examples_do_not_show_what_they_ask_for(tmp_path: Path) -> None:
     assert {row["user_id"] for row in passes} == {1, 2}
 
 
+def loss(data: Data, users: np.ndarray, videos: np.ndarray, penalty: float, confidence: float) -> float:
+    """Equation 3 of Hu, Koren and Volinsky, written out."""
+    has = retrieval.matrix_of(data).astype(np.float64)
+    errors = (1 + confidence * has) * np.square(has - users.astype(np.float64) @ videos.T)
+    return float(errors.sum() + penalty * (np.square(users).sum() + np.square(videos).sum()))
+
+
+def test_factors_solve_their_normal_equations_and_the_loss_never_rises() -> None:
+    rng = np.random.default_rng(2)
+    users, videos = (rng.random((40, 25)) < 0.2).nonzero()
+    data = small()._replace(train=Pairs(users, videos), content=(np.zeros((25, 2), np.float32),) * 2, num_users=40)
+    losses = [loss(data, *retrieval.factorise(data, 4, 0.5, 3.0, 1, rounds), 0.5, 3.0) for rounds in range(1, 6)]
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
+    of_users, of_videos = (one.astype(np.float64) for one in retrieval.factorise(data, 4, 0.5, 3.0, 1, 3))
+    has = retrieval.matrix_of(data)
+    for video in range(25):
+        weights = 1 + 3.0 * has[:, video]
+        left = (of_users * weights[:, None]).T @ of_users + 0.5 * np.eye(4)
+        np.testing.assert_allclose(of_videos[video], np.linalg.solve(left, of_users.T @ (weights * has[:, video])), atol=1e-4)
+
+
+def folder_of(tmp_path: Path, data: Data) -> Path:
+    """Writes data as it is published."""
+    users, videos = (np.concatenate([data.train[side], data.test[side]]) for side in range(2))
+    split = ["trn"] * data.train.users.size + ["val"] * data.test.users.size
+    pq.write_table(pa.table({"user": users, "item": videos, "split": split}), tmp_path / "interactions.parquet")
+    for name, content in zip(("image_feat", "audio_feat"), data.content, strict=True):
+        np.savez(tmp_path / f"{name}.npz", feat=content)
+    return tmp_path
+
+
+def test_points_of_made_up_data(tmp_path: Path) -> None:
+    base = Base(("configs/tiktok.gin",), (), 0)
+    folder = folder_of(tmp_path, small())
+    for method in ("popularity", "ease", "factors"):
+        measured = {one.metric: one.value for one in retrieval.run(RetrievalPoint(method, str(folder)), base, tmp_path)}
+        assert 0 <= measured["recall_at_10"] <= measured["recall_at_20"] <= measured["recall_at_50"] <= 1
+        assert 0 < measured["coverage_at_20"] <= 1 and measured["novelty_at_20"] > 0
+    with pytest.raises(ValueError, match=r"has no interactions\.parquet, image_feat\.npz, audio_feat\.npz"):
+        retrieval.run(RetrievalPoint("ease", str(tmp_path / "nothing")), base, tmp_path)
+
+
 def test_figures_are_means_over_seeds() -> None:
     runs = {"": [(0.12, 0.05), (0.13, 0.054)], "ease_": [(0.09, 0.04)]}
-    figures = tiktok.figures_of(runs)
+    figures = bench.figures_of(runs)
     assert figures["recall_at_20"] == 0.125 and figures["ndcg_at_20"] == 0.052 and figures["met"]
     assert figures["recall_at_20_by_seed"] == [0.12, 0.13] and figures["ease_ndcg_at_20"] == 0.04
-    assert not tiktok.figures_of({"": [(0.13, 0.0509)]})["met"]
+    assert not bench.figures_of({"": [(0.13, 0.0509)]})["met"]
