@@ -238,7 +238,8 @@ def cell(one: Spread, seeds: int) -> str:
     if not one.number:
         return "-"
     fewer = f" ({one.number})" if one.number < seeds else ""
-    return number(one.mean) + (f" ± {number(one.sd)}" if one.number > 1 and one.sd else "") + fewer
+    differ = one.sd > 1e-9 * abs(one.mean)  # Sums of equal numbers round.
+    return number(one.mean) + (f" ± {number(one.sd)}" if differ else "") + fewer
 
 
 def difference(one: Spread) -> str:
