@@ -71,12 +71,10 @@ def test_another_sweep_or_another_configuration_is_refused(tmp_path: Path, capsy
 
 def test_a_point_that_fails_is_told_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = one_axis(tmp_path)
-    text = file.read_text(encoding="utf-8").replace(
-        "('RetrievalPoint.method',)", "('RetrievalPoint.method', 'RetrievalPoint.data')"
-    )
-    text = text.replace(
-        "(('popularity',), ('ease',))", f"(('popularity', '{tmp_path / 'none'}'), ('ease', '{tmp_path / 'data'}'))"
-    )
+    text = file.read_text(encoding="utf-8")
+    text = text.replace("('RetrievalPoint.method',)", "('RetrievalPoint.method', 'RetrievalPoint.data')")
+    values = f"(('popularity', '{tmp_path / 'none'}'), ('ease', '{tmp_path / 'data'}'))"
+    text = text.replace("(('popularity',), ('ease',))", values)
     file.write_text(text, encoding="utf-8")
     out = tmp_path / "out"
     assert sweep.main(command(file, out)) == 1
@@ -165,7 +163,7 @@ def test_as_a_job_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     keys = [point["key"] for point in read_json(out / "sweep.json")["points"]]
     (out / "points" / keys[0] / "result.json").unlink()
     assert sweep.main(command(file, out, "--executor=submitit_local", "--executor_options=nonsense")) == 1
-    assert "got 'nonsense'; expected NAME=VALUE" in capsys.readouterr().err
+    assert "expected NAME=VALUE by commas, got 'nonsense'" in capsys.readouterr().err
     assert sweep.main(command(file, out, "--executor=submitit_local", "--executor_options=no_such_option=1")) == 1
     assert "no_such_option" in capsys.readouterr().err
     assert json.loads((out / "sweep.json").read_text(encoding="utf-8"))["points"][0]["key"] == keys[0]

@@ -58,9 +58,8 @@ def test_files_hold_every_number(workdir: Path) -> None:
     assert [row["status"] for row in points] == ["finished"] * 10 + ["missing", "failed"]
     text = (workdir / "results.md").read_text(encoding="utf-8")
     assert "md5 &lt;&\"'> \\| 10^6" in text and "**0.7150 ± 0.0071 (2)**" in text and "held &lt;9> GB" in text
-    widths = {
-        line.replace("\\|", "").count("|") for line in text.split("## Figures")[1].split("##")[0].splitlines() if "|" in line
-    }
+    lines = text.split("## Figures")[1].split("##")[0].splitlines()
+    widths = {line.replace("\\|", "").count("|") for line in lines if "|" in line}
     assert widths == {6}
 
 
