@@ -1,7 +1,7 @@
 """The command: a run and its export are judged alike, as the trainer's own test was; every part writes its rows."""
 
-import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import pytest
 from launch import evaluate
 from launch.evaluation import written
 from launch.evaluation.feed import STAGES
+from launch.evaluation.held_out import test_files as files_held_out
 from launch.export import export
 from monolith_jax.evaluate import report
+from monolith_jax.experiment import load
 from tests.launch import judged_run
 
 
@@ -58,19 +60,19 @@ def test_a_run_and_its_export_have_the_auc_of_the_trainers_test(run: Path, expor
     assert told["step"] == judged_run.STEPS
 
 
-def test_retrieval_is_judged_beside_popularity(run: Path, exported: Path, tmp_path: Path) -> None:
-    flags = ["--retrieval", "--k=5,20", "--bootstrap=10"]
-    assert evaluate.main([f"--workdir={run}", f"--output={tmp_path / 'a'}", *flags]) == 0
-    assert evaluate.main([f"--workdir={exported}", f"--output={tmp_path / 'b'}", "--no-figures", *flags]) == 0
-    rows = rows_of(tmp_path / "a", "retrieval", "retrieval")
-    assert rows == rows_of(tmp_path / "b", "retrieval", "retrieval")
+def test_retrieval_is_judged_beside_popularity(run: Path, tmp_path: Path) -> None:
+    written.write(tmp_path, "retrieval", [{"kind": "retrieval", "by": "an earlier one"}], {})
+    written.write(tmp_path, "ranking", [{"kind": "ranking"}], {})
+    assert evaluate.main([f"--workdir={run}", f"--output={tmp_path}", "--retrieval", "--k=5,20", "--bootstrap=10"]) == 0
+    assert len(rows_of(tmp_path, "ranking")) == 2, "rows of other parts stay"
+    rows = rows_of(tmp_path, "retrieval", "retrieval")
     assert [(row["by"], row["k"]) for row in rows] == [(by, k) for by in ("two_tower", "popularity") for k in (5, 20)]
     for short, long in (rows[:2], rows[2:]):
         assert 0 <= short["recall"] <= long["recall"] <= 1 and short["hit_rate"] <= long["hit_rate"]
         assert short["recall_low"] <= short["recall"] <= short["recall_high"]
         assert 0 < short["coverage"] <= 1 and short["novelty"] > 0 and -1 <= short["intra_list_diversity"] <= 2
         assert short["users"] <= judged_run.WORLD.live_users * 2 and short["wanted"] > 0
-    assert (tmp_path / "a" / "retrieval.png").is_file()
+    assert (tmp_path / "retrieval.png").is_file()
 
 
 def test_the_whole_way_is_judged_by_sessions(run: Path, tmp_path: Path) -> None:
@@ -88,17 +90,6 @@ def test_the_whole_way_is_judged_by_sessions(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "feed.png").is_file()
 
 
-def test_parts_share_a_file_and_take_their_own_place(run: Path, tmp_path: Path) -> None:
-    flags = [f"--workdir={run}", f"--output={tmp_path}", "--no-figures", "--bootstrap=0"]
-    assert evaluate.main([*flags, "--ranking", "--retrieval"]) == 0
-    before = (tmp_path / written.NAME).read_text().splitlines()
-    assert evaluate.main([*flags, "--ranking"]) == 0
-    after = (tmp_path / written.NAME).read_text().splitlines()
-    assert len(after) == len(before) and {json.loads(line)["part"] for line in after} == {"ranking", "retrieval"}
-    row = rows_of(tmp_path, "ranking", "ranking")[0]
-    assert row["auc"] is not None and row["auc_low"] is None
-
-
 def test_without_flags_it_shows_what_the_run_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([f"--workdir={run}", "--no-figures"]) == 0
     assert "AUC by event time" in capsys.readouterr().out
@@ -109,7 +100,8 @@ def test_what_cannot_be_judged_says_what_to_do(run: Path, tmp_path: Path, capsys
         assert evaluate.main([f"--workdir={workdir}", f"--output={tmp_path / 'out'}", *flags]) == 1
         return capsys.readouterr().err
 
-    assert "--gin.Experiment.test_source=" in refused("--ranking", "--gin.Experiment.test_source=None", *unused())
+    with pytest.raises(ValueError, match=r"--gin\.Experiment\.test_source="):
+        files_held_out(load(["configs/quickstart.gin"]))
     assert "no config.gin" in refused("--ranking", workdir=tmp_path)
     assert "'nothing' is none of new_user" in refused("--ranking", "--segments=nothing")
     assert "expected lengths of lists" in refused("--retrieval", "--k=ten")
@@ -121,12 +113,10 @@ def test_what_cannot_be_judged_says_what_to_do(run: Path, tmp_path: Path, capsys
     assert "name another folder as --output" in capsys.readouterr().err
 
 
-def unused() -> list[str]:
-    return []
-
-
 def test_an_export_of_other_files_is_refused(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--ranking", "--no-figures", f"--output={tmp_path}", "--gin.train/ColumnsConfig.part=(0.0, 0.1)"]
+    named = re.search(r"Experiment.source = @(\S+)\(\)", (exported / "config.gin").read_text())
+    assert named
+    flags = ["--ranking", "--no-figures", f"--output={tmp_path}", f"--gin.{named[1]}.part=(0.0, 0.1)"]
     assert evaluate.main([f"--workdir={exported}", *flags]) == 1
     assert "ended before the place that the export stands at" in capsys.readouterr().err
 
