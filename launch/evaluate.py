@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 EXAMPLE = "python -m launch.evaluate --workdir=checkpoints/kuairand --ranking --segments=new_user,new_video,duration_ms"
 _PARTS = ("ranking", "retrieval", "feed")
+_EPILOG = f"""\
+the run's config may be changed; names of its parts are those in WORKDIR/config.gin:
+  --gin.test_source_1/KuaiRandConfig.folder=FOLDER
+  --gin.Experiment.test_source='@test/ColumnsConfig()' --gin.test/ColumnsConfig.paths="('later.parquet',)"
+
+example:
+  {EXAMPLE}"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m launch.evaluate",
         description="Prints and draws how good a run is: what it measured while it learned, or, with --ranking, --retrieval or "
         "--feed, what its newest snapshot does with Experiment.test_source, which it has not learned from.",
-        epilog=f"the run's config may be changed: --gin.Experiment.test_source=@test/ColumnsConfig()\n\nexample:\n  {EXAMPLE}",
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

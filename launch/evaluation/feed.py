@@ -4,8 +4,8 @@ In: a `Subject` whose experiment says how to serve (`Experiment.serving`). Out: 
 took, with intervals over users; tables and a figure.
 
 The pipeline first reads the training source, then the held-out examples in the order of time (`sessions`). A request's feed is
-judged by what the user liked in the session that it opens. What the user was really shown came from another system, and what was
-not shown could not be liked: all figures are lower bounds, and good to compare models by.
+judged by what the user liked in the session that it opens. What the user was really shown came from another system, and what
+was not shown could not be liked: all figures are lower bounds, and good to compare models by.
 """
 
 from __future__ import annotations

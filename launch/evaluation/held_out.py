@@ -41,13 +41,13 @@ def test_files(experiment: Experiment) -> FileConfig:
     if source is None:
         raise ValueError(
             "Experiment.test_source is not set, so nothing is held out to judge by. Name a source that the run did not learn "
-            "from, such as --gin.Experiment.test_source=@test/ColumnsConfig() --gin.test/ColumnsConfig.folder=FOLDER (and "
-            "test/ColumnsConfig.paths); of a synthetic world @test/SyntheticConfig() with another part of its examples"
+            "from: --gin.Experiment.test_source='@test/ColumnsConfig()' --gin.test/ColumnsConfig.folder=FOLDER "
+            "--gin.test/ColumnsConfig.paths=\"('FILE.parquet',)\", or the like of KuaiRandConfig and MovieLensConfig"
         )
     if isinstance(source, LogConfig):
         raise ValueError(
             "Experiment.test_source is a LogConfig, and a log has no end: write the events of a period to files, and name "
-            "these as --gin.Experiment.test_source=@test/ColumnsConfig()"
+            "these as --gin.Experiment.test_source='@test/ColumnsConfig()'"
         )
     return source
 

@@ -120,11 +120,11 @@ def tables(rows: Sequence[Row]) -> list[Any]:
         title = "Ranking, held-out examples" if name == ranking.ALL else f"By {name}"
         shown = ("auc", "gauc", "log_loss", "normalised_entropy", "calibration")
         names = ("head", *(() if name == ranking.ALL else (name,)), "examples", "users", *shown)
-        note = "small: interval of resampled users" if name == ranking.ALL else ""
+        note = "with intervals of resampled users" if name == ranking.ALL else ""
         one = table(title, *(each.replace("_", " ") for each in names), caption=note)
         for row in sorted(of_segment, key=lambda row: list(dict.fromkeys(one["head"] for one in metrics)).index(row["head"])):
             value = () if name == ranking.ALL else (row["value"],)
-            cells = [with_interval(row, metric, ".3f" if metric == "calibration" else ".4f") for metric in shown]
+            cells = [_cell(row, metric, name == ranking.ALL or metric in shown[:2]) for metric in shown]
             one.add_row(row["head"], *value, f"{row['examples']:,}", f"{row['users']:,}", *cells)
         out.append(one)
         regression = [row for row in of_segment if "rmse" in row]
@@ -134,6 +134,13 @@ def tables(rows: Sequence[Row]) -> list[Any]:
                 one.add_row(row["head"], f"{row['examples']:,}", with_interval(row, "rmse"), with_interval(row, "mae"))
             out.append(one)
     return out
+
+
+def _cell(row: Row, metric: str, with_bounds: bool) -> str:
+    form = ".3f" if metric == "calibration" else ".4f"
+    if with_bounds:
+        return with_interval(row, metric, form)
+    return "-" if row.get(metric) is None else f"{row[metric]:{form}}"
 
 
 def plot(rows: Sequence[Row], output: Path) -> list[Path]:

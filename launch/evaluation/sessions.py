@@ -1,8 +1,8 @@
 """Held-out examples as sessions that are replayed: what a pipeline would have answered, and what the user liked then.
 
 In: a pipeline that knows what training saw, and the held-out examples in the order of time. Out: `Asked`, one a session with a
-positive. A session is a user's examples without a gap of half an hour; the request is made at its first one, before the pipeline
-is told of it. What the pipeline answers was never shown, and does not count as seen; what is in the examples does.
+positive. A session is a user's examples without a gap of half an hour; the request is made at its first one, before the
+pipeline is told of it. What the pipeline answers was never shown, and does not count as seen; what is in the examples does.
 """
 
 from __future__ import annotations
