@@ -7,10 +7,12 @@ over all steps or some. All scores are held: 4 bytes a head, model and example.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from launch.points.measured import Measured
 
 if TYPE_CHECKING:
     from monolith_jax.models.losses import HeadConfig
@@ -98,3 +100,8 @@ def with_mean(values: Mapping[str, float]) -> dict[str, float]:
 def less(values: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
     """Returns by head how far values are above others."""
     return {head: value - others[head] for head, value in values.items()}
+
+
+def of_heads(metric: str, values: Mapping[str, float]) -> Iterator[Measured]:
+    """Yields a metric of each head, and its mean."""
+    yield from (Measured(metric, value, head) for head, value in with_mean(values).items())

@@ -26,12 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.points.judged import BEST, MEAN, Judged, less, mean_of, with_mean
+from launch.points.judged import BEST, MEAN, Judged, less, mean_of, of_heads
 from launch.points.measured import Base, Measured
 
 if TYPE_CHECKING:
     from launch.run import Parts
-    from monolith_jax.experiment import Experiment
     from monolith_jax.planner import Planned, Planner
     from monolith_jax.sync.quantise import Format
     from monolith_jax.train.state import TrainState
@@ -68,23 +67,6 @@ class ShardsPoint:
             raise ValueError(f"ShardsPoint.period_s must be 0 or above, got {self.period_s}")
 
 
-def check_experiment(experiment: Experiment, kind: str) -> None:
-    """Raises ValueError where a kind of point that trains step by step cannot follow an experiment."""
-    if not any(head.kind == "binary" for head in experiment.heads):
-        raise ValueError(f"{kind} compares AUC: give Experiment.heads a head of kind 'binary'")
-    if experiment.retrieval is not None:
-        raise ValueError(f"{kind} trains a ranker only: set Experiment.retrieval to None")
-    if experiment.train.partitions != 1:
-        raise ValueError(f"{kind} reads one stream: set TrainConfig.partitions to 1, it is {experiment.train.partitions}")
-    if experiment.train.steps:
-        raise ValueError(
-            f"{kind} decides itself where training ends: set TrainConfig.steps to 0, it is {experiment.train.steps}, and "
-            "shorten the source"
-        )
-    if tiered := [table.name for table in experiment.tables if table.memory != "device"]:
-        raise ValueError(f"{kind} copies tables on the device: set TableConfig.memory of {', '.join(tiered)} to 'device'")
-
-
 def shard_of(step: int, steps: int, number: int) -> int:
     """Returns the shard, from 0, that a step of the rest belongs to: shards differ by one step at most.
 
@@ -109,6 +91,7 @@ def run(point: ShardsPoint, base: Base, folder: Path) -> list[Measured]:
         FloatingPointError: A loss was not finite.
     """
     from launch.points.first_and_rest import FirstAndRest, sizes
+    from launch.points.training import check_experiment
     from launch.process import prepare
     from launch.readers import open_source
     from launch.run import assemble
@@ -205,17 +188,17 @@ def _measured(point: ShardsPoint, judged: Judged, times_ms: Sequence[int], versi
     """Yields the figures, in the order in which they are explained above."""
     whole = {way: judged.auc(way) for way in judged.models}
     for way, values in whole.items():
-        yield from _of_heads(f"auc_{way}", values)
+        yield from of_heads(f"auc_{way}", values)
     for way in judged.models:
-        yield from _of_heads(f"log_loss_{way}", judged.log_loss(way))
+        yield from of_heads(f"log_loss_{way}", judged.log_loss(way))
     for way, values in whole.items():
         if way not in (BATCH, BEST):
-            yield from _of_heads(f"gain_{way}", less(values, whole[BATCH]))
+            yield from of_heads(f"gain_{way}", less(values, whole[BATCH]))
     for number in point.shards:
         own, batch = (_mean_over_shards(judged, way, number) for way in (str(number), BATCH))
-        yield from _of_heads(f"shard_auc_{number}", own)
-        yield from _of_heads(f"shard_auc_batch_{number}", batch)
-        yield from _of_heads(f"shard_gain_{number}", less(own, batch))
+        yield from of_heads(f"shard_auc_{number}", own)
+        yield from of_heads(f"shard_auc_batch_{number}", batch)
+        yield from of_heads(f"shard_gain_{number}", less(own, batch))
     for way in judged.models:
         yield from _curve(judged, way, min(point.shards))
     for number in point.shards:
@@ -238,10 +221,6 @@ def _curve(judged: Judged, way: str, number: int) -> Iterator[Measured]:
     for shard, values in enumerate(found):
         rows = {**values, MEAN: mean_of({head: values[head] for head in always})}
         yield from (Measured(f"auc_{way}", value, head, "shard", shard) for head, value in rows.items())
-
-
-def _of_heads(metric: str, values: dict[str, float]) -> Iterator[Measured]:
-    yield from (Measured(metric, value, head) for head, value in with_mean(values).items())
 
 
 def _cuts(steps: int, number: int) -> list[list[int]]:

@@ -14,9 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.run import Parts
+from monolith_jax.experiment import Experiment
 from monolith_jax.planner import Planned
 from monolith_jax.train.state import TrainState
 from monolith_jax.train.step import make_train_step
+
+
+def check_experiment(experiment: Experiment, kind: str) -> None:
+    """Raises ValueError where a kind of point that trains step by step cannot follow an experiment."""
+    if not any(head.kind == "binary" for head in experiment.heads):
+        raise ValueError(f"{kind} compares AUC: give Experiment.heads a head of kind 'binary'")
+    if experiment.retrieval is not None:
+        raise ValueError(f"{kind} trains a ranker only: set Experiment.retrieval to None")
+    if experiment.train.partitions != 1:
+        raise ValueError(f"{kind} reads one stream: set TrainConfig.partitions to 1, it is {experiment.train.partitions}")
+    if experiment.train.steps:
+        raise ValueError(
+            f"{kind} decides itself where training ends: set TrainConfig.steps to 0, it is {experiment.train.steps}, and "
+            "shorten the source"
+        )
+    if tiered := [table.name for table in experiment.tables if table.memory != "device"]:
+        raise ValueError(f"{kind} copies tables on the device: set TableConfig.memory of {', '.join(tiered)} to 'device'")
 
 
 class Training:

@@ -11,7 +11,8 @@ import pytest
 from launch.points.first_and_rest import FirstAndRest, sizes
 from launch.points.judged import Judged, less, mean_of, with_mean
 from launch.points.measured import Base, Measured
-from launch.points.shards import ShardsPoint, check_experiment, run, shard_of
+from launch.points.shards import ShardsPoint, run, shard_of
+from launch.points.training import check_experiment
 from launch.readers import make_readers
 from launch.run import assemble
 from monolith_jax.evaluate import metrics
