@@ -326,13 +326,7 @@ def _refuse_several(parts: Parts, what: str) -> None:
 
 
 def _finish(
-    experiment: Experiment,
-    parts: Parts,
-    state: TrainState,
-    log: RunLog,
-    readers: Sequence[Reader],
-    workdir: Path,
-    console: Console,
+    experiment: Experiment, parts: Parts, state: TrainState, log: RunLog, readers: list[Reader], workdir: Path, console: Console
 ) -> dict[str, dict[str, Any]]:
     """Writes totals, tests and the summary; prints the closing table."""
     totals = log.close_measures()
