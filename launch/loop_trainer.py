@@ -78,8 +78,8 @@ class Trainer:
             if time.monotonic() - moved_s > self._timeout_s:
                 raise ValueError(
                     f"the trainer has brought nothing for {self._timeout_s:g} s: {what} is at {now:,.0f}, expected "
-                    f"{target:,.0f}. Look at metrics.jsonl and dead_letters.jsonl in {self._workdir}; where the machine is slow, raise "
-                    "ClosedLoopPoint.timeout_s"
+                    f"{target:,.0f}. Look at metrics.jsonl and dead_letters.jsonl in {self._workdir}; on a slow machine "
+                    "raise ClosedLoopPoint.timeout_s"
                 )
             time.sleep(_LOOK_S)
 

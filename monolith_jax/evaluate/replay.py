@@ -282,8 +282,10 @@ class Ledger:
 
 
 def _added(of: Sequence[_Sums]) -> _Sums:
-    names = [one.name for one in fields(_Sums) if one.name not in ("videos", "live")]
-    return _Sums(**{name: sum(getattr(sums, name) for sums in of) for name in names})
+    added = _Sums()
+    for name in (one.name for one in fields(_Sums) if one.name != "videos"):
+        setattr(added, name, sum(getattr(sums, name) for sums in of))
+    return added
 
 
 def _rows(of: Mapping[str, _Sums]) -> list[dict[str, Any]]:
