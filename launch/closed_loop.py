@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from launch.loop_system import System
+    from launch.loop_trainer import Trainer
     from monolith_jax.evaluate.replay import Ask, Popularity, Reward, Seen
     from monolith_jax.experiment import Experiment
     from monolith_jax.stream.log_source import LogConfig
@@ -158,15 +160,14 @@ def close_loop(
     _warm(experiment, past, folder)
     source = _log_config(point, f"file://{folder / 'log'}")
     _make_topics(source)
-    trainer = Trainer(_online(experiment, source, folder), folder / "online", point.timeout_s)
-    try:
+    with ExitStack() as opened:
+        trainer = None
+        if point.learns:
+            trainer = Trainer(_online(experiment, source, folder), folder / "online", point.timeout_s)
+            opened.callback(trainer.stop)
         loop = _Loop(experiment, config, past, reward, source, point, folder, trainer)
-        try:
-            return loop.run(requests, begin_ms, console)
-        finally:
-            loop.system.close()
-    finally:
-        trainer.stop()
+        opened.callback(loop.system.close)
+        return loop.run(requests, begin_ms, console)
 
 
 def _make_topics(source: LogConfig) -> None:
@@ -183,13 +184,13 @@ class _Loop:
 
     def __init__(
         self, experiment: Experiment, config: SyntheticConfig, past: SyntheticConfig, reward: Reward, source: LogConfig,
-        point: ClosedLoopPoint, folder: Path, trainer: Any,
+        point: ClosedLoopPoint, folder: Path, trainer: Trainer | None,
     ) -> None:  # fmt: skip
         """Opens the system, and tells all policies what happened before."""
         from launch.loop_system import System
         from monolith_jax.evaluate.replay import Popularity, Seen, pick_oracle, pick_random
 
-        self._config, self._reward, self._point, self._folder, self._trainer = config, reward, point, folder, trainer
+        self._config, self._reward, self._point, self._folder = config, reward, point, folder
         serving = experiment.serving
         assert serving is not None
         # All vectors of the index are made anew whenever users have waited: the dense weights move them all.
@@ -274,7 +275,7 @@ class _Loop:
     def _tell(self, rows: Sequence[Mapping[str, Any]], console: Console, seconds: float) -> None:
         if rows:
             told = "  ".join(f"{row['policy']} {row['reward']:.3f}" for row in rows)
-            learned = f"{self._trainer.examples:,} examples learned"
+            learned = f"{self.system.learned:,} examples learned"
             console.print(f"hour {rows[0]['hour']:>3}  reward: {told}  {learned}, {seconds:.0f} s", highlight=False)
 
 
@@ -328,6 +329,7 @@ def _parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         kind = type(getattr(plain, name))
         parser.add_argument(f"--{name}", type=kind, default=getattr(plain, name), metavar="N", help=f"{help} (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the requests (%(default)s)")
+    parser.add_argument("--frozen", action="store_true", help="learn nothing in the loop: serve what was learned before")
     flags = [option for action in parser._actions for option in action.option_strings]
     return parse_gin(parser, argv, flags)
 
@@ -344,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        point = ClosedLoopPoint(**{name: getattr(asked, name) for name in _FLAGS})
+        point = ClosedLoopPoint(**{name: getattr(asked, name) for name in _FLAGS}, learns=not asked.frozen)
         began_s = time.monotonic()
         rows = close_loop(load(asked.gin_file, overrides), point, asked.workdir, console, asked.seed)
     except USER_ERRORS as error:

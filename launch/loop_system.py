@@ -69,7 +69,7 @@ class System:
             config: The world.
             source: The log that the trainer reads.
             deltas: Where the trainer publishes, too.
-            trainer: It runs.
+            trainer: It runs; None: nobody learns from the log.
         """
         self._config, self._source, self._trainer = config, source, trainer
         self.pipeline = open_pipeline(experiment, deltas)
@@ -98,6 +98,8 @@ class System:
             batch = videos(self._config, new, time_ms)
             self.pipeline.events.videos(batch.set_column(0, batch.schema.field(0), pa.array(arrived_ms(self._config, new))))
         self._live = live
+        if self.pipeline.indexer:
+            self.pipeline.indexer.step()
 
     def pick(self, ask: Ask) -> np.ndarray:
         """Answers a request; what it shows goes to the log."""
@@ -135,6 +137,11 @@ class System:
         watermark = min(self._impressions.newest_ms, self._actions.newest_ms)
         return int(np.searchsorted(self._shown_ms, watermark - int(1000 * self._source.joiner.window_s), side="right"))
 
+    @property
+    def learned(self) -> int:
+        """How many examples were learned from."""
+        return self._trainer.examples if self._trainer else 0
+
     def learn(self, time_ms: float) -> None:
         """Sends all that happened by a time, waits until what can be learned from it is learned, and serves that.
 
@@ -145,14 +152,14 @@ class System:
         for topic in (self._impressions, self._actions):
             topic.outlet.send_rest()
         self._producer.flush()
+        if self._trainer is None:
+            return
         self._trainer.wait("the number of examples learned from", lambda: self._trainer.examples, self.learnable)
         if self._trainer.examples > self.learnable:
             raise RuntimeError(f"learned from {self._trainer.examples} examples where there are {self.learnable}")
         steps = self._trainer.steps
         if steps:
             self._trainer.wait("the step that is served", self._served_step, steps)
-        if self.pipeline.indexer:
-            self.pipeline.indexer.step()
 
     def _served_step(self) -> int:
         for model in self.pipeline.models:
@@ -168,8 +175,8 @@ class System:
             "sources": {name: count / shown for name, count in self.sources.most_common()},
             "shown": len(self._shown_ms),
             "learnable": self.learnable,
-            "learned": self._trainer.examples,
-            "steps": self._trainer.steps,
+            "learned": self.learned,
+            "steps": self._trainer.steps if self._trainer else 0,
             "faults": self.pipeline.events.faults + sum(model.faults for model in self.pipeline.models),
         }
 

@@ -30,6 +30,8 @@ class ClosedLoopPoint:
     """Seconds of event time after which the users wait until all that can be learned so far is learned and served."""
     window_s: float = 600.0
     """`JoinerConfig.window_s` of the log: an impression is learned from so long after it, and what came until then counts."""
+    learns: bool = True
+    """Whether the system learns from its feeds; if not, it serves what was learned before the loop, to the end."""
     half_life_h: float = 24.0
     """Of popularity's counts."""
     timeout_s: float = 120.0
