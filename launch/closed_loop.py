@@ -88,8 +88,11 @@ def _log_config(point: ClosedLoopPoint, url: str) -> LogConfig:
     from monolith_jax.stream.joiner import JoinerConfig
     from monolith_jax.stream.log_source import LogConfig
 
-    never = 1e9
-    return LogConfig(url=url, joiner=JoinerConfig(window_s=point.window_s), max_wait_s=0.2, idle_s=never, ahead_s=never)
+    never, all_there_is = 1e9, 1 << 26
+    return LogConfig(
+        url=url, joiner=JoinerConfig(window_s=point.window_s), max_wait_s=0.2, idle_s=never, ahead_s=never,
+        poll_messages=all_there_is, poll_bytes=all_there_is,
+    )  # fmt: skip
 
 
 def _warm(experiment: Experiment, world: SyntheticConfig, folder: Path) -> None:

@@ -41,15 +41,24 @@ class Topic:
     def __init__(self, url: str, producer: Any, name: str) -> None:
         """Makes the topic, with one partition."""
         producer.create(name, 1)
-        self._log = open_log(url)
-        self.outlet = Outlet(producer, Schemas(self._log, name), name, 1, "arrow", _MESSAGE_ROWS)
+        self._producer, self._log = producer, open_log(url)
+        self._outlet = Outlet(producer, Schemas(self._log, name), name, 1, "arrow", _MESSAGE_ROWS)
+        self._kept: list[pa.RecordBatch] = []
         self.newest_ms = -1
+        """The newest time of an event that was sent."""
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Takes events."""
-        if batch.num_rows:
-            self.outlet.add(batch)
-            self.newest_ms = max(self.newest_ms, int(np.max(batch.column("event_time_ms").to_numpy())))
+        """Takes events, for `send`."""
+        self._kept.append(batch)
+
+    def send(self) -> None:
+        """Sends what was taken."""
+        for batch in self._kept:
+            self._outlet.add(batch)
+            self.newest_ms = max(self.newest_ms, *batch.column("event_time_ms").to_pylist())
+        self._kept = []
+        self._outlet.send_rest()
+        self._producer.flush()
 
     def close(self) -> None:
         """Lets go."""
@@ -60,7 +69,7 @@ class System:
     """A policy: the pipeline, and the trainer behind it."""
 
     def __init__(
-        self, experiment: Experiment, config: SyntheticConfig, source: LogConfig, deltas: Path, trainer: Trainer
+        self, experiment: Experiment, config: SyntheticConfig, source: LogConfig, deltas: Path, trainer: Trainer | None
     ) -> None:
         """Opens the pipeline and the log; knows no videos yet.
 
@@ -149,16 +158,15 @@ class System:
             ValueError: The trainer brings nothing for too long.
         """
         self._act(time_ms)
-        for topic in (self._impressions, self._actions):
-            topic.outlet.send_rest()
-        self._producer.flush()
+        # First the topic that is ahead: the joiner's time goes on when the other comes, all at once; so batches are cut alike.
+        for topic in sorted((self._impressions, self._actions), key=lambda topic: -topic.newest_ms):
+            topic.send()
         if self._trainer is None:
             return
-        self._trainer.wait("the number of examples learned from", lambda: self._trainer.examples, self.learnable)
-        if self._trainer.examples > self.learnable:
-            raise RuntimeError(f"learned from {self._trainer.examples} examples where there are {self.learnable}")
-        steps = self._trainer.steps
-        if steps:
+        self._trainer.wait("the number of examples learned from", lambda: self.learned, self.learnable)
+        if self.learned > self.learnable:
+            raise RuntimeError(f"learned from {self.learned} examples where there are {self.learnable}")
+        if steps := self._trainer.steps:
             self._trainer.wait("the step that is served", self._served_step, steps)
 
     def _served_step(self) -> int:
