@@ -140,6 +140,7 @@ def close_loop(
     """
     from launch.loop_trainer import Trainer
     from launch.process import prepare
+    from launch.run import alone
     from monolith_jax.evaluate.replay import examples_before, requests_of
     from monolith_jax.stream import world
 
@@ -152,18 +153,16 @@ def close_loop(
         )
     requests = requests_of(config, begin_ms, point.hours, point.requests_per_hour, seed)
     folder = folder.absolute()
-    for name in _PARTS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "log").mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     prepare(experiment.mesh)
     past = replace(config, num_examples=examples_before(config, begin_ms))
-    console.print(
-        f"training on the world's own {past.num_examples:,} impressions of {point.warm_hours:g} hours", highlight=False
-    )
-    _warm(experiment, past, folder)
     source = _log_config(point, f"file://{folder / 'log'}")
-    _make_topics(source)
     with ExitStack() as opened:
+        opened.enter_context(alone(folder))
+        _clear(folder)
+        _make_topics(source)
+        console.print(f"training on {past.num_examples:,} impressions of the world's own", highlight=False)
+        _warm(experiment, past, folder)
         trainer = None
         if point.learns:
             trainer = Trainer(_online(experiment, source, folder), folder / "online", point.timeout_s)
@@ -171,6 +170,17 @@ def close_loop(
         loop = _Loop(experiment, config, past, reward, source, point, folder, trainer)
         opened.callback(loop.system.close)
         return loop.run(requests, begin_ms, console)
+
+
+def _clear(folder: Path) -> None:
+    """Takes away what an earlier try left."""
+    rows = folder / "closed_loop.jsonl"
+    there = [name for name in _PARTS if (folder / name).exists()]
+    if there and not rows.exists():
+        raise ValueError(f"{folder} has {', '.join(there)} of something else, which a loop would replace: take another folder")
+    rows.write_text("")
+    for name in there:
+        shutil.rmtree(folder / name)
 
 
 def _make_topics(source: LogConfig) -> None:

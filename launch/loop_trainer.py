@@ -31,7 +31,7 @@ class Trainer:
         self._planner: Planner | None = None
         self._log: RunLog | None = None
         self._error: BaseException | None = None
-        self._stopping = False
+        self._stopping = self._told = False
         self._thread = threading.Thread(target=self._run, args=(experiment,), name="trainer", daemon=True)
         self._thread.start()
 
@@ -86,13 +86,23 @@ class Trainer:
     def check(self) -> None:
         """Raises what ended the trainer, if it has ended."""
         if self._error is not None:
+            self._told = True
             raise self._error
         if not self._thread.is_alive():
             raise RuntimeError(f"the trainer in {self._workdir} has ended by itself")
 
     def stop(self) -> None:
-        """Ends it in good order: what is planned is learned, published and saved."""
+        """Ends it in good order: what is planned is learned, published and saved.
+
+        Raises:
+            Exception: What ended it before, if nobody was told yet.
+            RuntimeError: It does not end.
+        """
         self._stopping = True
         if self._planner is not None:
             self._planner.stop()
         self._thread.join(self._timeout_s)
+        if self._error is not None and not self._told:
+            self.check()
+        if self._thread.is_alive():
+            raise RuntimeError(f"the trainer in {self._workdir} has not ended {self._timeout_s:g} s after it was told to")

@@ -174,12 +174,12 @@ def train(
     parts = assemble(experiment)
     first = not parts.exchange or parts.exchange.process_id == 0
     workdir.mkdir(parents=True, exist_ok=True)
-    with _alone(workdir) if first else nullcontext():
+    with alone(workdir) if first else nullcontext():
         return _train(experiment, workdir, parts, first, console or Console(quiet=not first), held or _stopped_by_sigterm)
 
 
 @contextmanager
-def _alone(workdir: Path) -> Iterator[None]:
+def alone(workdir: Path) -> Iterator[None]:
     """Holds a run folder, which a second run would cut files of that the first still writes.
 
     Raises:

@@ -25,6 +25,7 @@ from launch.closed_loop import POLICIES, checked, close_loop, table
 from launch.loop_trainer import Trainer
 from launch.points.closed_loop import CURVES, ClosedLoopPoint, measured
 from launch.points.measured import Base
+from launch.run import alone
 from monolith_jax import reader
 from monolith_jax.serve.pipeline import Pipeline
 from monolith_jax.stream import world
@@ -190,6 +191,7 @@ def test_point_in_a_sweep_starts_afresh(tmp_path: Path) -> None:
     (tmp_path / "log" / "impressions" / "7").mkdir(parents=True)
     (tmp_path / "online").mkdir()
     (tmp_path / "online" / "metrics.jsonl").write_text("half of a li")
+    (tmp_path / "closed_loop.jsonl").write_text("{half of a li")
     point = replace(POINT, hours=1, learns=False)
     found = run_point(point, Base((str(CONFIG),), SMALL, 3), tmp_path)
     assert {one.at for one in found if one.along} == {0.0}
@@ -210,6 +212,19 @@ def test_what_is_no_loop_is_refused(experiment: Any, match: str, tmp_path: Path)
     with pytest.raises(ValueError, match=match):
         close_loop(experiment, POINT, tmp_path / "new", Console(quiet=True))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "deltas").mkdir()
+    with pytest.raises(ValueError, match="has deltas of something else"):
+        close_loop(small(), POINT, tmp_path, Console(quiet=True))
+    assert (tmp_path / "deltas").exists()
+
+
+def test_two_loops_do_not_share_a_folder(tmp_path: Path) -> None:
+    with alone(tmp_path), pytest.raises(ValueError, match="another process trains in"):
+        close_loop(small(), POINT, tmp_path, Console(quiet=True))
+    assert not (tmp_path / "closed_loop.jsonl").exists()
 
 
 @pytest.mark.parametrize("field", [{"hours": 0}, {"sync_s": -1.0}, {"requests_per_hour": float("nan")}, {"warm_hours": 0.0}])
@@ -248,6 +263,9 @@ def test_what_ends_the_trainer_ends_the_wait(monkeypatch: pytest.MonkeyPatch) ->
     trainer = waiting_trainer(monkeypatch, fails)
     with pytest.raises(FloatingPointError, match="step 3 is nan"):
         trainer.wait("examples", lambda: 0, 1)
+    trainer.stop()
+    with pytest.raises(FloatingPointError, match="step 3 is nan"):
+        waiting_trainer(monkeypatch, fails).stop()  # Nobody was told yet.
     ended = waiting_trainer(monkeypatch, lambda *_: None)
     with pytest.raises(RuntimeError, match="ended by itself"):
         ended.wait("examples", lambda: 0, 1)
