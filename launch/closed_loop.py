@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launch.cli import gin_parser, parse_gin
+from launch.loop_report import POLICIES, draw, table
 from launch.points.closed_loop import ClosedLoopPoint
 
 if TYPE_CHECKING:
@@ -40,19 +41,20 @@ if TYPE_CHECKING:
 
     from launch.loop_system import System
     from launch.loop_trainer import Trainer
-    from monolith_jax.evaluate.replay import Ask, Popularity, Reward, Seen
+    from monolith_jax.evaluate.replay import Ask, Ledger, Popularity, Requests, Reward, Seen
     from monolith_jax.experiment import Experiment
     from monolith_jax.stream.log_source import LogConfig
     from monolith_jax.stream.synthetic import SyntheticConfig
 
 EXAMPLE = "python -m launch.closed_loop --gin_file=configs/closed_loop.gin --workdir=checkpoints/closed_loop"
-POLICIES = ("random", "popularity", "system", "oracle")
 _PARTS = ("log", "warm", "online", "deltas")
 _FLAGS = ("hours", "requests_per_hour", "warm_hours", "sync_s", "timeout_s")
 
 
 def checked(experiment: Experiment) -> tuple[SyntheticConfig, Reward]:
     """Returns the world of an experiment, and what an impression is worth by its value weights.
+
+    Those of `RankConfig` for all users, without `interest_weight`, which is worth nothing by itself.
 
     Raises:
         ValueError: There is no loop to be made of it.
@@ -167,9 +169,10 @@ def close_loop(
         if point.learns:
             trainer = Trainer(_online(experiment, source, folder), folder / "online", point.timeout_s)
             opened.callback(trainer.stop)
-        loop = _Loop(experiment, config, past, reward, source, point, folder, trainer)
+        loop = _Loop(experiment, config, begin_ms, reward, source, point, folder, trainer)
         opened.callback(loop.system.close)
-        return loop.run(requests, begin_ms, console)
+        loop.remember(past)
+        return loop.run(requests, console)
 
 
 def _clear(folder: Path) -> None:
@@ -196,14 +199,14 @@ class _Loop:
     """The lives of all policies."""
 
     def __init__(
-        self, experiment: Experiment, config: SyntheticConfig, past: SyntheticConfig, reward: Reward, source: LogConfig,
+        self, experiment: Experiment, config: SyntheticConfig, begin_ms: int, reward: Reward, source: LogConfig,
         point: ClosedLoopPoint, folder: Path, trainer: Trainer | None,
     ) -> None:  # fmt: skip
-        """Opens the system, and tells all policies what happened before."""
+        """Opens the system; nobody has seen anything."""
         from launch.loop_system import System
         from monolith_jax.evaluate.replay import Popularity, Seen, pick_oracle, pick_random
 
-        self._config, self._reward, self._point, self._folder = config, reward, point, folder
+        self._config, self._begin_ms, self._reward, self._point, self._folder = config, begin_ms, reward, point, folder
         serving = experiment.serving
         assert serving is not None
         # All vectors of the index are made anew whenever users have waited: the dense weights move them all.
@@ -212,12 +215,15 @@ class _Loop:
         self._popularity: Popularity = Popularity(3600 * point.half_life_h)
         picks = (pick_random, self._popularity.pick, self.system.pick, pick_oracle)
         self._lives = [_Life(name, pick, Seen()) for name, pick in zip(POLICIES, picks, strict=True)]
-        self._remember(past)
 
-    def _remember(self, past: SyntheticConfig) -> None:
+    def remember(self, past: SyntheticConfig) -> None:
+        """Tells all policies what happened before the loop."""
+        from monolith_jax.evaluate.replay import live_videos
         from monolith_jax.stream import world
         from monolith_jax.stream.synthetic import SyntheticSource
 
+        # Before what was shown of them: so it is known when they came.
+        self.system.stock(live_videos(self._config, self._begin_ms), self._begin_ms)
         for chunk in SyntheticSource(past).read({}):
             self.system.remember(chunk.examples)
             user, video = (
@@ -228,11 +234,12 @@ class _Loop:
             for life in self._lives:
                 life.seen.add(user, video)
 
-    def run(self, requests: Any, begin_ms: int, console: Console) -> list[dict[str, Any]]:
+    def run(self, requests: Requests, console: Console) -> list[dict[str, Any]]:
         """Runs all hours; returns the rows."""
         from monolith_jax.evaluate.replay import Ledger, live_videos
         from monolith_jax.stream import world
 
+        begin_ms = self._begin_ms
         ledger, began_s, tick, hour = Ledger(self._config, begin_ms), time.monotonic(), -1, 0
         rows: list[dict[str, Any]] = []
         live = np.zeros(0, np.int64)
@@ -267,7 +274,7 @@ class _Loop:
             file.write(json.dumps({"kind": "system", **self.system.metrics()}) + "\n")
         return rows + totals
 
-    def _serve(self, number: int, time_ms: int, user: int, live: np.ndarray, ledger: Any) -> None:
+    def _serve(self, number: int, time_ms: int, user: int, live: np.ndarray, ledger: Ledger) -> None:
         """Answers a request in all lives."""
         from monolith_jax.evaluate.replay import Ask
         from monolith_jax.stream.synthetic import examples_of
@@ -292,52 +299,15 @@ class _Loop:
             console.print(f"hour {rows[0]['hour']:>3}  reward: {told}  {learned}, {seconds:.0f} s", highlight=False)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Returns the hours as a table: what each policy reached, and of the system what there was left to reach."""
-    from rich.table import Table
-
-    more = ("regret", "advantage", "coverage", "new")
-    out = Table("hour", "requests", *POLICIES, *more, title="reward of an impression, expected; the system's: regret ...")
-    keys = dict.fromkeys((row["kind"], row.get("hour")) for row in rows)
-    for key in keys:
-        of = {row["policy"]: row for row in rows if (row["kind"], row.get("hour")) == key}
-        system = of["system"]
-        cells = [f"{of[name]['reward']:.4f}" for name in POLICIES]
-        cells += [f"{system['regret']:.4f}", *(f"{100 * system[name]:.1f} %" for name in more[1:])]
-        out.add_row("all" if key[0] == "total" else str(key[1]), f"{system['feeds']:,}", *cells, end_section=key[0] == "total")
-    return out
-
-
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws rewards and regrets by hour.
-
-    Raises:
-        ImportError: The extra `report` is not installed.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
-    for name in POLICIES:
-        of = [row for row in rows if row["kind"] == "hour" and row["policy"] == name]
-        hours = [row["hour"] for row in of]
-        panels[0].plot(hours, [row["reward"] for row in of], label=name, linewidth=2.5 if name == "system" else 1.2)
-        panels[1].plot(hours, [row["regret"] for row in of], label=name, linewidth=2.5 if name == "system" else 1.2)
-    for panel, title in zip(panels, ("expected reward of an impression", "regret of an impression"), strict=True):
-        panel.set_title(title, loc="left", fontsize=10)
-        panel.grid(alpha=0.3)
-        panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
-    panels[0].legend(ncols=4, frameon=False)
-    panels[1].set_xlabel("hour of the loop")
-    figure.savefig(path, dpi=120)
-
-
 def _parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     does = "Runs a closed loop over a synthetic world: feeds, simulated users, training on what they did, the next feeds."
     parser = gin_parser(does, EXAMPLE, "--workdir=FOLDER [--hours N] [--requests_per_hour M] [--warm_hours N] [--sync_s S]")
     parser.add_argument("--workdir", type=Path, required=True, metavar="FOLDER", help="its runs and log are replaced")
     plain = ClosedLoopPoint()
-    said = ("of the loop", "averaged over a day", "of the world's own log before", "of event time between syncs", "of patience")
+    said = (
+        *("hours of event time", "requests an hour, averaged over a day", "hours of the world's own log to begin with"),
+        *("seconds of event time after which users wait for the trainer", "seconds to wait for it while it brings nothing"),
+    )
     for name, help in zip(_FLAGS, said, strict=True):
         kind = type(getattr(plain, name))
         parser.add_argument(f"--{name}", type=kind, default=getattr(plain, name), metavar="N", help=f"{help} (%(default)s)")

@@ -21,7 +21,8 @@ import pytest
 from rich.console import Console
 
 from launch import closed_loop
-from launch.closed_loop import POLICIES, checked, close_loop, table
+from launch.closed_loop import checked, close_loop
+from launch.loop_report import POLICIES, draw, table
 from launch.loop_trainer import Trainer
 from launch.points.closed_loop import CURVES, ClosedLoopPoint, measured
 from launch.points.measured import Base
@@ -169,7 +170,7 @@ def test_a_point_gives_curves_and_totals(loop: Run) -> None:
 
 def test_figure_is_drawn(loop: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    closed_loop.draw(loop.rows, tmp_path / "figure.png")
+    draw(loop.rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
