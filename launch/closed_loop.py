@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launch.cli import gin_parser, parse_gin
-from launch.loop_report import POLICIES, draw, table
+from launch.loop.report import POLICIES, draw, table
 from launch.points.closed_loop import ClosedLoopPoint
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.console import Console
 
-    from launch.loop_system import System
-    from launch.loop_trainer import Trainer
+    from launch.loop.system import System
+    from launch.loop.trainer import Trainer
     from monolith_jax.evaluate.replay import Ask, Ledger, Popularity, Requests, Reward, Seen
     from monolith_jax.experiment import Experiment
     from monolith_jax.stream.log_source import LogConfig
@@ -140,7 +140,7 @@ def close_loop(
     Raises:
         ValueError: No loop can be made of the experiment, or the trainer brings nothing for too long.
     """
-    from launch.loop_trainer import Trainer
+    from launch.loop.trainer import Trainer
     from launch.process import prepare
     from launch.run import alone
     from monolith_jax.evaluate.replay import examples_before, requests_of
@@ -203,7 +203,7 @@ class _Loop:
         point: ClosedLoopPoint, folder: Path, trainer: Trainer | None,
     ) -> None:  # fmt: skip
         """Opens the system; nobody has seen anything."""
-        from launch.loop_system import System
+        from launch.loop.system import System
         from monolith_jax.evaluate.replay import Popularity, Seen, pick_oracle, pick_random
 
         self._config, self._begin_ms, self._reward, self._point, self._folder = config, begin_ms, reward, point, folder

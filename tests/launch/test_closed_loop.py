@@ -20,14 +20,15 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from launch import closed_loop
+from launch import closed_loop, evaluate
 from launch.closed_loop import checked, close_loop
-from launch.loop_report import POLICIES, draw, table
-from launch.loop_trainer import Trainer
+from launch.loop.report import POLICIES, draw, table
+from launch.loop.trainer import Trainer
 from launch.points.closed_loop import CURVES, ClosedLoopPoint, measured
 from launch.points.measured import Base
 from launch.run import alone
 from monolith_jax import reader
+from monolith_jax.experiment import to_gin
 from monolith_jax.serve.pipeline import Pipeline
 from monolith_jax.stream import world
 from monolith_jax.stream.kuairand import KuaiRandConfig
@@ -235,7 +236,7 @@ def test_point_out_of_range_is_refused(field: dict[str, Any]) -> None:
 
 
 def waiting_trainer(monkeypatch: pytest.MonkeyPatch, train: Any, timeout_s: float = 0.2) -> Trainer:
-    monkeypatch.setattr("launch.loop_trainer.train", train)
+    monkeypatch.setattr("launch.loop.trainer.train", train)
     return Trainer(small(), Path("nowhere"), timeout_s)
 
 
@@ -317,3 +318,18 @@ def test_command_prints_table_figure_and_numbers(tmp_path: Path) -> None:
     found = json.loads(told.stdout.splitlines()[-1])
     assert found["oracle_reward"] > found["system_reward"] and 0 < found["advantage"] < 1
     assert "popularity" in told.stdout and (tmp_path / "closed_loop.png").exists()
+
+
+def test_evaluate_closes_the_loop_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([f"--workdir={tmp_path}", "--loop=1"]) == 1
+    assert "has no config.gin" in capsys.readouterr().err
+    (tmp_path / "config.gin").write_text(to_gin(small()), encoding="utf-8")
+    assert evaluate.main([f"--workdir={tmp_path}", "--loop=1", "--gin.Experiment.serving=None"]) == 1
+    assert "the loop needs a ranker and a way to serve" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_evaluate_writes_the_loop_beside_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.gin").write_text(to_gin(small()), encoding="utf-8")
+    assert evaluate.main([f"--workdir={tmp_path}", "--loop=1"]) == 0
+    assert "oracle" in capsys.readouterr().out and (tmp_path / "report" / "loop" / "closed_loop.jsonl").is_file()

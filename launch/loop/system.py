@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from launch.loop_trainer import Trainer
+from launch.loop.trainer import Trainer
 from launch.serving import open_pipeline
 from monolith_jax.evaluate.replay import Ask, arrived_ms
 from monolith_jax.experiment import Experiment
