@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--segments", default="", metavar="COLUMNS", help=columns)
     parser.add_argument("--retrieval", action="store_true", help="the two-tower among all videos: recall, NDCG, ...")
     parser.add_argument("--feed", action="store_true", help="the whole way: recall, ranking and rules, by held-out sessions")
+    loop = "a closed loop of so many hours with simulated users, trained anew by the run's config (launch.closed_loop)"
+    parser.add_argument("--loop", type=int, metavar="HOURS", help=loop)
     parser.add_argument(
         "--k", default="10,20,50", metavar="K,K", help="lengths of lists, for --retrieval (default: %(default)s)"
     )
@@ -75,12 +77,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if parts:
             _judge(asked, overrides, parts, console)
-        else:
+        elif asked.loop is None:
             _show(asked, console)
     except (ValueError, ImportError, FileNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if asked.loop is None else _close_loop(asked, overrides)
+
+
+def _close_loop(asked: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from launch import closed_loop
+
+    config = asked.workdir / "config.gin"
+    if not config.is_file():
+        print(f"error: {asked.workdir} has no config.gin; give a run, or what launch.export wrote", file=sys.stderr)
+        return 1
+    folder = (asked.output or asked.workdir / "report") / "loop"
+    changed = ["--gin." + "=".join(part.strip() for part in override.split("=", 1)) for override in overrides]
+    flags = [f"--gin_file={config}", f"--workdir={folder}", f"--hours={asked.loop}", f"--seed={asked.seed}"]
+    return closed_loop.main([*flags, *changed])
 
 
 def _show(asked: argparse.Namespace, console: Console) -> None:

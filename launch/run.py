@@ -11,8 +11,8 @@ import dataclasses
 import fcntl
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,15 @@ def _check_negatives(config: TwoTowerConfig, partitions: int, devices: int) -> N
         )
 
 
-def train(experiment: Experiment, workdir: Path, console: Console | None = None) -> dict[str, dict[str, Any]]:
+Held = Callable[[Planner, RunLog], AbstractContextManager[Any]]
+
+
+def train(
+    experiment: Experiment, workdir: Path, console: Console | None = None, held: Held | None = None
+) -> dict[str, dict[str, Any]]:
     """Trains, or goes on training, and tests; returns the totals of each head.
+
+    `held` is entered for as long as the loop runs, in place of what lets SIGTERM end it, which only a main thread may.
 
     Raises:
         ValueError: The configs do not fit together or to the snapshot, or the input cannot be read.
@@ -167,12 +174,12 @@ def train(experiment: Experiment, workdir: Path, console: Console | None = None)
     parts = assemble(experiment)
     first = not parts.exchange or parts.exchange.process_id == 0
     workdir.mkdir(parents=True, exist_ok=True)
-    with _alone(workdir) if first else nullcontext():
-        return _train(experiment, workdir, parts, first, console or Console(quiet=not first))
+    with alone(workdir) if first else nullcontext():
+        return _train(experiment, workdir, parts, first, console or Console(quiet=not first), held or _stopped_by_sigterm)
 
 
 @contextmanager
-def _alone(workdir: Path) -> Iterator[None]:
+def alone(workdir: Path) -> Iterator[None]:
     """Holds a run folder, which a second run would cut files of that the first still writes.
 
     Raises:
@@ -188,7 +195,9 @@ def _alone(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _train(experiment: Experiment, workdir: Path, parts: Parts, first: bool, console: Console) -> dict[str, dict[str, Any]]:
+def _train(
+    experiment: Experiment, workdir: Path, parts: Parts, first: bool, console: Console, held: Held
+) -> dict[str, dict[str, Any]]:
     publisher = _make_publisher(experiment, parts, workdir)
     tell = partial(_tell_committed, console, publisher) if first else None
     snapshots = Snapshots(experiment.snapshots, workdir / "snapshots", tell=tell, exchange=parts.exchange)
@@ -222,7 +231,7 @@ def _train(experiment: Experiment, workdir: Path, parts: Parts, first: bool, con
             snapshots.prepare(parts.tiers.whole(state))
         if first:
             (workdir / "config.gin").write_text(to_gin(experiment), encoding="utf-8")
-        with log, _stopped_by_sigterm(planner):
+        with log, held(planner, log):
             state = run(state, planner, make_train_step(parts.model), log, save, parts.tiers, publisher or UNPUBLISHED)
     finally:
         with ExitStack() as closing:
@@ -317,13 +326,7 @@ def _refuse_several(parts: Parts, what: str) -> None:
 
 
 def _finish(
-    experiment: Experiment,
-    parts: Parts,
-    state: TrainState,
-    log: RunLog,
-    readers: Sequence[Reader],
-    workdir: Path,
-    console: Console,
+    experiment: Experiment, parts: Parts, state: TrainState, log: RunLog, readers: list[Reader], workdir: Path, console: Console
 ) -> dict[str, dict[str, Any]]:
     """Writes totals, tests and the summary; prints the closing table."""
     totals = log.close_measures()
@@ -386,7 +389,7 @@ def test(experiment: Experiment, parts: Parts, state: TrainState, workdir: Path)
 
 
 @contextmanager
-def _stopped_by_sigterm(planner: Planner) -> Any:
+def _stopped_by_sigterm(planner: Planner, log: RunLog) -> Any:
     """Lets SIGTERM end the run in good order, in all processes: the steps planned are run and saved."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: planner.stop())
     try:

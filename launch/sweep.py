@@ -1,6 +1,6 @@
 """Runs a sweep: every point of its axes, with every seed: `python -m launch.sweep --help`.
 
-In: a gin file with a `Sweep`. Out: a folder with the results as Parquet, a Markdown table and a report (`launch.sweep_folder`
+In: a gin file with a `Sweep`. Out: a folder with the results as Parquet, a Markdown table and a report (`launch.sweeps.folder`
 says what else). The same command goes on where it was stopped or killed: points that are finished stay, the others are run.
 """
 
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import cli
-from launch.sweep_folder import Busy, command_line, is_finished, locked, machine, read_json, reason_of, versions, write_json
+from launch.sweeps.folder import Busy, command_line, is_finished, locked, machine, read_json, reason_of, versions, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from launch.sweep_config import Point, Sweep
+    from launch.sweeps.config import Point, Sweep
 
 EXAMPLE = "python -m launch.sweep --gin_file=configs/sweeps/learning_rate.gin --workdir=checkpoints/learning_rate"
 
@@ -63,7 +63,7 @@ def run(asked: argparse.Namespace, overrides: Sequence[str], command: str, conso
         ValueError: A binding is wrong, or the folder holds another sweep.
         Busy: Another process drives the sweep.
     """
-    from launch.sweep_config import check_points, divided, load_sweep, make_points
+    from launch.sweeps.config import check_points, divided, load_sweep, make_points
 
     of_sweep, of_experiment = divided(overrides)
     sweep = load_sweep(asked.gin_file, of_sweep)
@@ -154,9 +154,9 @@ def _told(point: Point) -> dict[str, Any]:
 
 def _run(asked: argparse.Namespace, sweep: Sweep, points: Sequence[Point], todo: Sequence[Point], console: Console) -> bool:
     """Runs points; returns whether it was interrupted."""
-    from launch.sweep_cluster import JobArray, parse_options
-    from launch.sweep_pool import Pool
-    from launch.sweep_view import View
+    from launch.sweeps.cluster import JobArray, parse_options
+    from launch.sweeps.pool import Pool
+    from launch.sweeps.view import View
 
     if not todo:
         return False
@@ -185,7 +185,7 @@ def _run(asked: argparse.Namespace, sweep: Sweep, points: Sequence[Point], todo:
 
 def _close(workdir: Path, points: Sequence[Point], interrupted: bool, console: Console) -> int:
     """Writes tables and report of what there is; returns the exit status."""
-    from launch.sweep_tables import write_tables
+    from launch.sweeps.tables import write_tables
 
     failed = [point for point in points if reason_of(workdir, point.key)]
     if any(is_finished(workdir, point.key) for point in points):
@@ -193,7 +193,7 @@ def _close(workdir: Path, points: Sequence[Point], interrupted: bool, console: C
             console.print(table, highlight=False)
         written = [workdir / "results.parquet", workdir / "results.md"]
         try:
-            from launch.sweep_report import write_report
+            from launch.sweeps.report import write_report
 
             written.append(write_report(workdir))
         except ImportError as error:

@@ -51,7 +51,7 @@ class FailuresPoint:
     after_h: float = 12.0
     """Hours of event time after it that are judged."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raises ValueError where a setting is out of range."""
         if not 0 <= self.share <= 1:
             raise ValueError(f"FailuresPoint.share must be 0 to 1, got {self.share}")
@@ -91,7 +91,6 @@ def run(point: FailuresPoint, base: Base, folder: Path) -> list[Measured]:
     from launch.run import assemble
     from monolith_jax.planner import Planner
 
-    point.check()
     experiment = base.load()
     check_experiment(experiment, "FailuresPoint")
     prepare(experiment.mesh)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.points import collisions, retrieval, towers, train
+from launch.points import closed_loop, collisions, failures, retrieval, shards, towers, train
+from launch.points.closed_loop import ClosedLoopPoint
 from launch.points.collisions import CollisionsPoint
+from launch.points.failures import FailuresPoint
 from launch.points.measured import Base, Measured
 from launch.points.retrieval import RetrievalPoint
+from launch.points.shards import ShardsPoint
 from launch.points.towers import TowersPoint
 from launch.points.train import TrainPoint
 
-PointConfig = TrainPoint | TowersPoint | CollisionsPoint | RetrievalPoint
-POINTS: tuple[type, ...] = (TrainPoint, TowersPoint, CollisionsPoint, RetrievalPoint)
+PointConfig = TrainPoint | TowersPoint | CollisionsPoint | RetrievalPoint | ShardsPoint | FailuresPoint | ClosedLoopPoint
+POINTS: tuple[type, ...] = (
+    *(TrainPoint, TowersPoint, CollisionsPoint, RetrievalPoint, ShardsPoint, FailuresPoint, ClosedLoopPoint),
+)
 
 
 def measure(point: PointConfig, base: Base, folder: Path) -> list[Measured]:
@@ -26,3 +31,9 @@ def measure(point: PointConfig, base: Base, folder: Path) -> list[Measured]:
             return collisions.run(point, base, folder)
         case RetrievalPoint():
             return retrieval.run(point, base, folder)
+        case ShardsPoint():
+            return shards.run(point, base, folder)
+        case FailuresPoint():
+            return failures.run(point, base, folder)
+        case ClosedLoopPoint():
+            return closed_loop.run(point, base, folder)

@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 from launch.points.judged import BEST, MEAN, Judged, less, mean_of, of_heads
 from launch.points.measured import Base, Measured
+from monolith_jax.sync.quantise import Format
 
 if TYPE_CHECKING:
     from launch.run import Parts
     from monolith_jax.planner import Planned, Planner
-    from monolith_jax.sync.quantise import Format
     from monolith_jax.train.state import TrainState
 
 BATCH, DELTAS = "batch", "deltas"
@@ -55,7 +55,7 @@ class ShardsPoint:
     format: Format = "float16"
     """Of the published vectors."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raises ValueError where a setting is out of range."""
         if not 0 < self.first < 1:
             raise ValueError(f"ShardsPoint.first must be above 0 and below 1, got {self.first}")
@@ -101,7 +101,6 @@ def run(point: ShardsPoint, base: Base, folder: Path) -> list[Measured]:
     from monolith_jax.stream.dead_letter import DeadLetters
     from monolith_jax.stream.log_source import LogConfig
 
-    point.check()
     experiment = base.load()
     check_experiment(experiment, "ShardsPoint")
     if isinstance(experiment.source, LogConfig):

@@ -24,6 +24,14 @@ from rich.table import Table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_STALENESS = {
+    "lag_s": "age of the next event to be read",
+    "watermark_age_s": "age of the watermark",
+    "event_age_p50_s": "age of events when learned, half of them",
+    "event_age_p99_s": "age of events when learned, 99 %",
+    "publish_lag_s": "from a cut to its delta",
+}
+"""What rows of kind "step" of a live or published run tell of how old things were."""
 Row = Mapping[str, Any]
 
 _COLOURS = ("#2563a8", "#d1662b", "#3a8f5c", "#b83a4b", "#7a58b0", "#8a6a3f", "#c95fa0", "#5f6b76", "#a39a1f", "#1f9fa8")
@@ -190,6 +198,10 @@ def _run_table(run: Run, snapshots: dict[int, int]) -> Table:
         table.add_row("last loss", _number(last.get("loss")))
         if speeds:
             table.add_row("examples/s, median of the steps", f"{np.median(speeds):,.0f}")
+    for name, what in _STALENESS.items():
+        if (values := _values(run.steps, name)).size and not np.isnan(values).all():
+            half, most = np.nanquantile(values, (0.5, 0.99))
+            table.add_row(f"staleness: {what}", f"{half:.3g} s, p99 {most:.3g} s")
     for step, size in snapshots.items():
         table.add_row(f"snapshot of step {step:,}, on disk", f"{size / 1e6:,.1f} MB")
     table.caption = "\n".join(f"note: {note}" for note in run.notes) or None

@@ -74,6 +74,15 @@ class Events:
                 self._indexer.remove(upserted.removed)
                 self._indexer.add(ids[there])
 
+    def remove(self, ids: np.ndarray) -> int:
+        """Takes videos out, int64 [N]: none is shown from here on; returns how many were there."""
+        with self._lock:
+            number = self._catalogue.remove(ids)
+            self._sources.remove(ids)
+            if self._indexer:
+                self._indexer.remove(ids)
+            return number
+
     def impressions(self, impressions: pa.RecordBatch) -> None:
         """Takes impressions in: a video that is not known is one that has come.
 

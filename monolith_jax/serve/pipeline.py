@@ -100,7 +100,8 @@ class Pipeline:
             raise ValueError("ServingConfig.rank is not set: name the heads that count, and what each is worth (RankConfig)")
         self.config = config
         self._model = ranker or retrieval
-        self._models = list(dict.fromkeys(one for one in (ranker, retrieval) if one is not None))
+        self.models = list(dict.fromkeys(one for one in (ranker, retrieval) if one is not None))
+        """Those that are served; who does not `watch` polls them, and steps the `indexer` then."""
         self._ranker = None
         if ranker and config.rank:
             most = config.rank.num_candidates
@@ -359,7 +360,7 @@ class Pipeline:
         that for one of them.
         """
         sys.setswitchinterval(_SWITCH_S)
-        for model in self._models:
+        for model in self.models:
             model.watch(model_period_s)
         if self.indexer:
             self.indexer.watch(index_period_s)
@@ -369,7 +370,7 @@ class Pipeline:
         self.events.close()
         if self.indexer:
             self.indexer.close()
-        for model in self._models:
+        for model in self.models:
             model.close()
 
     def metrics(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +46,7 @@ from monolith_jax.stream.events import (
 from monolith_jax.stream.world import Shown, SyntheticConfig
 from monolith_jax.types import Chunk, Position
 
-__all__ = ["HEADS", "RATES", "SCHEMA", "SyntheticConfig", "SyntheticSource", "optimal"]
+__all__ = ["HEADS", "RATES", "SCHEMA", "SyntheticConfig", "SyntheticSource", "examples_of", "foreseen", "optimal", "videos"]
 
 HEADS = ("complete", "rewatch", "long_view", "skip", *ACTIONS, "play_ratio")
 """Labels with an `optimal_<head>` column."""
@@ -206,19 +207,58 @@ def optimal(config: SyntheticConfig, time_ms: np.ndarray, user: np.ndarray, vide
     Returns:
         float32 [B] for each of `HEADS`.
     """
+    return foreseen(config, time_ms, user, video)[1]
+
+
+def foreseen(
+    config: SyntheticConfig, time_ms: np.ndarray, user: np.ndarray, video: np.ndarray
+) -> tuple[Shown, dict[str, np.ndarray]]:
+    """Like `optimal`; returns what would be shown, too."""
     shown = world.describe(config, time_ms, user, video)
-    return _optimal(_outlook(config, shown), shown.duration_ms)
+    return shown, _optimal(_outlook(config, shown), shown.duration_ms)
 
 
-def _draw(outlook: _Outlook, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws play times and times on the screen in ms (int64 [B]) and actions (bool [B, T])."""
+class _Chance(NamedTuple):
+    """What chance decides of each impression, before it is known how likely anything is."""
+
+    component_B1: np.ndarray
+    """Uniform."""
+    play_B: np.ndarray
+    """Standard normal."""
+    action_BT: np.ndarray
+    """Uniform."""
+    stay_B: np.ndarray
+    """Standard exponential, as the next."""
+    comment_B: np.ndarray
+
+
+def _chance(rng: np.random.Generator, count: int) -> _Chance:
+    """Draws chances, in an order that must stay: the stream's bits depend on it."""
+    component, play, action = rng.random((count, 1)), rng.standard_normal(count), rng.random((count, len(ACTIONS)))
+    return _Chance(component, play, action, rng.standard_exponential(count), rng.standard_exponential(count))
+
+
+def _chance_of(config: SyntheticConfig, shown: Shown) -> _Chance:
+    """Returns chances that belong to user, video and time for good."""
+    key = np.zeros(len(shown.video), np.uint64)
+    for name, index in (("user", shown.user), ("video", shown.video), ("time", shown.time_ms)):
+        key = world.hashes(config.seed, f"{name} of draw", key + index.astype(np.uint64))
+    names = ("component", "radius", "angle", *ACTIONS, "stay", "stay of comment")
+    of = {name: world.uniforms(config.seed, name, key) for name in names}
+    play = np.sqrt(-2 * np.log1p(-of["radius"])) * np.cos(2 * math.pi * of["angle"])  # Box and Muller, 1958.
+    action = np.stack([of[name] for name in ACTIONS], axis=1)
+    return _Chance(of["component"][:, None], play, action, -np.log1p(-of["stay"]), -np.log1p(-of["stay of comment"]))
+
+
+def _follow(outlook: _Outlook, chance: _Chance) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns play times and times on the screen in ms (int64 [B]) and actions (bool [B, T])."""
     count = len(outlook.weight_BC)
-    component = (rng.random((count, 1)) >= np.cumsum(outlook.weight_BC[:, :2], axis=1)).sum(axis=1)
-    log_play = outlook.mean_BC[np.arange(count), component] + DEVIATION[component] * rng.standard_normal(count)
+    component = (chance.component_B1 >= np.cumsum(outlook.weight_BC[:, :2], axis=1)).sum(axis=1)
+    log_play = outlook.mean_BC[np.arange(count), component] + DEVIATION[component] * chance.play_B
     play = np.rint(np.exp(log_play)).astype(np.int64)
-    actions = rng.random((count, len(ACTIONS))) < outlook.action_BT * GIVEN.T[component]
-    stay = rng.standard_exponential(count) * DWELL_MS
-    stay += rng.standard_exponential(count) * COMMENT_MS * actions[:, ACTIONS.index("comment")]
+    actions = chance.action_BT < outlook.action_BT * GIVEN.T[component]
+    stay = chance.stay_B * DWELL_MS
+    stay += chance.comment_B * COMMENT_MS * actions[:, ACTIONS.index("comment")]
     return play, play + np.rint(stay).astype(np.int64), actions
 
 
@@ -249,6 +289,41 @@ def videos(config: SyntheticConfig, video: np.ndarray, time_ms: int) -> pa.Recor
     batch = pa.record_batch({"event_time_ms": times, **columns, "duration_ms": shown.duration_ms})
     batch = batch.append_column("tag_id", _tag_column(config, shown))
     return batch.append_column("content", _content_column(config, shown)) if config.content_dim else batch
+
+
+def examples_of(config: SyntheticConfig, time_ms: np.ndarray, user: np.ndarray, video: np.ndarray) -> pa.RecordBatch:
+    """Returns what follows when videos are shown to users, as examples with the columns of the source.
+
+    It is drawn from what `optimal` tells, and is the same each time that the video is shown to the user at that time, beside
+    whatever else: who shows something else is lucky or not in the same things. It is not what the source draws.
+
+    Args:
+        config: The world.
+        time_ms: Unix times in ms, int64 [B].
+        user: Indexes, int64 [B].
+        video: Indexes, int64 [B].
+    """
+    shown = world.describe(config, time_ms, user, video)
+    return _examples(config, shown, _chance_of(config, shown))
+
+
+def _examples(config: SyntheticConfig, shown: Shown, chance: _Chance) -> pa.RecordBatch:
+    outlook = _outlook(config, shown)
+    play, dwell, actions = _follow(outlook, chance)
+    best = _optimal(outlook, shown.duration_ms)
+    columns = {
+        "event_time_ms": shown.time_ms,
+        "tag_id": _tag_column(config, shown),
+        "duration_ms": shown.duration_ms,
+        "play_time_ms": play,
+        "dwell_ms": dwell,
+        **{name: actions[:, task] for task, name in enumerate(ACTIONS)},
+        **{f"optimal_{head}": best[head] for head in HEADS},
+    }
+    for space in ("user", "video", "author", "sound"):
+        columns[f"{space}_id"] = world.ids_of(config.seed, space, getattr(shown, space))
+    examples = pa.RecordBatch.from_arrays([pa.array(columns[field.name]) for field in SCHEMA], schema=SCHEMA)
+    return examples.append_column("content", _content_column(config, shown)) if config.content_dim else examples
 
 
 @dataclass(frozen=True)
@@ -284,22 +359,6 @@ class SyntheticSource:
         config = self.config
         rng = np.random.Generator(np.random.Philox(key=np.array([config.seed, k], np.uint64)))
         shown = world.draw_shown(config, k * config.chunk_rows + np.arange(config.chunk_rows), rng)
-        outlook = _outlook(config, shown)
-        play, dwell, actions = _draw(outlook, rng)
-        best = _optimal(outlook, shown.duration_ms)
-        columns = {
-            "event_time_ms": shown.time_ms,
-            "tag_id": _tag_column(config, shown),
-            "duration_ms": shown.duration_ms,
-            "play_time_ms": play,
-            "dwell_ms": dwell,
-            **{name: actions[:, task] for task, name in enumerate(ACTIONS)},
-            **{f"optimal_{head}": best[head] for head in HEADS},
-        }
-        for space in ("user", "video", "author", "sound"):
-            columns[f"{space}_id"] = world.ids_of(config.seed, space, getattr(shown, space))
-        examples = pa.RecordBatch.from_arrays([pa.array(columns[field.name]) for field in SCHEMA], schema=SCHEMA)
-        if config.content_dim:
-            examples = examples.append_column("content", _content_column(config, shown))
+        examples = _examples(config, shown, _chance(rng, len(shown.time_ms)))
         left = min(config.chunk_rows, config.num_examples - k * config.chunk_rows)
         return Chunk(examples.slice(0, left), (), {"chunk": k + 1})

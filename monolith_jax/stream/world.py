@@ -172,7 +172,8 @@ def indexes_of(seed: int, space: str, ids: np.ndarray) -> np.ndarray:
     return (plain * odd).view(np.int64)
 
 
-def _uniforms(seed: int, name: str, index: np.ndarray) -> np.ndarray:
+def uniforms(seed: int, name: str, index: np.ndarray) -> np.ndarray:
+    """Returns uniforms in [0, 1) that belong to `index` for good, float64 [B]; `name` as for `hashes`."""
     return (hashes(seed, name, index) >> np.uint64(11)) * 2.0**-53
 
 
@@ -251,8 +252,8 @@ def _popular(seed: int, space: str, index: np.ndarray) -> np.ndarray:
     return place.view(np.int64)
 
 
-def _choose(config: SyntheticConfig, space: str, time_ms: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws a live user or video for each time: one of a few, in proportion to their hashed weights."""
+def choose(config: SyntheticConfig, space: str, time_ms: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draws a live `user` or `video` for each time, int64 [B]: one of a few, in proportion to their hashed weights."""
     is_user = space == "user"
     live, candidates = (config.live_users, USER_CANDIDATES) if is_user else (config.live_videos, VIDEO_CANDIDATES)
     share = rng.random((len(time_ms), candidates), np.float32)
@@ -274,7 +275,7 @@ def _choose(config: SyntheticConfig, space: str, time_ms: np.ndarray, rng: np.ra
 def draw_shown(config: SyntheticConfig, number: np.ndarray, rng: np.random.Generator) -> Shown:
     """Draws the impressions with the given event numbers (int64 [B], a whole chunk, so that draws do not move)."""
     time_ms = event_times(config, number, rng.random(len(number)))
-    return describe(config, time_ms, _choose(config, "user", time_ms, rng), _choose(config, "video", time_ms, rng))
+    return describe(config, time_ms, choose(config, "user", time_ms, rng), choose(config, "video", time_ms, rng))
 
 
 def _maker(config: SyntheticConfig, name: str, video: np.ndarray, per: int, width: int) -> np.ndarray:
@@ -293,7 +294,7 @@ def describe(config: SyntheticConfig, time_ms: np.ndarray, user: np.ndarray, vid
     sound = _maker(config, "sound", video, VIDEOS_PER_SOUND, SOUNDS_AT_A_TIME)
     own = np.float32(math.sqrt(0.3)) * normals(seed, "topic of video", video, dim)
     topic = own + np.float32(math.sqrt(0.7)) * normals(seed, "topic of author", author, dim)
-    log_duration = np.interp(_uniforms(seed, "duration", video), DURATION_AT, np.log(DURATION_MS))
+    log_duration = np.interp(uniforms(seed, "duration", video), DURATION_AT, np.log(DURATION_MS))
     duration = np.rint(np.exp(log_duration)).astype(np.int64)
     return Shown(time_ms, user, video, author, sound, duration, topic)
 
@@ -312,7 +313,7 @@ def content(config: SyntheticConfig, shown: Shown) -> np.ndarray:
 
 def taste(config: SyntheticConfig, user: np.ndarray, time_ms: np.ndarray) -> np.ndarray:
     """Returns the tastes of users (indexes [B]) at the times, float32 [B, D]; every entry is standard normal over users."""
-    age = (time_ms - config.start_ms) / (config.drift_days * DAY_MS) + _uniforms(config.seed, "phase", user)
+    age = (time_ms - config.start_ms) / (config.drift_days * DAY_MS) + uniforms(config.seed, "phase", user)
     turn = np.floor(age)
     angle = ((age - turn) * (math.pi / 2)).astype(np.float32)[:, None]
     of_user = hashes(config.seed, "taste", user)

@@ -174,3 +174,12 @@ def test_launch_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtu
         evaluate.main(["--help"])
     assert stop.value.code == 0
     assert "--workdir=checkpoints/" in capsys.readouterr().out
+
+
+def test_staleness_of_a_live_run(tmp_path: Path) -> None:
+    rows = [{"kind": "step", "step": step, "lag_s": step / 10, "event_age_p99_s": None} for step in range(1, 101)]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report.tables(_write(tmp_path, [*rows, {"kind": "step", "step": 101}]))[0])
+    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "staleness: age of the next event to be read" in text and "5.05 s, p99 9.9 s" in text
+    assert "when learned" not in text

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch import sweep
-from launch.sweep_folder import is_finished, locked, read_json
-from launch.sweep_pool import held_bytes
+from launch.sweeps.folder import is_finished, locked, read_json
+from launch.sweeps.pool import held_bytes
 from tests.launch.small_sweep import ROOT, attempts, write_sweep
 
 SHORT = {"axes": "(@method/AxisConfig(),)", "seeds": "(0,)"}

@@ -6,7 +6,7 @@ import pytest
 
 from launch import sweep
 from launch.points.train import TrainPoint
-from launch.sweep_config import AxisConfig, Sweep, check_points, divided, load_sweep, make_points
+from launch.sweeps.config import AxisConfig, Sweep, check_points, divided, load_sweep, make_points
 from monolith_jax.models.deepfm import DeepFMConfig
 from tests.launch.small_sweep import ROOT, write_sweep
 

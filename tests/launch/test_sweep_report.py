@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from launch.sweep_report import write_report
-from launch.sweep_results import all_grids, number, read_results
-from launch.sweep_tables import write_tables
+from launch.sweeps.report import write_report
+from launch.sweeps.results import all_grids, number, read_results
+from launch.sweeps.tables import write_tables
 from tests.launch.small_sweep import write_result, write_results
 
 AXES = {"rows": ["own", "md5 <&\"'> | 10^6"], "size": ["1", "2"]}

@@ -7,7 +7,7 @@ import pytest
 
 from launch.points.measured import Base
 from launch.points.towers import TowersPoint, dense_parameters, runs_of
-from launch.sweep_config import AxisConfig, Sweep
+from launch.sweeps.config import AxisConfig, Sweep
 from monolith_jax.experiment import Experiment, load_as
 from monolith_jax.models.fm import FMConfig, LinearConfig
 from tests.test_flow import ROOT

@@ -14,9 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launch.sweep_config import Point, Sweep
-from launch.sweep_folder import is_finished, read_json
-from launch.sweep_pool import Told
+from launch.sweeps.config import Point, Sweep
+from launch.sweeps.folder import is_finished, read_json
+from launch.sweeps.pool import Told
 
 _LATEST = 8
 _SHOWN = 4

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.sweep_folder import is_finished, read_json, reason_of
+from launch.sweeps.folder import is_finished, read_json, reason_of
 from monolith_jax.evaluate.spread import Spread, paired, spread
 
 _MOST_COLUMNS = 8

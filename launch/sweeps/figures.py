@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from launch.sweep_results import Column, Results, curves
+from launch.sweeps.results import Column, Results, curves
 from monolith_jax.evaluate.spread import spread
 
 SERIES = 8

@@ -1,4 +1,4 @@
-"""One point in a process of its own: `python -m launch.sweep_workers --workdir=SWEEP --index=3`, which `launch.sweep` starts.
+"""One point in a process of its own: `python -m launch.sweeps.worker --workdir=SWEEP --index=3`, which `launch.sweep` starts.
 
 In: the folder of a sweep, the number of a point. Out: `result.json` in the point's folder, or `failed.json` and status 1.
 A worker dies with who started it, takes the cores that it is given, and leaves a point alone that another process runs.
@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.sweep_folder import Busy, is_finished, locked, note, read_json, write_json
+from launch.sweeps.folder import Busy, is_finished, locked, note, read_json, write_json
 
 BUSY = 75
 """Exit status where another process runs the point (EX_TEMPFAIL)."""
@@ -58,7 +58,7 @@ def run_point(workdir: Path, index: int) -> None:
 def _measured(workdir: Path, point: dict, folder: Path) -> tuple[list[dict], float]:
     from launch.points.kinds import measure
     from launch.points.measured import Base
-    from launch.sweep_config import load_sweep
+    from launch.sweeps.config import load_sweep
 
     began = time.monotonic()
     config = load_sweep([workdir / "sweep.gin"], point["overrides"]).point
@@ -87,7 +87,7 @@ def _take_cores(cores: Sequence[int]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one point; returns 0, 1 where it failed, or `BUSY`."""
-    parser = argparse.ArgumentParser(prog="python -m launch.sweep_workers", description="Runs one point of a sweep.")
+    parser = argparse.ArgumentParser(prog="python -m launch.sweeps.worker", description="Runs one point of a sweep.")
     parser.add_argument("--workdir", type=Path, required=True, metavar="SWEEP", help="the folder of a sweep")
     parser.add_argument("--index", type=int, required=True, metavar="N", help="of the point")
     parser.add_argument("--parent", type=int, metavar="PID", help="dies with this process")

@@ -1,6 +1,6 @@
 """Points as a job array of a cluster, through submitit (extra `sweep`): SLURM, or its local executor to try the same at home.
 
-In: a sweep's folder, the points to run, options of the jobs. Out: `Told`, as `launch.sweep_pool` has it. The folder must be on
+In: a sweep's folder, the points to run, options of the jobs. Out: `Told`, as `launch.sweeps.pool` has it. The folder must be on
 a file system that all hosts share. Jobs that wait or run are cancelled when the sweep is.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.sweep_config import Point, Sweep
-from launch.sweep_folder import Busy, is_finished, reason_of
-from launch.sweep_pool import Told
+from launch.sweeps.config import Point, Sweep
+from launch.sweeps.folder import Busy, is_finished, reason_of
+from launch.sweeps.pool import Told
 
 EXECUTORS = {"slurm": "slurm", "submitit_local": "local"}
 """What `--executor` says, and submitit's name of it."""
@@ -43,7 +43,7 @@ def parse_options(text: str) -> dict[str, Any]:
 
 def run_job(workdir: Path, index: int) -> str:
     """Runs a point in a job; returns nothing, or why it did not."""
-    from launch.sweep_workers import run_point
+    from launch.sweeps.worker import run_point
 
     try:
         run_point(workdir, index)
@@ -55,7 +55,7 @@ def run_job(workdir: Path, index: int) -> str:
 
 
 class JobArray:
-    """Runs points as jobs; iterate over it as over `sweep_pool.Pool`."""
+    """Runs points as jobs; iterate over it as over `sweeps.pool.Pool`."""
 
     def __init__(self, sweep: Sweep, workdir: Path, points: Sequence[Point], executor: str, options: dict[str, Any]) -> None:
         """Submits all points as one array.

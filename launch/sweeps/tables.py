@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from launch.sweep_results import Grid, Results, all_grids, facts, read_results
+from launch.sweeps.results import Grid, Results, all_grids, facts, read_results
 
 
 def write_tables(workdir: Path) -> list[Table]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from launch.sweep_figures import Figure, figures
-from launch.sweep_results import Grid, Results, all_grids, facts, read_results
+from launch.sweeps.figures import Figure, figures
+from launch.sweeps.results import Grid, Results, all_grids, facts, read_results
 
 _LIGHT = ("#0b62a4", "#c2410c", "#15803d", "#7c3aed", "#b4236c", "#0e7490", "#8a6100", "#475569")
 _DARK = ("#6cb6f5", "#fb9a5b", "#6bd08c", "#b79cf7", "#f58ab8", "#5cd0e0", "#e0b84c", "#a9b6c7")

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
 
-from launch.sweep_config import Point, Sweep
-from launch.sweep_folder import is_finished, note, reason_of, write_json
-from launch.sweep_workers import BUSY
+from launch.sweeps.config import Point, Sweep
+from launch.sweeps.folder import is_finished, note, reason_of, write_json
+from launch.sweeps.worker import BUSY
 
 _TURN_S = 0.25
 _TERM_S = 5.0
@@ -100,7 +100,7 @@ class Pool:
         folder.mkdir(parents=True, exist_ok=True)
         log = (folder / "log.txt").open("a", encoding="utf-8")
         of_point = [f"--workdir={self._workdir}", f"--index={point.index}", f"--parent={os.getpid()}"]
-        command = [sys.executable, "-m", "launch.sweep_workers", *of_point, f"--cores={','.join(map(str, cores))}"]
+        command = [sys.executable, "-m", "launch.sweeps.worker", *of_point, f"--cores={','.join(map(str, cores))}"]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         self.running.append(_Worker(point, process, log, cores, time.monotonic()))
         return Told(point, "started")
