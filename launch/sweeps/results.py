@@ -247,7 +247,8 @@ def difference(one: Spread) -> str:
     if not one.number:
         return "-"
     signed = ("+" if one.mean > 0 else "") + number(one.mean)
-    return signed if math.isnan(one.low) else f"{signed} ({number(one.low)} to {number(one.high)})"
+    same = math.isnan(one.low) or one.high - one.low <= 1e-9 * abs(one.mean)
+    return signed if same else f"{signed} ({number(one.low)} to {number(one.high)})"
 
 
 def facts(results: Results) -> list[tuple[str, str]]:

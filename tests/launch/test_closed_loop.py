@@ -323,8 +323,8 @@ def test_command_prints_table_figure_and_numbers(tmp_path: Path) -> None:
 def test_evaluate_closes_the_loop_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([f"--workdir={tmp_path}", "--loop=1"]) == 1
     assert "has no config.gin" in capsys.readouterr().err
-    (tmp_path / "config.gin").write_text(to_gin(small()), encoding="utf-8")
-    assert evaluate.main([f"--workdir={tmp_path}", "--loop=1", "--gin.Experiment.serving=None"]) == 1
+    (tmp_path / "config.gin").write_text(to_gin(replace(small(), serving=None)), encoding="utf-8")
+    assert evaluate.main([f"--workdir={tmp_path}", "--loop=1"]) == 1
     assert "the loop needs a ranker and a way to serve" in capsys.readouterr().err
 
 

@@ -40,7 +40,7 @@ def test_tables_say_what_was_measured(workdir: Path) -> None:
     assert main.rows[2][2] == "0.6050 ± 0.0071 (2)", "one of three has failed"
     assert (1, 2) in main.strong and (0, 4) in main.strong, "the highest AUC and the lowest loss"
     assert [row[:3] for row in compared.rows] == [
-        ("md5 <&\"'> | 10^6", "1", "-0.1000 (-0.1000 to -0.1000)"),
+        ("md5 <&\"'> | 10^6", "1", "-0.1000"),
         ("md5 <&\"'> | 10^6", "2", "-0.1000"),
     ]
     assert curve.title == "auc, mean, by epoch" and curve.columns[2:] == ("epoch 1", "epoch 2", "epoch 3")
