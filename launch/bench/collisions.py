@@ -16,9 +16,14 @@ NUM_USERS, NUM_MOVIES = 162_541, 59_047
 PLACES = 10**6
 
 
+def place_of(number: int, places: int = PLACES) -> int:
+    """Returns the place of an id, by MD5 of its decimal digits."""
+    return int(hashlib.md5(str(number).encode()).hexdigest(), 16) % places
+
+
 def places_after_hash(num_ids: int, places: int = PLACES) -> int:
-    """Returns how many of `places` places the ids 0 to `num_ids` - 1 take, by MD5 of their decimal digits."""
-    return len({int(hashlib.md5(str(number).encode()).hexdigest(), 16) % places for number in range(num_ids)})
+    """Returns how many of `places` places the ids 0 to `num_ids` - 1 take."""
+    return len({place_of(number, places) for number in range(num_ids)})
 
 
 def rows_in_maps(num_ids: Sequence[int]) -> list[int]:

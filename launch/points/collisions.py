@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from launch.bench.collisions import place_of
 from launch.points.measured import Base, Measured
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from monolith_jax.experiment import Experiment
     from monolith_jax.types import Source
 
 LABEL = "liked"
@@ -89,13 +91,10 @@ def parse_rows(text: str) -> tuple[str, int]:
 
 def rewritten(number: int, rows: str) -> np.ndarray:
     """Returns what stands for ids 0 to `number` - 1, int64 [number, 1], or [number, 2] where an id is the sum of two rows."""
-    import hashlib
-
     kind, modulus = parse_rows(rows)
     ids = np.arange(number)
     if kind == "md5":
-        of_each = (int(hashlib.md5(str(one).encode()).hexdigest(), 16) % modulus for one in range(number))
-        return np.fromiter(of_each, np.int64, number)[:, None]
+        return np.fromiter((place_of(one, modulus) for one in range(number)), np.int64, number)[:, None]
     if kind == "quotient_remainder":
         return np.stack([ids % modulus, modulus + ids // modulus], axis=1)
     return ids[:, None]
@@ -134,7 +133,7 @@ def read_examples(point: CollisionsPoint, seed: int) -> Examples:
         videos.append(world.indexes_of(seed, "video", of_videos).astype(np.int64))
         labels.append(of_labels)
     indexes = [np.concatenate(column) for column in (users, videos)]
-    # Indexes of those who were there from the start end at 0 or below; they are counted from 0 here.
+    # The first to arrive may not be shown at all: ids are counted from the first who is.
     users, videos = (index - index.min() for index in indexes)
     return Examples(users, videos, np.concatenate(labels), point.users, point.videos)
 
@@ -153,13 +152,23 @@ def _columns(source: Source, label: str) -> Iterator[tuple[np.ndarray, np.ndarra
 def prepare(point: CollisionsPoint, seed: int, folder: Path) -> dict[str, float]:
     """Writes train.parquet and test.parquet; returns how many ids there are, and how many share.
 
-    Columns: `user_id`, `user` and `video` (what stands for the ids, lists where it is two), `LABEL`.
+    Columns: `user_id`, `user` and `video` (what stands for the ids, lists where it is two), `LABEL`. An id is sharing where
+    another is the same to the model; quotient and remainder give each id a sum of its own, of rows that others have as well.
+
+    Raises:
+        ValueError: The examples cannot be read, or all of a part have one label.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     examples = read_examples(point, seed)
     in_test = np.random.default_rng(seed).random(examples.labels.size) < point.test_share
+    for name, labels in (("training", examples.labels[~in_test]), ("test", examples.labels[in_test])):
+        if not 0 < labels.sum() < labels.size:
+            raise ValueError(
+                f"of the {labels.size} examples of the {name} part {labels.sum()} are positive; AUC needs both kinds: "
+                "raise CollisionsPoint.examples, or change its test_share or label"
+            )
     facts: dict[str, float] = {"examples": float(examples.labels.size)}
     columns: dict[str, np.ndarray] = {}
     numbers = (("user", examples.users, examples.num_users), ("video", examples.videos, examples.num_videos))
@@ -167,6 +176,7 @@ def prepare(point: CollisionsPoint, seed: int, folder: Path) -> dict[str, float]
         keys = rewritten(number, point.rows)
         distinct, sharing = shared(keys)
         facts |= {f"{name}s": number, f"{name}s_lost": number - distinct, f"{name}s_sharing": sharing / number}
+        facts[f"{name}_rows"] = np.unique(keys).size
         columns[name] = keys[ids]
     for name, where in (("train", ~in_test), ("test", in_test)):
         arrays = {"user_id": pa.array(examples.users[where]), LABEL: pa.array(examples.labels[where])}
@@ -184,8 +194,40 @@ def _ids(keys: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(keys.reshape(-1)))
 
 
+def check(experiment: Experiment, rows: str, facts: dict[str, float]) -> None:
+    """Refuses an experiment that would drop ids without a word.
+
+    Args:
+        experiment: Whose features read the columns `user` and `video`.
+        rows: What stands for an id.
+        facts: `user_rows` and `video_rows`: how many different rows the ids need.
+
+    Raises:
+        ValueError: A table is too small, or a feature reads one of the two rows of an id.
+    """
+    from monolith_jax.features import IdFeatureConfig
+
+    for feature in experiment.features:
+        if not isinstance(feature, IdFeatureConfig) or f"{feature.column}_rows" not in facts:
+            continue
+        name, needed = feature.name, int(facts[f"{feature.column}_rows"])
+        most = next(table.max_rows for table in experiment.tables if table.name == feature.table)
+        if needed > most:
+            raise ValueError(
+                f"feature {name!r} needs {needed} rows with CollisionsPoint.rows {rows!r}, but its table holds {most}; "
+                f"raise {feature.table}/TableConfig.max_rows"
+            )
+        if parse_rows(rows)[0] == "quotient_remainder" and feature.max_length < 2:
+            raise ValueError(
+                f"feature {name!r} reads {feature.max_length} of the two rows of an id with CollisionsPoint.rows {rows!r}; "
+                "set IdFeatureConfig.max_length to 2"
+            )
+
+
 def run(point: CollisionsPoint, base: Base, folder: Path) -> list[Measured]:
     """Trains and tests; returns `test_auc` and `test_log_loss` by epoch and of the last epoch, and what `prepare` tells.
+
+    What an earlier try left is written anew.
 
     Raises:
         ValueError: The data cannot be read, or the configs do not fit together.
@@ -195,6 +237,7 @@ def run(point: CollisionsPoint, base: Base, folder: Path) -> list[Measured]:
 
     facts = prepare(point, base.seed, folder)
     experiment = base.load(f"DATA = {str(folder)!r}")
+    check(experiment, point.rows, facts)
     source = experiment.source
     assert isinstance(source, ColumnsConfig), "the experiment reads the examples that the point wrote"
     test = dataclasses.replace(source, paths=("test.parquet",))
