@@ -104,6 +104,8 @@ def _dots(results: Results, column: Column, number: int) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(column.title + (f"  (diamond: {base[0]} {base[1]}, the baseline)" if base else ""))
         axes.margins(x=0.06)
+        if axes.get_xlim()[1] > 1000:
+            axes.xaxis.set_major_formatter("{x:,.0f}")
         return Figure(title, _svg(figure, number, title))
 
 
@@ -140,6 +142,8 @@ def _curves(
     combinations: Sequence[tuple[str, ...]],
 ) -> Figure:
     pyplot = _pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     with pyplot.rc_context(_style() | {"svg.hashsalt": f"curves {number}"}):
         figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
         for place, labels in enumerate(combinations):
@@ -155,6 +159,7 @@ def _curves(
             name = _name(results, labels)
             axes.plot(x, means, color=_colour(place), linewidth=1.8, marker=mark, markersize=4, label=name)
         axes.set_ylim(*_limits(axes))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=all(at == round(at) for at in places)))
         axes.grid(axis="y")
         axes.set_xlabel(along)
         axes.set_ylabel(column.title)

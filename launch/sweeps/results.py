@@ -98,6 +98,11 @@ class Results:
             out += [Column(metric, head) for head in chosen]
         return out
 
+    def is_whole(self, column: Column) -> bool:
+        """Tells whether a figure is a count: none of its values has a fraction."""
+        values = [one.value for one in self.values if (one.metric, one.head, one.along) == (*column, "")]
+        return all(value == round(value) for value in values if math.isfinite(value))
+
     @property
     def baseline(self) -> tuple[str, str] | None:
         """Axis and label that others are compared with."""
@@ -140,7 +145,10 @@ def main_grid(results: Results) -> Grid:
     columns, combinations = results.columns(), results.combinations
     spreads = [[spread(list(results.by_seed(labels, column).values())) for column in columns] for labels in combinations]
     rows = tuple(
-        (*labels, *(cell(one, len(results.plan["seeds"])) for one in of_row))
+        (
+            *labels,
+            *(cell(one, len(results.plan["seeds"]), results.is_whole(of)) for of, one in zip(columns, of_row, strict=True)),
+        )
         for labels, of_row in zip(combinations, spreads, strict=True)
     )
     best = set()
@@ -151,8 +159,8 @@ def main_grid(results: Results) -> Grid:
             known = [mean for mean in means if not math.isnan(mean)]
             wanted = min(known) if less else max(known)
             best |= {(row, place + len(results.axes)) for row, mean in enumerate(means) if mean == wanted}
-    seeds = ", ".join(map(str, results.plan["seeds"]))
-    note = f"Mean ± standard deviation over seeds {seeds}; (n): of fewer. Bold: the best mean of a column."
+    named = ", ".join(map(str, results.plan["seeds"]))
+    note = f"Mean ± standard deviation over seeds {named}; (n): of fewer. Bold: the best mean of a column."
     titles = tuple(column.title for column in columns)
     return Grid("Figures", (*results.axes, *titles), rows, frozenset(best), note, len(results.axes))
 
@@ -172,7 +180,7 @@ def compared_grid(results: Results) -> Grid | None:
         strong |= {
             (len(rows), column + len(results.axes)) for column, one in enumerate(spreads) if one.is_above or one.is_below
         }
-        rows.append((*labels, *(difference(one) for one in spreads)))
+        rows.append((*labels, *(difference(one, results.is_whole(of)) for of, one in zip(columns, spreads, strict=True))))
     note = "Mean difference, seed by seed, and its 95 % interval (Student's t). Bold: the interval excludes 0."
     titles = tuple(column.title for column in columns)
     return Grid(f"Against {axis} {label}", (*results.axes, *titles), tuple(rows), frozenset(strong), note, len(results.axes))
@@ -218,13 +226,11 @@ def all_grids(results: Results) -> list[Grid]:
     return [grid for grid in grids if grid is not None]
 
 
-def number(value: float) -> str:
-    """Returns a number with as many digits as help: four of a fraction, none of a count."""
+def number(value: float, whole: bool = False) -> str:
+    """Returns a number with as many digits as help: four of a fraction, none of a count (`whole`)."""
     if math.isnan(value):
         return "-"
-    if value == round(value) and abs(value) >= 10:
-        return f"{value:,.0f}"
-    if abs(value) >= 1000:
+    if whole or abs(value) >= 1000 or (value == round(value) and abs(value) >= 10):
         return f"{value:,.0f}"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
 
@@ -233,22 +239,22 @@ def _cell(results: Results, labels: tuple[str, ...], column: Column, along: str,
     return cell(spread(list(results.by_seed(labels, column, along, at).values())), len(results.plan["seeds"]))
 
 
-def cell(one: Spread, seeds: int) -> str:
+def cell(one: Spread, seeds: int, whole: bool = False) -> str:
     """Returns mean ± standard deviation, and of how many where that is fewer than the seeds."""
     if not one.number:
         return "-"
     fewer = f" ({one.number})" if one.number < seeds else ""
     differ = one.sd > 1e-9 * abs(one.mean)  # Sums of equal numbers round.
-    return number(one.mean) + (f" ± {number(one.sd)}" if differ else "") + fewer
+    return number(one.mean, whole) + (f" ± {number(one.sd, whole)}" if differ else "") + fewer
 
 
-def difference(one: Spread) -> str:
+def difference(one: Spread, whole: bool = False) -> str:
     """Returns a mean difference with its interval."""
     if not one.number:
         return "-"
-    signed = ("+" if one.mean > 0 else "") + number(one.mean)
+    signed = ("+" if one.mean > 0 else "") + number(one.mean, whole)
     same = math.isnan(one.low) or one.high - one.low <= 1e-9 * abs(one.mean)
-    return signed if same else f"{signed} ({number(one.low)} to {number(one.high)})"
+    return signed if same else f"{signed} ({number(one.low, whole)} to {number(one.high, whole)})"
 
 
 def facts(results: Results) -> list[tuple[str, str]]:

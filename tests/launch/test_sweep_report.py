@@ -35,7 +35,7 @@ def workdir(tmp_path: Path) -> Path:
 def test_tables_say_what_was_measured(workdir: Path) -> None:
     main, compared, curve, missing = all_grids(read_results(workdir))
     assert main.columns == ("rows", "size", "auc, mean", "rows", "log_loss")
-    assert main.rows[0] == ("own", "1", "0.7100 ± 0.0100", "1,234,568 ± 1.0000", "0.4000")
+    assert main.rows[0] == ("own", "1", "0.7100 ± 0.0100", "1,234,568 ± 1", "0.4000")
     assert main.rows[1][2] == "0.7150 ± 0.0071 (2)", "one of three is no number, and is told"
     assert main.rows[2][2] == "0.6050 ± 0.0071 (2)", "one of three has failed"
     assert (1, 2) in main.strong and (0, 4) in main.strong, "the highest AUC and the lowest loss"
@@ -135,4 +135,5 @@ def test_more_curves_than_colours_are_parted(tmp_path: Path) -> None:
 
 def test_numbers_have_as_many_digits_as_help() -> None:
     shown = [number(value) for value in (0.51234, 12.345, 1234.5, 1_000_000.0, 3.0, math.nan, -0.00012)]
+    assert number(0.0, whole=True) == "0"
     assert shown == ["0.5123", "12.35", "1,234", "1,000,000", "3.0000", "-", "-0.0001"]
