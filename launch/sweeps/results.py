@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,11 +81,16 @@ class Results:
 
     def by_seed(self, labels: tuple[str, ...], column: Column, along: str = "", at: float = math.nan) -> dict[int, float]:
         """Returns a figure of a combination for each seed that has it."""
-        return {
-            one.seed: one.value
-            for one in self.values
-            if (one.labels, one.metric, one.head, one.along) == (labels, *column, along) and (not along or one.at == at)
-        }
+        return dict(self._by_figure.get((labels, *column, along, at if along else None), {}))
+
+    @cached_property
+    def _by_figure(self) -> dict[tuple[Any, ...], dict[int, float]]:
+        # Tables and figures ask for thousands of cells: a pass over all values for each took minutes.
+        found: dict[tuple[Any, ...], dict[int, float]] = {}
+        for one in self.values:
+            key = (one.labels, one.metric, one.head, one.along, one.at if one.along else None)
+            found.setdefault(key, {})[one.seed] = one.value
+        return found
 
     def columns(self, along: str | None = None) -> list[Column]:
         """Returns the figures to show: those that the sweep names, else a choice; `along`: those of a curve."""
@@ -145,16 +151,22 @@ def main_grid(results: Results) -> Grid:
     )
     best = set()
     for place, column in enumerate(columns):
-        means = [of_row[place].mean for of_row in spreads]
-        if len(set(means)) > 1 and not all(map(math.isnan, means)):
-            less = column.metric in results.plan["lower_is_better"] or column.metric.endswith(("log_loss", "rmse", "mae"))
-            known = [mean for mean in means if not math.isnan(mean)]
-            wanted = min(known) if less else max(known)
-            best |= {(row, place + len(results.axes)) for row, mean in enumerate(means) if mean == wanted}
+        worth = [_worth(results, column.metric, of_row[place].mean) for of_row in spreads]
+        known = [one for one in worth if math.isfinite(one)]
+        if len(set(worth)) > 1 and known:
+            best |= {(row, place + len(results.axes)) for row, one in enumerate(worth) if one == max(known)}
     seeds = ", ".join(map(str, results.plan["seeds"]))
     note = f"Mean ± standard deviation over seeds {seeds}; (n): of fewer. Bold: the best mean of a column."
     titles = tuple(column.title for column in columns)
     return Grid("Figures", (*results.axes, *titles), rows, frozenset(best), note, len(results.axes))
+
+
+def _worth(results: Results, metric: str, mean: float) -> float:
+    """Returns what is higher the better a mean is."""
+    if metric.endswith("calibration"):
+        return -abs(mean - 1)
+    less = metric in results.plan["lower_is_better"] or metric.endswith(("loss", "rmse", "mae"))
+    return -mean if less else mean
 
 
 def compared_grid(results: Results) -> Grid | None:
@@ -218,15 +230,22 @@ def all_grids(results: Results) -> list[Grid]:
     return [grid for grid in grids if grid is not None]
 
 
-def number(value: float) -> str:
-    """Returns a number with as many digits as help: four of a fraction, none of a count."""
+def number(value: float, scale: float | None = None) -> str:
+    """Returns a number with as many digits as help: four of a fraction, none of a count, two that count of what is tiny.
+
+    Args:
+        value: The number.
+        scale: The size whose digits it gets; None: its own.
+    """
     if math.isnan(value):
         return "-"
-    if value == round(value) and abs(value) >= 10:
-        return f"{value:,.0f}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+    if math.isinf(value) or value == 0:
+        return f"{value:.0f}".removeprefix("-" if value == 0 else "")
+    size = abs(value if scale is None else scale)
+    whole = value == round(value) and (size >= 10 if scale is None else size >= 1000)
+    form = ",.0f" if whole or size >= 1000 else ".2f" if size >= 10 else ".4f" if size >= 1e-3 else ".1e"
+    text = format(value, form)
+    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
 
 
 def _cell(results: Results, labels: tuple[str, ...], column: Column, along: str, at: float) -> str:
@@ -238,17 +257,21 @@ def cell(one: Spread, seeds: int) -> str:
     if not one.number:
         return "-"
     fewer = f" ({one.number})" if one.number < seeds else ""
-    differ = one.sd > 1e-9 * abs(one.mean)  # Sums of equal numbers round.
-    return number(one.mean) + (f" ± {number(one.sd)}" if differ else "") + fewer
+    if not one.sd > 1e-9 * abs(one.mean):  # Sums of equal numbers round.
+        return number(one.mean) + fewer
+    # The digits of the mean, unless the spread would vanish in them.
+    sd = number(one.sd, one.mean)
+    return f"{number(one.mean, one.mean)} ± {sd if float(sd.replace(',', '')) else number(one.sd)}{fewer}"
 
 
 def difference(one: Spread) -> str:
     """Returns a mean difference with its interval."""
     if not one.number:
         return "-"
-    signed = ("+" if one.mean > 0 else "") + number(one.mean)
     same = math.isnan(one.low) or one.high - one.low <= 1e-9 * abs(one.mean)
-    return signed if same else f"{signed} ({number(one.low)} to {number(one.high)})"
+    scale = abs(one.mean) if same else max(abs(one.low), abs(one.high))
+    signed = ("+" if one.mean > 0 else "") + number(one.mean, scale)
+    return signed if same else f"{signed} ({number(one.low, scale)} to {number(one.high, scale)})"
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
@@ -260,10 +283,12 @@ def facts(results: Results) -> list[tuple[str, str]]:
     took = [point["seconds"] for point in results.points if point["status"] == "finished"]
     machine, versions = plan["machine"], plan["versions"]
     work = f"{sum(took):,.0f} s in all, the longest {max(took, default=0):,.0f} s"
+    lost = {what: sum(point["status"] == what for point in results.points) for what in ("failed", "missing")}
+    without = "".join(f", {number} {what}" for what, number in lost.items() if number)
     return [
         ("command", plan["command"]),
         ("date", f"{started:%Y-%m-%d}"),
-        ("points", f"{len(took)} of {len(results.points)} finished; {work}"),
+        ("points", f"{len(took)} of {len(results.points)} finished{without}; {work}"),
         ("seeds", ", ".join(map(str, plan["seeds"]))),
         ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
