@@ -2,9 +2,12 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from monolith_jax.rounds import may_go_on
@@ -167,3 +170,26 @@ def test_dense_weights_follow_their_rows_while_the_stream_is_idle(tmp_path: Path
         planner.close()
     dense = [made for made in cuts if made.kind & CUT_DENSE]
     assert len(dense) >= 2 and len({made.step for made in dense}) == len(dense)
+
+
+def test_each_step_may_publish_by_event_time(tmp_path: Path) -> None:
+    class Timed(Ticking):
+        """A second of event time a batch."""
+
+        def __next__(self) -> Batch:
+            batch = super().__next__()
+            times = pa.array(np.full(batch.examples.num_rows, 1_000_000 + 1000 * self.taken))
+            place = batch.examples.schema.get_field_index("event_time_ms")
+            return replace(batch, examples=batch.examples.set_column(place, "event_time_ms", times))
+
+    class Instant(Schedule):
+        """What is published is there at once."""
+
+        def agreed(self, kind: int, now_ms: int) -> None:
+            super().agreed(kind, now_ms)
+            self.ended(CUT_ROWS)
+
+    schedule = Instant(PublisherConfig(period_s=1.0, dense_period_s=1.0, time="event"))
+    planner = planner_of(Timed(), tmp_path, cuts=schedule, max_steps=6)
+    assert [planned.cut is not None for planned in planner.steps(lambda: None)] == [True] * 6, "not every second one only"
+    planner.close()
