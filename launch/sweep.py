@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import cli
-from launch.sweeps.folder import Busy, command_line, is_finished, locked, machine, read_json, reason_of, versions, write_json
+from launch.sweeps.folder import (
+    Busy,
+    command_line,
+    is_finished,
+    locked,
+    machine,
+    note_lost_ends,
+    read_json,
+    reason_of,
+    versions,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,6 +87,7 @@ def run(asked: argparse.Namespace, overrides: Sequence[str], command: str, conso
     asked.workdir.mkdir(parents=True, exist_ok=True)
     with locked(asked.workdir / ".lock"):
         _keep_plan(asked, sweep, points, texts, command)
+        note_lost_ends(asked.workdir, [point.key for point in points])
         todo = [point for point in points if not is_finished(asked.workdir, point.key)]
         if len(todo) < len(points):
             console.print(f"{len(points) - len(todo)} of {len(points)} points are finished and stay", highlight=False)

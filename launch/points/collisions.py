@@ -242,10 +242,10 @@ def run(point: CollisionsPoint, base: Base, folder: Path) -> list[Measured]:
     assert isinstance(source, ColumnsConfig), "the experiment reads the examples that the point wrote"
     test = dataclasses.replace(source, paths=("test.parquet",))
     driven = drive(experiment, folder)
-    state, measured = driven.parts.state, []
+    measured: list[Measured] = []
     for epoch in range(1, point.epochs + 1):
-        state = learn(driven, state, source)
-        row = score(driven, state, test)[LABEL]
+        learn(driven, source)
+        row = score(driven, test)[LABEL]
         measured += [Measured(f"test_{name}", row[name], along="epoch", at=epoch) for name in ("auc", "log_loss")]
     measured += [one._replace(along="", at=float("nan")) for one in measured[-2:]]
     measured.append(Measured("best_auc", max(one.value for one in measured if one.metric == "test_auc")))

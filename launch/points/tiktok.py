@@ -62,7 +62,7 @@ def read(folder: Path) -> Data:
     """Returns the data of a folder.
 
     Raises:
-        ValueError: A file is missing.
+        ValueError: A file or a column is missing, there is nothing to learn or nothing to find, or a video has no content.
     """
     import pyarrow.parquet as pq
 
@@ -70,14 +70,22 @@ def read(folder: Path) -> Data:
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} has no {', '.join(missing)}; give the TikTok data (RetrievalPoint.data, --data)")
     table = pq.read_table(folder / names[0])
+    if missing := [name for name in ("user", "item", "split") if name not in table.column_names]:
+        raise ValueError(f"{folder / names[0]} has no column {', '.join(missing)}, only {', '.join(table.column_names)}")
     users, videos = (table.column(name).to_numpy().astype(np.int64) for name in ("user", "item"))
     in_train = table.column("split").to_numpy() == "trn"
+    if in_train.all() or not in_train.any():
+        raise ValueError(
+            f"{folder / names[0]} must have rows of split trn, to learn from, and of another, to find; got one kind"
+        )
     order = np.lexsort((videos, users))
     users, videos, in_train = users[order], videos[order], in_train[order]
     content = []
     for name in names[1:]:
         with np.load(folder / name) as file:
             raw = file["feat"].astype(np.float32)
+        if raw.ndim != 2 or len(raw) != len(content[0] if content else raw) or videos.max() >= len(raw):
+            raise ValueError(f"{folder / name} must have a vector of each video 0 to {videos.max()} or more, got {raw.shape}")
         content.append((raw - raw.mean(0)) / raw.std() * DEVIATION)
     train, test = (Pairs(users[where], videos[where]) for where in (in_train, ~in_train))
     return Data(train, test, tuple(content), int(users.max()) + 1)

@@ -32,14 +32,20 @@ def run(point: TrainPoint, base: Base, folder: Path) -> list[Measured]:
     """Trains in a folder; returns its totals (and `test_...` of a test source), their means over heads, and `auc` by hour.
 
     Raises:
-        ValueError: As `launch.run.train`.
+        ValueError: As `launch.run.train`; or it was stopped by SIGTERM, and its snapshot stays to go on from.
     """
     from rich.console import Console
 
     from launch.run import train
     from monolith_jax.evaluate.report import read
 
-    train(base.load(), folder, Console(quiet=True))
+    def whole() -> bool:
+        return (folder / "metrics.jsonl").is_file() and bool(read(folder).summary)
+
+    if not whole():  # A killed try may have trained to the end.
+        train(base.load(), folder, Console(quiet=True))
+    if not whole():
+        raise ValueError(f"{folder}: the run was stopped before its end; start the sweep again, it goes on from there")
     run = read(folder)
     if not point.keep:
         for name in _LARGE:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.sweeps.config import Point, Sweep
-from launch.sweeps.folder import Busy, is_finished, reason_of
+from launch.sweeps.folder import Busy, is_finished, note, reason_of, write_json
 from launch.sweeps.pool import Told
 
 EXECUTORS = {"slurm": "slurm", "submitit_local": "local"}
 """What `--executor` says, and submitit's name of it."""
 _TURN_S = 1.0
+_BUSY = "another process runs it"
 
 
 def parse_options(text: str) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def run_job(workdir: Path, index: int) -> str:
     try:
         run_point(workdir, index)
     except Busy:
-        return "another process runs it"
+        return _BUSY
     except Exception as error:  # failed.json tells of it; the job itself did its work.
         return f"{type(error).__name__}: {error}"
     return ""
@@ -113,4 +114,9 @@ class JobArray:
             reason = job.result()
         except Exception as error:  # The job itself died: of memory, of time, of its host.
             reason = f"job {job.job_id}: {str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__}"
-        return Told(point, "failed", reason_of(self._workdir, point.key) or reason)
+        if reason == _BUSY:
+            return Told(point, "busy", reason)
+        if not reason_of(self._workdir, point.key):
+            write_json(self._workdir / "points" / point.key / "failed.json", {"reason": reason, "traceback": []})
+            note(self._workdir, what="failed", point=point.index)
+        return Told(point, "failed", reason_of(self._workdir, point.key))

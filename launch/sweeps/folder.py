@@ -10,6 +10,7 @@ A point is run by whoever holds the lock of its folder; a sweep is driven by who
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,14 @@ _PACKAGES = ("monolith_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 
 class Busy(Exception):
     """Another process holds the lock."""
+
+
+class Stopped(Exception):
+    """A point was told to end before it had."""
+
+    def __init__(self) -> None:
+        """Says so."""
+        super().__init__("stopped by SIGTERM before its end")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,6 +75,18 @@ def note(workdir: Path, **what: Any) -> None:
     line = json.dumps({**what, "time": round(time.time(), 3), "pid": os.getpid(), "host": platform.node()})
     with (workdir / "attempts.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def note_lost_ends(workdir: Path, keys: Sequence[str]) -> None:
+    """Adds the lines of points that were killed between their result and the line that tells of it; `keys` by index."""
+    path, ended = workdir / "attempts.jsonl", set()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):  # A line that is not whole.
+            row = json.loads(line)
+            ended |= {row["point"]} if row["what"] == "end" else set()
+    for index, key in enumerate(keys):
+        if index not in ended and is_finished(workdir, key):
+            note(workdir, what="end", point=index, late=True)
 
 
 def is_finished(workdir: Path, key: str) -> bool:

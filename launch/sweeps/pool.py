@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,8 @@ from launch.sweeps.folder import is_finished, note, reason_of, write_json
 from launch.sweeps.worker import BUSY
 
 _TURN_S = 0.25
-_TERM_S = 5.0
+_TERM_S = 15.0
+"""For a run to save where it is."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -83,13 +85,14 @@ class Pool:
 
     def close(self) -> None:
         """Ends what runs: SIGTERM, then SIGKILL."""
+        until = time.monotonic() + _TERM_S
         for worker in self.running:
             worker.process.terminate()
         for worker in self.running:
             try:
-                worker.process.wait(_TERM_S)
+                worker.process.wait(max(until - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
-                worker.process.kill()
+                _kill(worker.process)
                 worker.process.wait()
             worker.log.close()
         self.running = []
@@ -101,7 +104,10 @@ class Pool:
         log = (folder / "log.txt").open("a", encoding="utf-8")
         of_point = [f"--workdir={self._workdir}", f"--index={point.index}", f"--parent={os.getpid()}"]
         command = [sys.executable, "-m", "launch.sweeps.worker", *of_point, f"--cores={','.join(map(str, cores))}"]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        # In a session of its own: Ctrl-C ends the sweep, which ends its workers in good order, and limits end their children.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         self.running.append(_Worker(point, process, log, cores, time.monotonic()))
         return Told(point, "started")
 
@@ -133,7 +139,12 @@ class Pool:
         elif took > sweep.timeout_s:
             worker.ended_for = f"took more than Sweep.timeout_s {sweep.timeout_s:g}"
         if worker.ended_for:
-            worker.process.kill()
+            _kill(worker.process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a worker that was not waited for yet, and what it started."""
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 def held_bytes(pid: int) -> int:

@@ -7,6 +7,7 @@ scripts, no fonts, no network; light and dark as the reader's system says.
 from __future__ import annotations
 
 from html import escape
+from itertools import takewhile
 from pathlib import Path
 
 from launch.sweeps.figures import MARKS, Figure, figures
@@ -75,7 +76,7 @@ def page(results: Results, drawn: list[Figure], workdir: Path) -> str:
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(name)}</title><style>{_css()}</style></head><body><main>",
         f"<h1>{escape(name)}</h1>",
-        *(f"<p>{escape(text)}</p>" for text in _opening(results)),
+        f"<p>{escape(_opening(results))}</p>",
         _facts(results),
         _table(first),
         *(_figure(one) for one in drawn),
@@ -93,12 +94,10 @@ def _css() -> str:
     return _CSS.replace("SERIES_LIGHT", series(_LIGHT)).replace("SERIES_DARK", series(_DARK))
 
 
-def _opening(results: Results) -> list[str]:
-    """Returns what the gin file says of itself in its first comment, but for the command."""
-    text = next(iter(results.plan["gin_files"].values()), "").partition("\n\n")[0]
-    lines = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
-    paragraphs = " ".join(line or "\n" for line in lines).split("\n")
-    return [one.strip() for one in paragraphs if one.strip() and not one.strip().startswith("python -m")]
+def _opening(results: Results) -> str:
+    """Returns the first paragraph of the gin file's first comment: what it says of itself."""
+    lines = next(iter(results.plan["gin_files"].values()), "").splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: len(line) > 1 and line[0] == "#", lines))
 
 
 def _facts(results: Results) -> str:

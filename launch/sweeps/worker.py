@@ -15,13 +15,20 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launch.sweeps.folder import Busy, is_finished, locked, note, read_json, write_json
+from launch.sweeps.folder import Busy, Stopped, is_finished, locked, note, read_json, write_json
+
+if TYPE_CHECKING:
+    from launch.points.measured import Measured
 
 BUSY = 75
 """Exit status where another process runs the point (EX_TEMPFAIL)."""
+STOPPED = 128 + signal.SIGTERM
+"""Exit status where SIGTERM came before the point had ended."""
 _PR_SET_PDEATHSIG = 1
 _MOST_LINES = 12
 
@@ -31,6 +38,7 @@ def run_point(workdir: Path, index: int) -> None:
 
     Raises:
         Busy: Another process runs it.
+        Stopped: SIGTERM came before it had ended; it has no result, and has not failed.
         Exception: Whatever the point raised; `failed.json` tells of it.
     """
     plan = read_json(workdir / "sweep.json")
@@ -44,6 +52,9 @@ def run_point(workdir: Path, index: int) -> None:
         (folder / "failed.json").unlink(missing_ok=True)
         try:
             rows, seconds = _measured(workdir, point, folder / "run")
+        except Stopped:
+            note(workdir, what="stopped", point=index)
+            raise
         except Exception as error:
             lines = traceback.format_exception(error)[-_MOST_LINES:]
             write_json(folder / "failed.json", {"reason": f"{type(error).__name__}: {error}", "traceback": lines})
@@ -64,11 +75,51 @@ def _measured(workdir: Path, point: dict, folder: Path) -> tuple[list[dict], flo
     config = load_sweep([workdir / "sweep.gin"], point["overrides"]).point
     folder.mkdir(exist_ok=True)
     base = Base(tuple(point["gin_files"]), tuple(point["bindings"]), point["seed"])
-    rows = measure(config, base, folder)
+    rows = _unless_stopped(lambda: measure(config, base, folder))
     # NaN is no JSON.
     return [
         {name: None if value != value else value for name, value in row._asdict().items()} for row in rows
     ], time.monotonic() - began
+
+
+def _unless_stopped(measured: Callable[[], list[Measured]]) -> list[Measured]:
+    """Returns what a point measured, if SIGTERM did not come meanwhile.
+
+    A run takes SIGTERM for itself, saves, and returns before its end as if that were all. What a point makes of such a run is
+    no result, and the error that it may raise is none of its own.
+    """
+    with _hearing_sigterm() as came:
+        try:
+            rows = measured()
+        except Exception as error:
+            if came():
+                raise Stopped from error
+            raise
+        if came():
+            raise Stopped
+        return rows
+
+
+@contextmanager
+def _hearing_sigterm() -> Iterator[Callable[[], bool]]:
+    """Yields what tells whether SIGTERM came in the block, whoever handles it: handlers are replaced, this pipe is not."""
+    reading, writing = os.pipe()
+    for end in (reading, writing):
+        os.set_blocking(end, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    heard = bytearray()
+
+    def came() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            heard.extend(os.read(reading, 4096))
+        return signal.SIGTERM in heard
+
+    try:
+        yield came
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reading)
+        os.close(writing)
 
 
 def _die_with(parent: int) -> None:
@@ -86,7 +137,7 @@ def _take_cores(cores: Sequence[int]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one point; returns 0, 1 where it failed, or `BUSY`."""
+    """Runs one point; returns 0, 1 where it failed, `BUSY` or `STOPPED`."""
     parser = argparse.ArgumentParser(prog="python -m launch.sweeps.worker", description="Runs one point of a sweep.")
     parser.add_argument("--workdir", type=Path, required=True, metavar="SWEEP", help="the folder of a sweep")
     parser.add_argument("--index", type=int, required=True, metavar="N", help="of the point")
@@ -101,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_point(asked.workdir, asked.index)
     except Busy:
         return BUSY
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED
     except Exception:
         traceback.print_exc()
         return 1
