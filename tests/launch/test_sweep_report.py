@@ -154,7 +154,7 @@ def test_words_in_figures_stay_as_they_are(tmp_path: Path) -> None:
         curve = (("m_$b$", float(at), "$h$", "$e$", at) for at in (1, 2))
         write_result(tmp_path, point, ("m_$b$", 0.6025 + 0.0025 * (point["index"] % 5), "$h$"), *curve)
     dots, lines = figures(read_results(tmp_path))
-    words = "".join(Page(dots.svg).words)
+    words = "".join(Page("<svg>" + dots.svg.partition("</title>")[2]).words)
     assert all(wanted in words for wanted in (*odd[:3], "m_$b$, $h$")), words
     ticks = re.findall(r">([\d.]+)</text>", dots.svg)
     assert len(set(ticks)) == len(ticks) > 3 and all(float(tick) > 0.6 for tick in ticks), "no digit is cut off"
@@ -164,15 +164,17 @@ def test_words_in_figures_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_what_is_no_number_is_shown_and_never_the_best(tmp_path: Path) -> None:
-    for point in write_results(tmp_path, {"rate": ["low", "high"]}, [0, 1], metrics=["loss", "auc", "bad", "calibration"]):
+    for point in write_results(
+        tmp_path, {"rate": ["low", "high"]}, [0, 1], metrics=["loss", "auc", "bad", "calibration", "gain"]
+    ):
         loss = math.inf if point["labels"]["rate"] == "high" else 0.5
-        others = ("auc", 0.5 + point["index"]), ("calibration", 1.0 + 0.5 * (loss > 1))
+        others = ("auc", 0.5 + point["index"]), ("calibration", 1.0 + 0.5 * (loss > 1)), ("gain", 2 * loss)
         write_result(tmp_path, point, ("loss", loss), ("bad", None), *others, *(("bad", None, "", "hour", at) for at in (1, 2)))
     grid, *_ = all_grids(read_results(tmp_path))
     assert [row[1] for row in grid.rows] == ["0.5000", "inf"] and [row[3] for row in grid.rows] == ["-", "-"]
-    assert grid.strong == {(0, 1), (1, 2), (0, 4)}
+    assert grid.strong == {(0, 1), (1, 2), (0, 4), (0, 5)}
     write_tables(tmp_path)
-    assert [one.title.partition(":")[0] for one in figures(read_results(tmp_path))] == ["loss", "auc", "calibration"]
+    assert [one.title.partition(":")[0] for one in figures(read_results(tmp_path))] == ["loss", "auc", "calibration", "gain"]
 
 
 def test_figures_of_one_kind_share_their_limits(tmp_path: Path) -> None:
@@ -211,6 +213,16 @@ def test_any_label_comes_through(tmp_path_factory: pytest.TempPathFactory, label
     table = markdown(results, all_grids(results)).split("## Figures")[1]
     bars = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in table.splitlines() if line.startswith("|")}
     assert bars == {3}
+
+
+def test_markdown_shows_labels_as_they_are(tmp_path: Path) -> None:
+    for point in write_results(tmp_path, {"test_auc": ["a&lt;b & c", "\\|", "*x* _y_ `z`", "[a](b) <br>"]}, [0]):
+        write_result(tmp_path, point, ("auc", 0.5))
+    write_tables(tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    wanted = ("a&amp;lt;b & c", r"\\\|", r"\*x\* \_y\_ \`z\`", r"\[a](b) &lt;br>")
+    assert [line.split(" | ")[0][2:] for line in text.splitlines() if line.endswith("| 0.5000 |")] == list(wanted)
+    assert "| test_auc | auc |" in text
 
 
 def test_numbers_have_as_many_digits_as_help() -> None:
