@@ -177,12 +177,16 @@ def two_tower(data: Data, folder: Path, seed: int, load: Callable[..., Experimen
         folder: For examples, run and export; what is there goes.
         seed: Of the order of the examples and of histories that are drawn.
         load: Takes further bindings and returns the experiment, whose source reads from macro DATA.
+
+    Raises:
+        ValueError: SIGTERM came while it trained: what is half learned would give figures like any other.
     """
     import pyarrow as pa
     from rich.console import Console
 
     from launch.export import export
     from launch.run import train
+    from monolith_jax.evaluate.report import read as read_run
     from monolith_jax.features import featurize
     from monolith_jax.serve.encode import Encoder
     from monolith_jax.serve.served_model import ServedModel
@@ -192,6 +196,8 @@ def two_tower(data: Data, folder: Path, seed: int, load: Callable[..., Experimen
     prepare(data, folder / "examples.parquet", seed)
     experiment = load(f"DATA = {str(folder)!r}")
     train(experiment, folder / "run", Console(quiet=True))
+    if not read_run(folder / "run").summary:
+        raise ValueError(f"{folder / 'run'}: the run was stopped before its end, so there is nothing to measure; start again")
     export(folder / "run", folder / "served", "float32")
     model = ServedModel(
         folder / "served", experiment.features, experiment.tables, None, (), num_shards=experiment.mesh.num_shards,

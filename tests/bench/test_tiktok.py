@@ -117,14 +117,16 @@ def test_popularity_counts_users_of_what_is_learned() -> None:
         assert set(np.flatnonzero(row == 2)) == {2, 5, 7, 9} and not row[120:].any() and row.sum() == 124
 
 
+TINY = (
+    *(f"{name}/DenseFeatureConfig.size = 4" for one in tiktok.CONTENT for name in (one, f"liked_{one}")),
+    *("TableConfig.dim = 8", "TableConfig.max_rows = 512", "ColumnsConfig.epochs = 1", "TrainConfig.batch_size = 32"),
+    *("TwoTowerConfig.dim = 8", "TwoTowerConfig.user_hidden = (8,)", "TwoTowerConfig.video_hidden = (8,)"),
+    *("TwoTowerConfig.num_negatives = 16", "TwoTowerConfig.pool_size = 256", "TrainConfig.seed = 3"),
+)
+
+
 def test_two_tower_is_the_experiments(tmp_path: Path) -> None:
-    bindings = (
-        *(f"{name}/DenseFeatureConfig.size = 4" for one in tiktok.CONTENT for name in (one, f"liked_{one}")),
-        *("TableConfig.dim = 8", "TableConfig.max_rows = 512", "ColumnsConfig.epochs = 1", "TrainConfig.batch_size = 32"),
-        *("TwoTowerConfig.dim = 8", "TwoTowerConfig.user_hidden = (8,)", "TwoTowerConfig.video_hidden = (8,)"),
-        *("TwoTowerConfig.num_negatives = 16", "TwoTowerConfig.pool_size = 256", "TrainConfig.seed = 3"),
-    )
-    folder, base = folder_of(tmp_path, small()), Base(("configs/tiktok.gin",), bindings, 3)
+    folder, base = folder_of(tmp_path, small()), Base(("configs/tiktok.gin",), TINY, 3)
     work = tmp_path / "point"
     (work / "two_tower" / "run").mkdir(parents=True)
     (work / "two_tower" / "run" / "left.txt").write_text("of a try that was killed")
@@ -133,6 +135,18 @@ def test_two_tower_is_the_experiments(tmp_path: Path) -> None:
     assert {one.metric for one in measured} >= {f"{name}_at_{k}" for name in ("recall", "ndcg", "mrr") for k in (10, 20, 50)}
     assert all(math.isfinite(one.value) for one in measured)
     assert not (work / "two_tower" / "run" / "left.txt").exists() and not (work / "two_tower" / "examples.parquet").exists()
+
+
+def test_a_run_that_was_stopped_gives_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(experiment: object, workdir: Path, console: object) -> dict[str, object]:
+        workdir.mkdir()
+        (workdir / "metrics.jsonl").write_text('{"kind": "step", "step": 20, "loss": 5.0}\n')
+        return {}
+
+    monkeypatch.setattr("launch.run.train", stopped)
+    point, base = RetrievalPoint("two_tower", str(folder_of(tmp_path, small()))), Base(("configs/tiktok.gin",), TINY, 3)
+    with pytest.raises(ValueError, match="the run was stopped before its end"):
+        retrieval.run(point, base, tmp_path)
 
 
 @pytest.mark.parametrize(
