@@ -7,6 +7,7 @@ a file system that all hosts share. Jobs that wait or run are cancelled when the
 from __future__ import annotations
 
 import ast
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,29 @@ from launch.sweeps.pool import Told
 EXECUTORS = {"slurm": "slurm", "submitit_local": "local"}
 """What `--executor` says, and submitit's name of it."""
 _TURN_S = 1.0
+_LOG_LEVEL = "SUBMITIT_LOG_LEVEL"
 _BUSY = "another process runs it"
+
+
+def import_submitit() -> Any:
+    """Returns the module submitit.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    # It would set up logging for the whole process, which closes the handlers of others: absl's closes the stream that it
+    # writes to. Jobs do not inherit this: what submitit tells there goes to their logs.
+    said = os.environ.get(_LOG_LEVEL)
+    os.environ[_LOG_LEVEL] = "NOCONFIG"
+    try:
+        import submitit
+    except ImportError as error:
+        raise ImportError("--executor needs submitit: pip install 'monolith_jax[sweep]'") from error
+    finally:
+        del os.environ[_LOG_LEVEL]
+        if said is not None:
+            os.environ[_LOG_LEVEL] = said
+    return submitit
 
 
 def parse_options(text: str) -> dict[str, Any]:
@@ -65,11 +88,7 @@ class JobArray:
             ImportError: submitit is not installed.
             ValueError: An option is not known to submitit.
         """
-        try:
-            import submitit
-        except ImportError as error:
-            raise ImportError("--executor needs submitit: pip install 'monolith_jax[sweep]'") from error
-        made = submitit.AutoExecutor(folder=workdir / "jobs", cluster=EXECUTORS[executor])
+        made = import_submitit().AutoExecutor(folder=workdir / "jobs", cluster=EXECUTORS[executor])
         settings: dict[str, Any] = {
             "name": f"sweep_{sweep.name}",
             "cpus_per_task": sweep.cores,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -156,7 +157,9 @@ def test_sigterm_ends_it_in_good_order(tmp_path: Path) -> None:
 
 
 def test_as_a_job_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("submitit")
+    # Not importorskip: how it is imported is a matter of `launch.sweeps.cluster`.
+    if not find_spec("submitit"):
+        pytest.skip("submitit is not installed")
     file, out = one_axis(tmp_path), tmp_path / "out"
     assert sweep.main(command(file, out, "--executor=submitit_local", "--executor_options=timeout_min=3")) == 0
     assert sorted(attempts(out, "end")) == [0, 1] and "2 of 2 points finished" in capsys.readouterr().out
@@ -167,3 +170,19 @@ def test_as_a_job_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert sweep.main(command(file, out, "--executor=submitit_local", "--executor_options=no_such_option=1")) == 1
     assert "no_such_option" in capsys.readouterr().err
     assert json.loads((out / "sweep.json").read_text(encoding="utf-8"))["points"][0]["key"] == keys[0]
+
+
+def test_submitit_leaves_the_handlers_of_others_alone() -> None:
+    if not find_spec("submitit"):
+        pytest.skip("submitit is not installed")
+    code = """
+import io, logging, os, sys
+stream = sys.stderr = io.StringIO()
+from absl import logging as absl_logging
+absl_logging.use_absl_handler()
+sys.stderr = sys.__stderr__
+from launch.sweeps.cluster import import_submitit
+import_submitit()
+assert not stream.closed and "SUBMITIT_LOG_LEVEL" not in os.environ
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
