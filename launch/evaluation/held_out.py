@@ -52,18 +52,20 @@ def test_files(experiment: Experiment) -> FileConfig:
     return source
 
 
-def restored(experiment: Experiment, run: Path) -> Memories:
-    """Returns what the partitions of a run remembered at its newest snapshot.
+def restored(experiment: Experiment, run: Path, step: int) -> Memories:
+    """Returns what the partitions of a run remembered at a snapshot.
 
     Raises:
-        ValueError: There is no snapshot, or it is of other memories.
+        ValueError: There is no such snapshot any more, or it is of other memories.
     """
     snapshots = Snapshots(SnapshotConfig(), find(run), read_only=True)
     try:
-        newest = snapshots.latest()
-        if newest is None:
-            raise ValueError(f"no snapshot in {run} is whole; wait for the first (SnapshotConfig.period_steps)")
-        saved = [unpack(part)["memories"] for part in snapshots.restore_plain(newest).host["parts"]]
+        if step not in snapshots.steps():
+            raise ValueError(
+                f"the snapshot of step {step} in {run}, whose weights are judged, is gone: the run has replaced it meanwhile. "
+                "Ask once more, or keep more of them (SnapshotConfig.keep)"
+            )
+        saved = [unpack(part)["memories"] for part in snapshots.restore_plain(step).host["parts"]]
     finally:
         snapshots.close()
     out = []
@@ -102,19 +104,22 @@ def _read_to(experiment: Experiment, memories: Sequence[Memory], index: int, num
         )
     source = _part(experiment, open_source(experiment.source), index, number)
     stream, epoch = batches(source, experiment.train.batch_size // number, read_ahead=0), 0
-    while _plain(stream.get_state()) != _plain(position):
-        batch = next(stream, None)
-        if batch is None:
-            raise ValueError(
-                f"the training source ended before the place that the export stands at, {position}: Experiment.source names "
-                "other files than those that were learned from"
-            )
-        if batch.epoch != epoch:
-            epoch = batch.epoch
-            for memory in memories:
-                memory.reset()
-        if batch.examples.num_rows:
-            remember(memories, batch.examples)
+    try:
+        while _plain(stream.get_state()) != _plain(position):
+            batch = next(stream, None)
+            if batch is None:
+                raise ValueError(
+                    f"the training source ended before the place that the export stands at, {position}: Experiment.source "
+                    "names other files than those that were learned from"
+                )
+            if batch.epoch != epoch:
+                epoch = batch.epoch
+                for memory in memories:
+                    memory.reset()
+            if batch.examples.num_rows:
+                remember(memories, batch.examples)
+    finally:
+        stream.close()
 
 
 def _plain(position: Any) -> Any:

@@ -36,7 +36,11 @@ class Subject:
         Raises:
             ValueError: It cannot be known.
         """
-        return replayed(self.experiment, self.positions()) if self.run is None else restored(self.experiment, self.run)
+        return (
+            replayed(self.experiment, self.positions())
+            if self.run is None
+            else restored(self.experiment, self.run, self.step())
+        )
 
     def positions(self) -> Sequence[Any]:
         """Returns where each partition stands in the training source."""
@@ -66,6 +70,8 @@ class Subject:
 @contextmanager
 def open_subject(workdir: Path, overrides: Sequence[str] = ()) -> Iterator[Subject]:
     """Yields what a folder holds; of a run, its newest snapshot is exported to a temporary folder meanwhile.
+
+    A run that goes on saves later snapshots: everything is of the one that is the newest at the beginning.
 
     Args:
         workdir: A run folder, or one that `launch.export` wrote.
