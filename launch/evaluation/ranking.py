@@ -22,6 +22,7 @@ from monolith_jax.stream.history import ids_of
 from monolith_jax.stream.log_source import LogConfig
 
 if TYPE_CHECKING:
+    from monolith_jax.experiment import Experiment
     from monolith_jax.serve.served_model import ServedModel
 
 BUILT_IN = ("new_user", "new_video", "activity")
@@ -42,15 +43,24 @@ def measure(subject: Subject, segments: Sequence[str], number: int, seed: int = 
     Raises:
         ValueError: There is no ranker, no test source, or no such column.
     """
+    check(subject.experiment)
     heads = [(head.label, head.kind) for head in subject.experiment.heads]
-    if subject.experiment.model is None or not heads:
-        raise ValueError("this run has no ranking model (Experiment.model and heads): ask for --retrieval alone")
     scored, columns = scores(subject, segments)
     of_columns = [
         ranking.flags(name, column, ("known", "new")) if name in BUILT_IN[:2] else ranking.segment(name, column)
         for name, column in columns.items()
     ]
     return [*ranking.table(scored, heads, of_columns, number, seed=seed), *ranking.reliability(scored, heads)]
+
+
+def check(experiment: Experiment) -> None:
+    """Refuses what this part cannot judge.
+
+    Raises:
+        ValueError: There is no ranker.
+    """
+    if experiment.model is None or not experiment.heads:
+        raise ValueError("this run has no ranking model (Experiment.model and heads): ask for --retrieval alone")
 
 
 def scores(subject: Subject, segments: Sequence[str] = ()) -> tuple[ranking.Scored, dict[str, Any]]:
@@ -60,7 +70,7 @@ def scores(subject: Subject, segments: Sequence[str] = ()) -> tuple[ranking.Scor
     columns: dict[str, list[Any]] = {name: [] for name in segments}
     active = _activity(subject) if "activity" in segments else {}
     try:
-        for examples, seen in held_out(subject.experiment, subject.memories()):
+        for examples, seen in held_out(subject.experiment, subject.memories(), subject.aside):
             of_batch = model.predict(examples)
             parts.append((seen.event_time_ms, seen.groups, of_batch, seen.labels, seen.masks))
             for name, of_name in columns.items():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,9 @@ from monolith_jax.serve.exact import exact_top_k
 from monolith_jax.stream.events import labels
 from monolith_jax.stream.history import ids_of
 from monolith_jax.stream.log_source import LogConfig
+
+if TYPE_CHECKING:
+    from monolith_jax.experiment import Experiment
 
 BLOCK = 1024
 """Users that are asked for at once, and videos whose vectors are made at once."""
@@ -85,9 +88,9 @@ def measure(subject: Subject, at: Sequence[int], number: int, seed: int = 0) -> 
     Raises:
         ValueError: There is no two-tower, no test source, the training source is a log, or nobody has anything to be found.
     """
+    check(subject.experiment)
     two_tower = subject.experiment.retrieval
-    if two_tower is None:
-        raise ValueError("this run has no two-tower (Experiment.retrieval), which --retrieval judges; ask for --ranking")
+    assert two_tower is not None
     train, rows = _sources(subject)
     asked = _wanted(subject, train)
     model = subject.model((1,))
@@ -118,6 +121,18 @@ def measure(subject: Subject, at: Sequence[int], number: int, seed: int = 0) -> 
     return out
 
 
+def check(experiment: Experiment) -> None:
+    """Refuses what this part cannot judge.
+
+    Raises:
+        ValueError: There is no two-tower, or the training source is a log.
+    """
+    if experiment.retrieval is None:
+        raise ValueError("this run has no two-tower (Experiment.retrieval), which --retrieval judges; ask for --ranking")
+    if isinstance(experiment.source, LogConfig):
+        raise ValueError("--retrieval reads the training source for its videos, and this one's is a log, which may be gone")
+
+
 def _row(
     found: np.ndarray, asked: Wanted, k: int, ids: np.ndarray, counts: np.ndarray, vectors: np.ndarray, number: int, seed: int
 ) -> dict[str, float | None]:
@@ -139,8 +154,7 @@ def intervals(of_users: dict[str, np.ndarray], number: int, seed: int) -> dict[s
 def _sources(subject: Subject) -> tuple[Shown, pa.RecordBatch]:
     """Returns what the training source showed, and of each video of both sources the row that told of it first."""
     source = subject.experiment.source
-    if isinstance(source, LogConfig):
-        raise ValueError("--retrieval reads the training source for its videos, and this one's is a log, which may be gone")
+    assert not isinstance(source, LogConfig)
     known: set[int] = set()
     rows: list[pa.RecordBatch] = []
     train = _read(subject, source, known, rows)
@@ -188,7 +202,7 @@ def _wanted(subject: Subject, train: Shown) -> Wanted:
     assert two_tower is not None
     first: dict[int, pa.RecordBatch] = {}
     found: dict[int, set[int]] = {}
-    for examples, _ in held_out(subject.experiment, subject.memories()):
+    for examples, _ in held_out(subject.experiment, subject.memories(), subject.aside):
         users, known = ids_of(examples, "user_id", "an example")
         videos, there = ids_of(examples, two_tower.video_column, "an example")
         positive = is_positive(examples, two_tower.positives) & known & there
