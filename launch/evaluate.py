@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", type=Path, required=True, metavar="FOLDER", help="a run, or what launch.export wrote")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for rows and figures (default: WORKDIR/report)")
     parser.add_argument("--ranking", action="store_true", help="AUC, log-loss, calibration, ... of each head")
-    columns = "also by these columns of the examples, or new_user, new_video, activity; by commas"
+    columns = "also by these columns of the examples, or new_user, new_video, activity, hour; by commas"
     parser.add_argument("--segments", metavar="COLUMNS", help=columns)
     parser.add_argument("--retrieval", action="store_true", help="the two-tower among all videos: recall, NDCG, ...")
     parser.add_argument("--feed", action="store_true", help="the whole way: recall, ranking and rules, by held-out sessions")

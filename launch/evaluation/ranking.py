@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from monolith_jax.experiment import Experiment
     from monolith_jax.serve.served_model import ServedModel
 
-BUILT_IN = ("new_user", "new_video", "activity")
-"""Segments that are no column: whether training knows the user and the video, and how many examples it had of the user."""
+BUILT_IN = ("new_user", "new_video", "activity", "hour")
+"""Segments that are no column: whether training knows the user and the video, how many examples it had of the user,
+and the hour of event time."""
 _CURVES = 12
 """Panels of the figure at most."""
 
@@ -47,7 +48,11 @@ def measure(subject: Subject, segments: Sequence[str], number: int, seed: int = 
     heads = [(head.label, head.kind) for head in subject.experiment.heads]
     scored, columns = scores(subject, segments)
     of_columns = [
-        ranking.flags(name, column, ("known", "new")) if name in BUILT_IN[:2] else ranking.segment(name, column)
+        ranking.hours(scored.event_time_ms)
+        if name == "hour"
+        else ranking.flags(name, column, ("known", "new"))
+        if name in BUILT_IN[:2]
+        else ranking.segment(name, column)
         for name, column in columns.items()
     ]
     return [*ranking.table(scored, heads, of_columns, number, seed=seed), *ranking.reliability(scored, heads)]
@@ -100,6 +105,8 @@ def _column(subject: Subject, model: ServedModel, examples: pa.RecordBatch, name
         case "activity":
             users = ids_of(examples, "user_id", "an example")[0].tolist()
             return pa.array([active.get(user, 0) for user in users], pa.float64())
+        case "hour":
+            return examples.column("event_time_ms")
         case _ if name in examples.schema.names:
             return examples.column(name)
         case _:

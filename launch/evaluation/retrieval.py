@@ -23,6 +23,7 @@ from launch.evaluation.written import Row, table, with_interval
 from launch.readers import FileConfig, open_source
 from monolith_jax.evaluate import bootstrap, retrieval
 from monolith_jax.features import featurize
+from monolith_jax.serve.crosses import columns_of
 from monolith_jax.serve.encode import Encoder
 from monolith_jax.serve.exact import exact_top_k
 from monolith_jax.stream.events import labels
@@ -96,6 +97,7 @@ def measure(subject: Subject, at: Sequence[int], number: int, seed: int = 0) -> 
     model = subject.model((1,))
     try:
         encoder = Encoder(model, user_sizes=(BLOCK,), video_sizes=(BLOCK,))
+        _check_columns(encoder, rows)
         ids = ids_of(rows, two_tower.video_column, "a video")[0]
         vectors = encoder.videos(featurize(rows, encoder.video_layout))
         queries = encoder.users(featurize(asked.rows, encoder.user_layout))
@@ -104,6 +106,9 @@ def measure(subject: Subject, at: Sequence[int], number: int, seed: int = 0) -> 
     counts = np.zeros(ids.size, np.int64)
     places = {video: place for place, video in enumerate(ids.tolist())}
     np.add.at(counts, [places[video] for video in train.videos[train.positive].tolist()], 1)
+    # By place in the catalogue from here on: any number may be the id of a video, also the -1 of padding.
+    wanted, seen = ([np.array([places[one] for one in of.tolist()], np.int64) for of in lists] for lists in asked[1:3])
+    asked, ids = asked._replace(wanted=wanted, seen=seen), np.arange(ids.size)
     longest = min(max(at), ids.size)
     found = {
         "two_tower": ids_found(vectors, queries, ids, asked.seen, longest),
@@ -131,6 +136,16 @@ def check(experiment: Experiment) -> None:
         raise ValueError("this run has no two-tower (Experiment.retrieval), which --retrieval judges; ask for --ranking")
     if isinstance(experiment.source, LogConfig):
         raise ValueError("--retrieval reads the training source for its videos, and this one's is a log, which may be gone")
+
+
+def _check_columns(encoder: Encoder, rows: pa.RecordBatch) -> None:
+    """Refuses features of videos whose columns come from counters: what a video's was at any one time is not known here."""
+    for feature in encoder.video_layout.features:
+        if missing := [name for name in columns_of(feature) if name not in rows.schema.names]:
+            raise ValueError(
+                f"feature {feature.name!r} of the two-tower's videos reads column {missing[0]!r}, which the source does not "
+                "have (a counter's, say): --retrieval reads videos from the source alone; --feed judges the two-tower with it"
+            )
 
 
 def _row(
