@@ -54,10 +54,7 @@ def measure(subject: Subject, most: int, number: int, seed: int = 0) -> list[Row
         ValueError: `Experiment.serving` is not set, there is no test source, or the training source is a log.
     """
     experiment = subject.experiment
-    if isinstance(experiment.source, LogConfig):
-        raise ValueError("--feed reads the training source for videos and users, and this one's is a log, which may be gone")
-    if most < 1:
-        raise ValueError(f"--requests must be at least 1, got {most}")
+    check(experiment, most)
     positives = _positives(experiment)
     pipeline = open_pipeline(experiment, subject.served)
     try:
@@ -78,6 +75,23 @@ def measure(subject: Subject, most: int, number: int, seed: int = 0) -> list[Row
         ]
     finally:
         pipeline.close()
+
+
+def check(experiment: Experiment, most: int) -> None:
+    """Refuses what this part cannot judge.
+
+    Raises:
+        ValueError: `Experiment.serving` is not set, the training source is a log, or there are to be no requests.
+    """
+    if isinstance(experiment.source, LogConfig):
+        raise ValueError("--feed reads the training source for videos and users, and this one's is a log, which may be gone")
+    if experiment.serving is None:
+        raise ValueError(
+            "Experiment.serving is not set, and --feed judges what it serves: give --gin.Experiment.serving=@ServingConfig(), "
+            "and a RankConfig; configs/for_you.gin shows how"
+        )
+    if most < 1:
+        raise ValueError(f"--requests must be at least 1, got {most}")
 
 
 def _positives(experiment: Experiment) -> tuple[str, ...]:
