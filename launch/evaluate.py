@@ -140,6 +140,7 @@ def _judge(asked: argparse.Namespace, overrides: Sequence[str], parts: Sequence[
         for part in parts:
             began_s = time.perf_counter()
             one.aside.clear()
+            one.notes.clear()
             try:
                 rows, tables, plot = _part(part, one, asked, console)
             except (ValueError, FloatingPointError) as error:  # The other parts may be fine.
@@ -147,7 +148,7 @@ def _judge(asked: argparse.Namespace, overrides: Sequence[str], parts: Sequence[
                 status = 1
                 continue
             told = {"seed": asked.seed, "bootstrap": asked.bootstrap, "overrides": list(overrides), "step": one.step()}
-            told |= {"seconds": round(time.perf_counter() - began_s, 1), "set_aside": dict(one.aside)}
+            told |= {"seconds": round(time.perf_counter() - began_s, 1), "set_aside": dict(one.aside), **one.notes}
             path = written.write(output, part, rows, told)
             for table in tables:
                 console.print(table)

@@ -3,9 +3,9 @@
 In: a `Subject` whose experiment says how to serve (`Experiment.serving`). Out: rows by stage, by source and of the time that it
 took, with intervals over users; tables and a figure.
 
-The pipeline first reads the training source, then the held-out examples in the order of time (`sessions`). A request's feed is
-judged by what the user liked in the session that it opens. What the user was really shown came from another system, and what
-was not shown could not be liked: all figures are lower bounds, and good to compare models by.
+The pipeline first reads the training source (`Subject.training`), then the held-out examples in the order of time (`sessions`).
+A request's feed is judged by what the user liked in the session that it opens. What the user was really shown came from another
+system, and what was not shown could not be liked: all figures are lower bounds, and good to compare models by.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def measure(subject: Subject, most: int, number: int, seed: int = 0) -> list[Row
     try:
         memories, again = make_memories(experiment), _told_anew(experiment)
         past = Past()
-        counts = _fill(pipeline, experiment, memories, positives, again, past)
+        counts = _fill(pipeline, subject, memories, positives, again, past)
         pipeline.build_index(pipeline.events.latest[1] + 1)
         pipeline.explain(Request(pipeline.events.latest[0], NUMBER, time_ms=pipeline.events.latest[1] + 1))  # Compiles.
         source = open_source(test_files(experiment))
@@ -109,24 +109,19 @@ def _told_anew(experiment: Experiment) -> bool:
 
 
 def _fill(
-    pipeline: Pipeline, experiment: Experiment, memories: Sequence[Memory], positives: Sequence[str], again: bool, past: Past
+    pipeline: Pipeline, subject: Subject, memories: Sequence[Memory], positives: Sequence[str], again: bool, past: Past
 ) -> Counter[int]:
-    """Tells a pipeline and the past all of the training source; returns how often each video was liked there."""
+    """Tells a pipeline and the past of `Subject.training`; returns how often each video was liked there."""
     counts: Counter[int] = Counter()
-    source = experiment.source
-    assert not isinstance(source, LogConfig)
-    for chunk in open_source(source).read({}):
-        if chunk.epoch:
-            break
-        if chunk.examples.num_rows:
-            examples = remember(memories, chunk.examples)
-            pipeline.events.examples(examples)
-            if again:
-                tell_anew(pipeline, examples)
-            liked = is_positive(examples, positives)
-            videos = ids_of(examples, "video_id", "an example")[0]
-            past.add_training(ids_of(examples, "user_id", "an example")[0], videos)
-            counts.update(videos[liked].tolist())
+    for plain in subject.training():
+        examples = remember(memories, plain)
+        pipeline.events.examples(examples)
+        if again:
+            tell_anew(pipeline, examples)
+        liked = is_positive(examples, positives)
+        videos = ids_of(examples, "video_id", "an example")[0]
+        past.add_training(ids_of(examples, "user_id", "an example")[0], videos)
+        counts.update(videos[liked].tolist())
     past.end_training()
     return counts
 

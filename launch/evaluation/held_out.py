@@ -126,6 +126,35 @@ def _read_to(experiment: Experiment, memories: Sequence[Memory], index: int, num
         stream.close()
 
 
+def first_pass(experiment: Experiment, position: Any, notes: dict[str, str]) -> Iterator[pa.RecordBatch]:
+    """Yields the training source's first pass, to a place if that is within it.
+
+    Args:
+        experiment: Of the run.
+        position: The place, as a base's manifest tells it; None: none.
+        notes: Gets as `training` what was yielded.
+
+    Raises:
+        ValueError: The training source is a log.
+    """
+    if isinstance(experiment.source, LogConfig):
+        raise ValueError("the training source is a log, which may be gone: it cannot be read again")
+    notes["training"] = "the whole first pass"
+    end, before = _plain(position), _plain({})
+    for chunk in open_source(experiment.source).read({}):
+        is_last = end is not None and before == end["position"]
+        if is_last and chunk.epoch == 0:
+            notes["training"] = "the first pass, to where the model stands"
+        if chunk.epoch:
+            break
+        examples = chunk.examples.slice(0, end["row"]) if is_last else chunk.examples
+        if examples.num_rows:
+            yield examples
+        if is_last:
+            break
+        before = _plain(dict(chunk.position))
+
+
 def _plain(position: Any) -> Any:
     """Returns a position as a manifest's JSON has it."""
     return json.loads(json.dumps(position))

@@ -15,7 +15,6 @@ import pyarrow as pa
 from launch.evaluation.held_out import held_out
 from launch.evaluation.subject import Subject
 from launch.evaluation.written import Row, table, with_interval
-from launch.readers import open_source
 from monolith_jax.evaluate import ranking
 from monolith_jax.serve.crosses import table_of
 from monolith_jax.stream.history import ids_of
@@ -115,15 +114,13 @@ def _column(subject: Subject, model: ServedModel, examples: pa.RecordBatch, name
 
 
 def _activity(subject: Subject) -> dict[int, int]:
-    """Returns how many examples the training source has of each user."""
+    """Returns how many examples of each user the model learned from, as `Subject.training` tells."""
     source = subject.experiment.source
     if isinstance(source, LogConfig):
         raise ValueError("segment activity counts the examples of the training source, which a log no longer has")
-    parts = []
-    for chunk in open_source(source).read({}):
-        if chunk.epoch:
-            break
-        parts.append(ids_of(chunk.examples, "user_id", "an example")[0])
+    parts = [np.zeros(0, np.int64)]
+    for examples in subject.training():
+        parts.append(ids_of(examples, "user_id", "an example")[0])
     users, number = np.unique(np.concatenate(parts), return_counts=True)
     return dict(zip(users.tolist(), number.tolist(), strict=True))
 

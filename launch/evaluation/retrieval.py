@@ -10,7 +10,8 @@ same for all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +21,7 @@ import pyarrow as pa
 from launch.evaluation.held_out import held_out, test_files
 from launch.evaluation.subject import Subject
 from launch.evaluation.written import Row, table, with_interval
-from launch.readers import FileConfig, open_source
+from launch.readers import open_source
 from monolith_jax.evaluate import bootstrap, retrieval
 from monolith_jax.features import featurize
 from monolith_jax.serve.crosses import columns_of
@@ -168,12 +169,11 @@ def intervals(of_users: dict[str, np.ndarray], number: int, seed: int) -> dict[s
 
 def _sources(subject: Subject) -> tuple[Shown, pa.RecordBatch]:
     """Returns what the training source showed, and of each video of both sources the row that told of it first."""
-    source = subject.experiment.source
-    assert not isinstance(source, LogConfig)
     known: set[int] = set()
     rows: list[pa.RecordBatch] = []
-    train = _read(subject, source, known, rows)
-    _read(subject, test_files(subject.experiment), known, rows)
+    train = _read(subject, subject.training(), known, rows)
+    test = itertools.takewhile(lambda chunk: not chunk.epoch, open_source(test_files(subject.experiment)).read({}))
+    _read(subject, (chunk.examples for chunk in test), known, rows)
     return train, together(rows)
 
 
@@ -183,26 +183,24 @@ def together(rows: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.concat_tables(tables, promote_options="permissive").combine_chunks().to_batches()[0]
 
 
-def _read(subject: Subject, source: FileConfig, known: set[int], rows: list[pa.RecordBatch]) -> Shown:
-    """Returns what a source showed; adds the rows of videos that are not known yet."""
+def _read(subject: Subject, source: Iterable[pa.RecordBatch], known: set[int], rows: list[pa.RecordBatch]) -> Shown:
+    """Returns what examples showed; adds the rows of videos that are not known yet."""
     two_tower = subject.experiment.retrieval
     assert two_tower is not None
     parts: list[tuple[np.ndarray, ...]] = []
-    for chunk in open_source(source).read({}):
-        if chunk.epoch:
-            break
-        if not chunk.examples.num_rows:
+    for examples in source:
+        if not examples.num_rows:
             continue
-        videos, there = ids_of(chunk.examples, two_tower.video_column, "an example")
-        users, of_user = ids_of(chunk.examples, "user_id", "an example")
+        videos, there = ids_of(examples, two_tower.video_column, "an example")
+        users, of_user = ids_of(examples, "user_id", "an example")
         unique, first = np.unique(videos, return_index=True)
         new = [row for video, row in zip(unique.tolist(), first.tolist(), strict=True) if there[row] and video not in known]
         known.update(videos[new].tolist())
-        rows.append(chunk.examples.take(pa.array(new, pa.int64())))
+        rows.append(examples.take(pa.array(new, pa.int64())))
         both = there & of_user
-        parts.append((users[both], videos[both], is_positive(chunk.examples, two_tower.positives)[both]))
+        parts.append((users[both], videos[both], is_positive(examples, two_tower.positives)[both]))
     if not parts:
-        raise ValueError(f"there are no examples in {source}")
+        raise ValueError("there are no examples in the training source before the model, or none in the test source")
     return Shown(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 

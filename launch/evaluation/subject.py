@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.evaluation.held_out import Memories, replayed, restored
+from launch.evaluation.held_out import Memories, first_pass, replayed, restored
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from monolith_jax.experiment import Experiment
     from monolith_jax.serve.served_model import ServedModel
     from monolith_jax.sync.manifest import Manifest
@@ -32,6 +34,8 @@ class Subject:
     """The run folder; None: it was exported, and the training source tells what was remembered."""
     aside: Counter[str] = field(default_factory=Counter)
     """How many held-out rows a part left out, by reason."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What else a part tells of how it was measured."""
 
     def memories(self) -> Memories:
         """Returns what partitions remember where training ended, anew at each call.
@@ -48,6 +52,18 @@ class Subject:
     def positions(self) -> Sequence[Any]:
         """Returns where each partition stands in the training source."""
         return self._manifest().position
+
+    def training(self) -> Iterator[pa.RecordBatch]:
+        """Yields the examples of the training source's first pass, to where the model stands if that is within it.
+
+        Of a model that stands in a later pass all of the first one is yielded, and so it is of several partitions, each of
+        which stands elsewhere. `notes` gets as `training` which it was.
+
+        Raises:
+            ValueError: The training source is a log.
+        """
+        positions = self.positions()
+        return first_pass(self.experiment, positions[0] if len(positions) == 1 else None, self.notes)
 
     def step(self) -> int:
         """Returns the steps of training that it has."""

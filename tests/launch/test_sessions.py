@@ -1,6 +1,7 @@
 """Held-out sessions are judged as of their request, whoever else is there, and however the source cuts its chunks."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from launch.evaluation import sessions
+from launch.evaluation import held_out, sessions
 from launch.evaluation.past import Past
 from launch.evaluation.sessions import Asked, replay
 from monolith_jax.serve.pipeline import Pipeline
@@ -57,3 +58,22 @@ def test_sessions_are_judged_as_of_their_request(size: int, most: int, monkeypat
     every = [(1, [11, 12], 2), (2, [11], 0), (1, [13], 0)]
     assert [(one.feed.user_id, one.wanted, one.unknown) for one in found] == every[:most]
     assert pipeline.asked == [(1, 0), (2, 1), (1, 5)][:most]
+
+
+@pytest.mark.parametrize("row", [0, 1, 2, 3])
+def test_the_first_pass_ends_where_the_model_stands(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Passes(Rows):
+        def read(self, position: Any) -> Iterator[Chunk]:
+            for epoch in (0, 1):
+                for number, chunk in enumerate(super().read(position), 1):
+                    yield replace(chunk, epoch=epoch, position={"epoch": epoch, "chunk": number})
+
+    def read(position: Any) -> tuple[int, str]:
+        experiment, notes = cast(Any, SimpleNamespace(source=None)), dict[str, str]()
+        return sum(examples.num_rows for examples in held_out.first_pass(experiment, position, notes)), notes["training"]
+
+    monkeypatch.setattr(held_out, "open_source", lambda source: Passes(4))
+    assert read({"position": {}, "row": row}) == (row, "the first pass, to where the model stands")
+    assert read({"position": {"epoch": 0, "chunk": 1}, "row": row})[0] == 4 + row
+    for later in (None, {"position": {"epoch": 0, "chunk": 2}, "row": row}, {"position": {"epoch": 1, "chunk": 1}, "row": row}):
+        assert read(later) == (7, "the whole first pass")
