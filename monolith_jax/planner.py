@@ -111,7 +111,7 @@ class Planner:
         self._insert = insert
         self._cuts = cuts
         self._step = self._now_ms = self._asked_ms = 0
-        self._cut_steps = dict.fromkeys((CUT_ROWS, CUT_DENSE), 0)
+        self._cut_steps: dict[int, int] = {CUT_ROWS: 0, CUT_DENSE: 0}
         # The plan that waits for room in the queue is one of those ahead.
         self._queue: Queue[Planned | Cut | _End] = Queue(maxsize=AHEAD - 1)
         self._stop, self._abandon = threading.Event(), threading.Event()
@@ -293,7 +293,7 @@ class Planner:
         for reader, rows in zip(self._readers, state["parts"], strict=True):
             reader.set_state(unpack(rows))
         self._step, self._now_ms = state["step"], state["now_ms"]
-        self._cut_steps = dict.fromkeys(self._cut_steps, self._step)
+        self._cut_steps = {kind: self._step for kind in self._cut_steps}
 
 
 def _told(parts: Sequence[Part]) -> dict[str, float]:
