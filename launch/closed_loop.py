@@ -106,11 +106,9 @@ def _warm(experiment: Experiment, world: SyntheticConfig, folder: Path) -> None:
 
     run = replace(experiment.train, steps=0, warm_start="", max_lag_s=float("inf"))
     publisher = PublisherConfig(str(folder / "deltas"), period_s=1e9, dense_period_s=1e9)
-    train(
-        replace(experiment, source=world, test_source=None, train=run, publisher=publisher),
-        folder / "warm",
-        Console(quiet=True),
-    )
+    whole = replace(experiment, source=world, test_source=None, train=run, publisher=publisher)
+    if not train(whole, folder / "warm", Console(quiet=True)):
+        raise KeyboardInterrupt  # A run takes SIGTERM for itself, and returns without totals.
 
 
 def _online(experiment: Experiment, source: LogConfig, folder: Path) -> Experiment:
@@ -154,6 +152,10 @@ def close_loop(
             "the future; a log sets events of the future aside: begin earlier"
         )
     requests = requests_of(config, begin_ms, point.hours, point.requests_per_hour, seed)
+    if not requests.time_ms.size:
+        raise ValueError(
+            f"nobody asks in {point.hours} hours of {point.requests_per_hour:g} requests: raise hours or requests_per_hour"
+        )
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     prepare(experiment.mesh)
@@ -336,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the rows so far are in closed_loop.jsonl, the trainer's run is saved", file=sys.stderr)
+        print("stopped; the rows so far are in closed_loop.jsonl. A loop starts from its beginning", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -110,7 +110,7 @@ class Planner:
         self._max_steps = max_steps
         self._insert = insert
         self._cuts = cuts
-        self._step = self._now_ms = 0
+        self._step = self._now_ms = self._asked_ms = 0
         self._cut_steps = dict.fromkeys((CUT_ROWS, CUT_DENSE), 0)
         # The plan that waits for room in the queue is one of those ahead.
         self._queue: Queue[Planned | Cut | _End] = Queue(maxsize=AHEAD - 1)
@@ -185,7 +185,8 @@ class Planner:
         while not (self._max_steps and self._step >= self._max_steps):
             fetched, error = self._fetch()
             ready, ended = Fetched.READY in fetched, all(one is Fetched.ENDED for one in fetched)
-            wanted = self._cuts.wanted(self._now_ms) if self._cuts else 0
+            self._asked_ms = self._now_ms
+            wanted = self._cuts.wanted(self._asked_ms) if self._cuts else 0
             go = may_go_on(self._exchange, ready, ended, self._stop.is_set(), error is not None, wanted)
             self.stopped = go.stop
             if go.failed is not None:
@@ -229,7 +230,8 @@ class Planner:
     def _make_cut(self, kind: int) -> Cut:
         """Returns the publication of the state after the plans so far."""
         assert self._cuts is not None
-        self._cuts.agreed(kind, self._now_ms)
+        # The time that was asked with: the next step is asked for with that of this one.
+        self._cuts.agreed(kind, self._asked_ms)
         self._cut_steps[CUT_ROWS] = self._step
         if kind & (CUT_DENSE | CUT_BASE):
             self._cut_steps[CUT_DENSE] = self._step

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launch.evaluation.held_out import remember, test_files
+from launch.evaluation.past import Past
 from launch.evaluation.retrieval import intervals, is_positive
 from launch.evaluation.sessions import Asked, replay, tell_anew
 from launch.evaluation.subject import Subject
@@ -53,19 +54,17 @@ def measure(subject: Subject, most: int, number: int, seed: int = 0) -> list[Row
         ValueError: `Experiment.serving` is not set, there is no test source, or the training source is a log.
     """
     experiment = subject.experiment
-    if isinstance(experiment.source, LogConfig):
-        raise ValueError("--feed reads the training source for videos and users, and this one's is a log, which may be gone")
-    if most < 1:
-        raise ValueError(f"--requests must be at least 1, got {most}")
+    check(experiment, most)
     positives = _positives(experiment)
     pipeline = open_pipeline(experiment, subject.served)
     try:
         memories, again = make_memories(experiment), _told_anew(experiment)
-        counts = _fill(pipeline, experiment, memories, positives, again)
+        past = Past()
+        counts = _fill(pipeline, experiment, memories, positives, again, past)
         pipeline.build_index(pipeline.events.latest[1] + 1)
         pipeline.explain(Request(pipeline.events.latest[0], NUMBER, time_ms=pipeline.events.latest[1] + 1))  # Compiles.
         source = open_source(test_files(experiment))
-        asked = list(replay(pipeline, source, memories, positives, NUMBER, again, most))
+        asked = list(replay(pipeline, source, memories, positives, NUMBER, again, most, past))
         if not asked:
             raise ValueError(f"no held-out session has a new video with {', '.join(positives)}: there is nothing to judge by")
         return [
@@ -76,6 +75,23 @@ def measure(subject: Subject, most: int, number: int, seed: int = 0) -> list[Row
         ]
     finally:
         pipeline.close()
+
+
+def check(experiment: Experiment, most: int) -> None:
+    """Refuses what this part cannot judge.
+
+    Raises:
+        ValueError: `Experiment.serving` is not set, the training source is a log, or there are to be no requests.
+    """
+    if isinstance(experiment.source, LogConfig):
+        raise ValueError("--feed reads the training source for videos and users, and this one's is a log, which may be gone")
+    if experiment.serving is None:
+        raise ValueError(
+            "Experiment.serving is not set, and --feed judges what it serves: give --gin.Experiment.serving=@ServingConfig(), "
+            "and a RankConfig; configs/for_you.gin shows how"
+        )
+    if most < 1:
+        raise ValueError(f"--requests must be at least 1, got {most}")
 
 
 def _positives(experiment: Experiment) -> tuple[str, ...]:
@@ -93,9 +109,9 @@ def _told_anew(experiment: Experiment) -> bool:
 
 
 def _fill(
-    pipeline: Pipeline, experiment: Experiment, memories: Sequence[Memory], positives: Sequence[str], again: bool
+    pipeline: Pipeline, experiment: Experiment, memories: Sequence[Memory], positives: Sequence[str], again: bool, past: Past
 ) -> Counter[int]:
-    """Tells a pipeline all of the training source; returns how often each video was liked there."""
+    """Tells a pipeline and the past all of the training source; returns how often each video was liked there."""
     counts: Counter[int] = Counter()
     source = experiment.source
     assert not isinstance(source, LogConfig)
@@ -108,7 +124,10 @@ def _fill(
             if again:
                 tell_anew(pipeline, examples)
             liked = is_positive(examples, positives)
-            counts.update(ids_of(examples, "video_id", "an example")[0][liked].tolist())
+            videos = ids_of(examples, "video_id", "an example")[0]
+            past.add_training(ids_of(examples, "user_id", "an example")[0], videos)
+            counts.update(videos[liked].tolist())
+    past.end_training()
     return counts
 
 

@@ -8,6 +8,7 @@ once more by reading the training source up to where the export stands, without 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,18 +53,23 @@ def test_files(experiment: Experiment) -> FileConfig:
     return source
 
 
-def restored(experiment: Experiment, run: Path) -> Memories:
-    """Returns what the partitions of a run remembered at its newest snapshot.
+def restored(experiment: Experiment, run: Path, step: int | None = None) -> Memories:
+    """Returns what the partitions of a run remembered at a snapshot; None: the newest.
 
     Raises:
-        ValueError: There is no snapshot, or it is of other memories.
+        ValueError: There is no such snapshot any more, or it is of other memories.
     """
     snapshots = Snapshots(SnapshotConfig(), find(run), read_only=True)
     try:
-        newest = snapshots.latest()
-        if newest is None:
+        step = snapshots.latest() if step is None else step
+        if step is None:
             raise ValueError(f"no snapshot in {run} is whole; wait for the first (SnapshotConfig.period_steps)")
-        saved = [unpack(part)["memories"] for part in snapshots.restore_plain(newest).host["parts"]]
+        if step not in snapshots.steps():
+            raise ValueError(
+                f"the snapshot of step {step} in {run}, whose weights are judged, is gone: the run has replaced it meanwhile. "
+                "Ask once more, or keep more of them (SnapshotConfig.keep)"
+            )
+        saved = [unpack(part)["memories"] for part in snapshots.restore_plain(step).host["parts"]]
     finally:
         snapshots.close()
     out = []
@@ -102,19 +108,22 @@ def _read_to(experiment: Experiment, memories: Sequence[Memory], index: int, num
         )
     source = _part(experiment, open_source(experiment.source), index, number)
     stream, epoch = batches(source, experiment.train.batch_size // number, read_ahead=0), 0
-    while _plain(stream.get_state()) != _plain(position):
-        batch = next(stream, None)
-        if batch is None:
-            raise ValueError(
-                f"the training source ended before the place that the export stands at, {position}: Experiment.source names "
-                "other files than those that were learned from"
-            )
-        if batch.epoch != epoch:
-            epoch = batch.epoch
-            for memory in memories:
-                memory.reset()
-        if batch.examples.num_rows:
-            remember(memories, batch.examples)
+    try:
+        while _plain(stream.get_state()) != _plain(position):
+            batch = next(stream, None)
+            if batch is None:
+                raise ValueError(
+                    f"the training source ended before the place that the export stands at, {position}: Experiment.source "
+                    "names other files than those that were learned from"
+                )
+            if batch.epoch != epoch:
+                epoch = batch.epoch
+                for memory in memories:
+                    memory.reset()
+            if batch.examples.num_rows:
+                remember(memories, batch.examples)
+    finally:
+        stream.close()
 
 
 def _plain(position: Any) -> Any:
@@ -134,24 +143,33 @@ def remember(memories: Sequence[Memory], examples: pa.RecordBatch) -> pa.RecordB
     return examples
 
 
-def held_out(experiment: Experiment, memories: Memories) -> Iterator[tuple[pa.RecordBatch, Observed]]:
+def held_out(
+    experiment: Experiment, memories: Memories, aside: Counter[str] | None = None
+) -> Iterator[tuple[pa.RecordBatch, Observed]]:
     """Yields the held-out examples, partition by partition, each in the order of the stream; with what was observed.
 
     Args:
         experiment: With a test source.
         memories: Of each partition; they go on remembering.
+        aside: Gets, by reason, how many rows are left out, and at "refused" how many a memory had no place for; the latter
+            are yielded nevertheless.
 
     Raises:
         ValueError: There is no test source.
     """
     source, number = open_source(test_files(experiment)), len(memories)
     labels = [head.label for head in experiment.heads]
+    aside = Counter() if aside is None else aside
     for index, of_partition in enumerate(memories):
         stream = batches(_part(experiment, source, index, number), experiment.train.batch_size // number)
+        refused = sum(memory.num_refused for memory in of_partition)
         try:
             for batch in stream:
+                aside.update(row.reason for row in batch.rejected)
                 if batch.examples.num_rows:
                     examples = remember(of_partition, batch.examples)
                     yield examples, observe(examples, labels, "user_id")
         finally:
             stream.close()
+        if more := sum(memory.num_refused for memory in of_partition) - refused:
+            aside["refused"] += more

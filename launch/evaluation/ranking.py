@@ -22,10 +22,12 @@ from monolith_jax.stream.history import ids_of
 from monolith_jax.stream.log_source import LogConfig
 
 if TYPE_CHECKING:
+    from monolith_jax.experiment import Experiment
     from monolith_jax.serve.served_model import ServedModel
 
-BUILT_IN = ("new_user", "new_video", "activity")
-"""Segments that are no column: whether training knows the user and the video, and how many examples it had of the user."""
+BUILT_IN = ("new_user", "new_video", "activity", "hour")
+"""Segments that are no column: whether training knows the user and the video, how many examples it had of the user,
+and the hour of event time."""
 _CURVES = 12
 """Panels of the figure at most."""
 
@@ -42,15 +44,28 @@ def measure(subject: Subject, segments: Sequence[str], number: int, seed: int = 
     Raises:
         ValueError: There is no ranker, no test source, or no such column.
     """
+    check(subject.experiment)
     heads = [(head.label, head.kind) for head in subject.experiment.heads]
-    if subject.experiment.model is None or not heads:
-        raise ValueError("this run has no ranking model (Experiment.model and heads): ask for --retrieval alone")
     scored, columns = scores(subject, segments)
     of_columns = [
-        ranking.flags(name, column, ("known", "new")) if name in BUILT_IN[:2] else ranking.segment(name, column)
+        ranking.hours(scored.event_time_ms)
+        if name == "hour"
+        else ranking.flags(name, column, ("known", "new"))
+        if name in BUILT_IN[:2]
+        else ranking.segment(name, column)
         for name, column in columns.items()
     ]
     return [*ranking.table(scored, heads, of_columns, number, seed=seed), *ranking.reliability(scored, heads)]
+
+
+def check(experiment: Experiment) -> None:
+    """Refuses what this part cannot judge.
+
+    Raises:
+        ValueError: There is no ranker.
+    """
+    if experiment.model is None or not experiment.heads:
+        raise ValueError("this run has no ranking model (Experiment.model and heads): ask for --retrieval alone")
 
 
 def scores(subject: Subject, segments: Sequence[str] = ()) -> tuple[ranking.Scored, dict[str, Any]]:
@@ -60,7 +75,7 @@ def scores(subject: Subject, segments: Sequence[str] = ()) -> tuple[ranking.Scor
     columns: dict[str, list[Any]] = {name: [] for name in segments}
     active = _activity(subject) if "activity" in segments else {}
     try:
-        for examples, seen in held_out(subject.experiment, subject.memories()):
+        for examples, seen in held_out(subject.experiment, subject.memories(), subject.aside):
             of_batch = model.predict(examples)
             parts.append((seen.event_time_ms, seen.groups, of_batch, seen.labels, seen.masks))
             for name, of_name in columns.items():
@@ -90,6 +105,8 @@ def _column(subject: Subject, model: ServedModel, examples: pa.RecordBatch, name
         case "activity":
             users = ids_of(examples, "user_id", "an example")[0].tolist()
             return pa.array([active.get(user, 0) for user in users], pa.float64())
+        case "hour":
+            return examples.column("event_time_ms")
         case _ if name in examples.schema.names:
             return examples.column(name)
         case _:

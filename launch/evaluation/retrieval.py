@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +23,15 @@ from launch.evaluation.written import Row, table, with_interval
 from launch.readers import FileConfig, open_source
 from monolith_jax.evaluate import bootstrap, retrieval
 from monolith_jax.features import featurize
+from monolith_jax.serve.crosses import columns_of
 from monolith_jax.serve.encode import Encoder
 from monolith_jax.serve.exact import exact_top_k
 from monolith_jax.stream.events import labels
 from monolith_jax.stream.history import ids_of
 from monolith_jax.stream.log_source import LogConfig
+
+if TYPE_CHECKING:
+    from monolith_jax.experiment import Experiment
 
 BLOCK = 1024
 """Users that are asked for at once, and videos whose vectors are made at once."""
@@ -85,14 +89,15 @@ def measure(subject: Subject, at: Sequence[int], number: int, seed: int = 0) -> 
     Raises:
         ValueError: There is no two-tower, no test source, the training source is a log, or nobody has anything to be found.
     """
+    check(subject.experiment)
     two_tower = subject.experiment.retrieval
-    if two_tower is None:
-        raise ValueError("this run has no two-tower (Experiment.retrieval), which --retrieval judges; ask for --ranking")
+    assert two_tower is not None
     train, rows = _sources(subject)
     asked = _wanted(subject, train)
     model = subject.model((1,))
     try:
         encoder = Encoder(model, user_sizes=(BLOCK,), video_sizes=(BLOCK,))
+        _check_columns(encoder, rows)
         ids = ids_of(rows, two_tower.video_column, "a video")[0]
         vectors = encoder.videos(featurize(rows, encoder.video_layout))
         queries = encoder.users(featurize(asked.rows, encoder.user_layout))
@@ -101,6 +106,9 @@ def measure(subject: Subject, at: Sequence[int], number: int, seed: int = 0) -> 
     counts = np.zeros(ids.size, np.int64)
     places = {video: place for place, video in enumerate(ids.tolist())}
     np.add.at(counts, [places[video] for video in train.videos[train.positive].tolist()], 1)
+    # By place in the catalogue from here on: any number may be the id of a video, also the -1 of padding.
+    wanted, seen = ([np.array([places[one] for one in of.tolist()], np.int64) for of in lists] for lists in asked[1:3])
+    asked, ids = asked._replace(wanted=wanted, seen=seen), np.arange(ids.size)
     longest = min(max(at), ids.size)
     found = {
         "two_tower": ids_found(vectors, queries, ids, asked.seen, longest),
@@ -116,6 +124,28 @@ def measure(subject: Subject, at: Sequence[int], number: int, seed: int = 0) -> 
                 {"kind": "retrieval", "by": by, "k": k, **told, **_row(padded, asked, k, ids, counts, vectors, number, seed)}
             )
     return out
+
+
+def check(experiment: Experiment) -> None:
+    """Refuses what this part cannot judge.
+
+    Raises:
+        ValueError: There is no two-tower, or the training source is a log.
+    """
+    if experiment.retrieval is None:
+        raise ValueError("this run has no two-tower (Experiment.retrieval), which --retrieval judges; ask for --ranking")
+    if isinstance(experiment.source, LogConfig):
+        raise ValueError("--retrieval reads the training source for its videos, and this one's is a log, which may be gone")
+
+
+def _check_columns(encoder: Encoder, rows: pa.RecordBatch) -> None:
+    """Refuses features of videos whose columns come from counters: what a video's was at any one time is not known here."""
+    for feature in encoder.video_layout.features:
+        if missing := [name for name in columns_of(feature) if name not in rows.schema.names]:
+            raise ValueError(
+                f"feature {feature.name!r} of the two-tower's videos reads column {missing[0]!r}, which the source does not "
+                "have (a counter's, say): --retrieval reads videos from the source alone; --feed judges the two-tower with it"
+            )
 
 
 def _row(
@@ -139,8 +169,7 @@ def intervals(of_users: dict[str, np.ndarray], number: int, seed: int) -> dict[s
 def _sources(subject: Subject) -> tuple[Shown, pa.RecordBatch]:
     """Returns what the training source showed, and of each video of both sources the row that told of it first."""
     source = subject.experiment.source
-    if isinstance(source, LogConfig):
-        raise ValueError("--retrieval reads the training source for its videos, and this one's is a log, which may be gone")
+    assert not isinstance(source, LogConfig)
     known: set[int] = set()
     rows: list[pa.RecordBatch] = []
     train = _read(subject, source, known, rows)
@@ -188,7 +217,7 @@ def _wanted(subject: Subject, train: Shown) -> Wanted:
     assert two_tower is not None
     first: dict[int, pa.RecordBatch] = {}
     found: dict[int, set[int]] = {}
-    for examples, _ in held_out(subject.experiment, subject.memories()):
+    for examples, _ in held_out(subject.experiment, subject.memories(), subject.aside):
         users, known = ids_of(examples, "user_id", "an example")
         videos, there = ids_of(examples, two_tower.video_column, "an example")
         positive = is_positive(examples, two_tower.positives) & known & there

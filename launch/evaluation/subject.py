@@ -6,9 +6,10 @@ In: the folder. Out: a `Subject`: its experiment, a base to serve from in float3
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ class Subject:
     """A folder that `ServedModel` serves."""
     run: Path | None
     """The run folder; None: it was exported, and the training source tells what was remembered."""
+    aside: Counter[str] = field(default_factory=Counter)
+    """How many held-out rows a part left out, by reason."""
 
     def memories(self) -> Memories:
         """Returns what partitions remember where training ended, anew at each call.
@@ -36,7 +39,11 @@ class Subject:
         Raises:
             ValueError: It cannot be known.
         """
-        return replayed(self.experiment, self.positions()) if self.run is None else restored(self.experiment, self.run)
+        return (
+            replayed(self.experiment, self.positions())
+            if self.run is None
+            else restored(self.experiment, self.run, self.step())
+        )
 
     def positions(self) -> Sequence[Any]:
         """Returns where each partition stands in the training source."""
@@ -66,6 +73,8 @@ class Subject:
 @contextmanager
 def open_subject(workdir: Path, overrides: Sequence[str] = ()) -> Iterator[Subject]:
     """Yields what a folder holds; of a run, its newest snapshot is exported to a temporary folder meanwhile.
+
+    A run that goes on saves later snapshots: everything is of the one that is the newest at the beginning.
 
     Args:
         workdir: A run folder, or one that `launch.export` wrote.

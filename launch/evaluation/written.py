@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from launch.sweeps.folder import Busy, locked
 
 Row = Mapping[str, Any]
 
 NAME = "evaluation.jsonl"
+WAIT_S = 30.0
+"""For another evaluation that writes to the folder."""
 
 
 def write(output: Path, part: str, rows: Sequence[Row], told: Row) -> Path:
@@ -30,16 +36,36 @@ def write(output: Path, part: str, rows: Sequence[Row], told: Row) -> Path:
         ValueError: The folder cannot be written to.
     """
     path = output / NAME
+    lines = [json.dumps({"part": part, **row}) for row in ({"kind": "evaluated", **told}, *rows)]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in path.read_text().splitlines() if _part_of(line) != part] if path.is_file() else []
-        lines = [json.dumps({"part": part, **row}) for row in ({"kind": "evaluated", **told}, *rows)]
-        fresh = path.with_suffix(".new")
-        fresh.write_text("".join(f"{line}\n" for line in (*kept, *lines)))
-        os.replace(fresh, path)
+        with _alone(output):
+            kept = [line for line in path.read_text().splitlines() if _part_of(line) != part] if path.is_file() else []
+            fresh = path.with_suffix(".new")
+            fresh.write_text("".join(f"{line}\n" for line in (*kept, *lines)))
+            os.replace(fresh, path)
     except OSError as error:
         raise ValueError(f"{output} cannot be written to ({error.strerror}): name another folder as --output") from None
     return path
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Holds a folder's lock; another evaluation that writes there is waited for, as it takes no longer than a file."""
+    until_s = time.monotonic() + WAIT_S
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(locked(output / "evaluation.lock"))
+                break
+            except Busy:
+                if time.monotonic() > until_s:
+                    raise ValueError(
+                        f"another process has held {output / 'evaluation.lock'} for {WAIT_S:g} s: end it, or name "
+                        "another folder as --output"
+                    ) from None
+                time.sleep(0.05)
+        yield
 
 
 def _part_of(line: str) -> str:

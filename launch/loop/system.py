@@ -54,8 +54,9 @@ class Topic:
     def send(self) -> None:
         """Sends what was taken."""
         for batch in self._kept:
-            self._outlet.add(batch)
-            self.newest_ms = max(self.newest_ms, *batch.column("event_time_ms").to_pylist())
+            if batch.num_rows:
+                self._outlet.add(batch)
+                self.newest_ms = max(self.newest_ms, *batch.column("event_time_ms").to_pylist())
         self._kept = []
         self._outlet.send_rest()
         self._producer.flush()

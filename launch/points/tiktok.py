@@ -62,7 +62,7 @@ def read(folder: Path) -> Data:
     """Returns the data of a folder.
 
     Raises:
-        ValueError: A file is missing.
+        ValueError: A file or a column is missing, there is nothing to learn or nothing to find, or a video has no content.
     """
     import pyarrow.parquet as pq
 
@@ -70,14 +70,22 @@ def read(folder: Path) -> Data:
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} has no {', '.join(missing)}; give the TikTok data (RetrievalPoint.data, --data)")
     table = pq.read_table(folder / names[0])
+    if missing := [name for name in ("user", "item", "split") if name not in table.column_names]:
+        raise ValueError(f"{folder / names[0]} has no column {', '.join(missing)}, only {', '.join(table.column_names)}")
     users, videos = (table.column(name).to_numpy().astype(np.int64) for name in ("user", "item"))
     in_train = table.column("split").to_numpy() == "trn"
+    if in_train.all() or not in_train.any():
+        raise ValueError(
+            f"{folder / names[0]} must have rows of split trn, to learn from, and of another, to find; got one kind"
+        )
     order = np.lexsort((videos, users))
     users, videos, in_train = users[order], videos[order], in_train[order]
     content = []
     for name in names[1:]:
         with np.load(folder / name) as file:
             raw = file["feat"].astype(np.float32)
+        if raw.ndim != 2 or len(raw) != len(content[0] if content else raw) or videos.max() >= len(raw):
+            raise ValueError(f"{folder / name} must have a vector of each video 0 to {videos.max()} or more, got {raw.shape}")
         content.append((raw - raw.mean(0)) / raw.std() * DEVIATION)
     train, test = (Pairs(users[where], videos[where]) for where in (in_train, ~in_train))
     return Data(train, test, tuple(content), int(users.max()) + 1)
@@ -169,12 +177,16 @@ def two_tower(data: Data, folder: Path, seed: int, load: Callable[..., Experimen
         folder: For examples, run and export; what is there goes.
         seed: Of the order of the examples and of histories that are drawn.
         load: Takes further bindings and returns the experiment, whose source reads from macro DATA.
+
+    Raises:
+        ValueError: SIGTERM came while it trained: what is half learned would give figures like any other.
     """
     import pyarrow as pa
     from rich.console import Console
 
     from launch.export import export
     from launch.run import train
+    from monolith_jax.evaluate.report import read as read_run
     from monolith_jax.features import featurize
     from monolith_jax.serve.encode import Encoder
     from monolith_jax.serve.served_model import ServedModel
@@ -184,6 +196,8 @@ def two_tower(data: Data, folder: Path, seed: int, load: Callable[..., Experimen
     prepare(data, folder / "examples.parquet", seed)
     experiment = load(f"DATA = {str(folder)!r}")
     train(experiment, folder / "run", Console(quiet=True))
+    if not read_run(folder / "run").summary:
+        raise ValueError(f"{folder / 'run'}: the run was stopped before its end, so there is nothing to measure; start again")
     export(folder / "run", folder / "served", "float32")
     model = ServedModel(
         folder / "served", experiment.features, experiment.tables, None, (), num_shards=experiment.mesh.num_shards,

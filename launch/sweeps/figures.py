@@ -7,20 +7,24 @@ CSS variables `--series-1` and on, and nothing is loaded. Every id is the figure
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from launch.sweeps.results import Column, Results, curves
-from monolith_jax.evaluate.spread import spread
+from monolith_jax.evaluate.spread import Spread, spread
 
 SERIES = 8
 """Colours of series; a figure has no more of them."""
+MARKS = "●■▲◆▼✚✖★"
+"""Of series, which differ in shape too: not everyone tells colours apart."""
+_MARKERS = "os^DvPX*"
 _INK, _GRID = "#0a0b0c", "#0a0b0d"
 _MOST_DOTS = 40
+_LINE, _LABEL = 36, 48
 
 
 class Figure(NamedTuple):
@@ -28,18 +32,28 @@ class Figure(NamedTuple):
 
     title: str
     svg: str
+    series: tuple[str, ...] = ()
+    """Names of the curves, in the order of colours and marks."""
+    note: str = ""
+
+
+class _Curve(NamedTuple):
+    labels: tuple[str, ...]
+    at: list[float]
+    spreads: list[Spread]
 
 
 def figures(results: Results) -> list[Figure]:
-    """Returns the figures of a sweep: one for each figure that its tables show.
+    """Returns the figures of a sweep: one for each figure that its tables show and that has values to draw.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
+    _pyplot()
     out: list[Figure] = []
     for column in results.columns():
         if len(results.combinations) > 1:
-            out.append(_dots(results, column, len(out)))
+            out += _dots(results, column, len(out))
     for along, column, places in curves(results):
         if len(places) > 1:
             out += _of_curves(results, column, along, places, len(out))
@@ -73,108 +87,165 @@ def _style() -> dict[str, Any]:
         "axes.spines.right": False,
         "axes.linewidth": 0.8,
         "axes.axisbelow": True,
-        "legend.frameon": False,
         "figure.facecolor": "none",
         "axes.facecolor": "none",
         "savefig.facecolor": "none",
     }
 
 
-def _dots(results: Results, column: Column, number: int) -> Figure:
+def _plain(text: str) -> str:
+    """Returns text that matplotlib draws as it stands: a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")
+
+
+def _name(results: Results, labels: Sequence[str]) -> str:
+    """Returns labels as words; the axes' names help only where there are several. Of a long label both ends stay."""
+    short = [label if len(label) <= _LABEL else f"{label[: _LABEL - 17]}…{label[-16:]}" for label in labels]
+    parts = short if len(short) == 1 else [f"{axis} {label}" for axis, label in zip(results.axes, short, strict=True)]
+    return ", ".join(parts) or results.plan["name"]
+
+
+def _bounds(spreads: Iterable[Spread], values: Iterable[float] = ()) -> tuple[float, float, bool] | None:
+    """Returns limits that show all means and values, and whether intervals are cut; None: no mean is finite.
+
+    The wide intervals of two or three seeds would flatten all that is to be seen.
+    """
+    known = [one for one in spreads if math.isfinite(one.mean)]
+    if not known:
+        return None
+    shown = [*(one.mean for one in known), *filter(math.isfinite, values)]
+    low, high = min(shown), max(shown)
+    ends = [end for one in known for end in (one.low, one.high) if math.isfinite(end)]
+    typical = sorted(one.high - one.low for one in known if math.isfinite(one.low))
+    room = max(high - low, typical[len(typical) // 2] if typical else 0)
+    least, most = min(ends, default=low), max(ends, default=high)
+    below, above = min(max(least, low - room), low), max(min(most, high + room), high)
+    flat = above - below <= 1e-9 * max(abs(low), abs(high))
+    margin = (1e-3 * max(abs(low), abs(high)) or 1.0) if flat else 0.05 * (above - below)
+    return below - margin, above + margin, least < below - margin or most > above + margin
+
+
+def _ticks(axis: Any, whole: bool = False) -> None:
+    """Writes few numbers at an axis, each in full: an offset would stand over the axis' title."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
+
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole))
+    places = axis.get_majorticklocs()
+    size, step = float(max(abs(places))), float(places[1] - places[0]) if len(places) > 1 else 1.0
+    if size >= 1e9 or 0 < size < 1e-3:
+        digits = max(math.floor(math.log10(size)) - math.floor(math.log10(step) + 1e-9), 0)
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value, digits)))
+    elif size >= 1000 and step >= 1:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    else:
+        axis.set_major_formatter(ScalarFormatter(useOffset=False))
+
+
+def _short(value: float, digits: int) -> str:
+    return (
+        "0"
+        if value == 0
+        else re.sub(r"e([+-])0*(\d)", lambda found: f"e{found[1].strip('+')}{found[2]}", f"{value:.{digits}e}")
+    )
+
+
+def _dots(results: Results, column: Column, number: int) -> list[Figure]:
     """Draws means with their intervals, a line for each combination."""
-    pyplot, combinations = _pyplot(), results.combinations[:_MOST_DOTS]
-    spreads = [spread(list(results.by_seed(labels, column).values())) for labels in combinations]
+    pyplot, combinations, base = _pyplot(), results.combinations[:_MOST_DOTS], results.baseline
+    values = [list(results.by_seed(labels, column).values()) for labels in combinations]
+    spreads = [spread(of_row) for of_row in values]
+    bounds = _bounds(spreads, itertools.chain(*values))
+    if bounds is None:
+        return []
     title = f"{column.title}: mean and 95 % interval over seeds"
-    if len(results.combinations) > _MOST_DOTS:
-        title += f" (the first {_MOST_DOTS} of {len(results.combinations)} combinations)"
+    names = [textwrap.wrap(_name(results, labels), _LINE) for labels in combinations]
+    height = 0.9 + len(names) * (0.17 + 0.17 * max(map(len, names)))
     with pyplot.rc_context(_style() | {"svg.hashsalt": f"dots {number}"}):
-        figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.34 * len(combinations)), layout="constrained")
-        base = results.baseline
-        for row, (labels, one) in enumerate(zip(combinations, spreads, strict=True)):
+        figure, axes = pyplot.subplots(figsize=(8, height), layout="constrained")
+        for row, (labels, of_row, one) in enumerate(zip(combinations, values, spreads, strict=True)):
             is_base = base is not None and labels[results.axes.index(base[0])] == base[1]
             colour = _colour(1 if is_base else 0)
             if not math.isnan(one.low):
                 axes.plot([one.low, one.high], [row, row], color=colour, linewidth=2, solid_capstyle="round", alpha=0.55)
-            for value in results.by_seed(labels, column).values():
-                axes.plot(value, row, marker="|", color=colour, markersize=7, markeredgewidth=1, alpha=0.8)
-            axes.plot(one.mean, row, marker="D" if is_base else "o", color=colour, markersize=6)
-        axes.set_yticks(range(len(combinations)), [_name(results, labels) for labels in combinations])
-        axes.set_ylim(len(combinations) - 0.5, -0.5)
+            axes.plot(of_row, [row] * len(of_row), "|", color=colour, markersize=7, markeredgewidth=1, alpha=0.8)
+            axes.plot([one.mean], [row], marker="D" if is_base else "o", color=colour, markersize=6)
+        axes.set_yticks(range(len(names)), [_plain("\n".join(lines)) for lines in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlim(bounds[0], bounds[1])
+        _ticks(axes.xaxis)
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(column.title + (f"  (diamond: {base[0]} {base[1]}, the baseline)" if base else ""))
-        axes.margins(x=0.06)
-        if axes.get_xlim()[1] > 1000:
-            axes.xaxis.set_major_formatter("{x:,.0f}")
-        return Figure(title, _svg(figure, number, title))
+        axes.set_xlabel(_plain(column.title))
+        drawn = _svg(figure, number, title)
+    notes = ["Small strokes: the seeds."]
+    notes += [f"Diamond: {base[0]} {base[1]}, the baseline."] if base else []
+    if (total := len(results.combinations)) > _MOST_DOTS:
+        notes.append(f"The first {_MOST_DOTS} of {total} combinations.")
+    return [Figure(title, drawn, note=" ".join([*notes, *_cut(bounds)]))]
 
 
-def _name(results: Results, labels: Sequence[str]) -> str:
-    """Returns labels as words; the axes' names help only where there are several."""
-    parts = labels if len(labels) == 1 else [f"{axis} {label}" for axis, label in zip(results.axes, labels, strict=True)]
-    text = ", ".join(parts) or results.plan["name"]
-    # A dollar sign would begin a formula.
-    return (text if len(text) <= 60 else text[:59] + "…").replace("$", r"\$")
+def _cut(bounds: tuple[float, float, bool]) -> list[str]:
+    return ["Intervals that reach the edge go on beyond it."] if bounds[2] else []
 
 
 def _of_curves(results: Results, column: Column, along: str, places: Sequence[float], number: int) -> list[Figure]:
     """Draws curves with bands; of more combinations than colours, one figure for each label of the first axis."""
-    combinations, out = results.combinations, []
-    whole = len(combinations) <= SERIES
-    groups = [""] if whole else list(dict.fromkeys(labels[0] for labels in combinations))
-    for group in groups:
-        within = [labels for labels in combinations if whole or labels[0] == group]
+    known = []
+    for labels in results.combinations:
+        spreads = [(at, spread(list(results.by_seed(labels, column, along, at).values()))) for at in places]
+        there = [(at, one) for at, one in spreads if math.isfinite(one.mean)]
+        known.append(_Curve(labels, [at for at, _ in there], [one for _, one in there]))
+    bounds = _bounds(one for curve in known for one in curve.spreads)
+    if bounds is None:
+        return []
+    whole = len(known) <= SERIES or len(results.axes) == 1
+    out: list[Figure] = []
+    for group in [""] if whole else list(dict.fromkeys(curve.labels[0] for curve in known)):
+        within = [curve for curve in known if whole or curve.labels[0] == group]
         for start in range(0, len(within), SERIES):
             more = "" if whole else f", {results.axes[0]} {group}"
-            title = f"{column.title} by {along}{more}: mean and 95 % interval over seeds"
+            part = f" ({start // SERIES + 1} of {-(-len(within) // SERIES)})" if len(within) > SERIES else ""
+            title = f"{column.title} by {along}{more}{part}: mean and 95 % interval over seeds"
             chosen = within[start : start + SERIES]
-            out.append(_curves(results, column, along, places, number + len(out), title, chosen))
+            drawn = _curves(chosen, column, along, bounds, number + len(out), title)
+            out.append(Figure(title, drawn, tuple(_name(results, one.labels) for one in chosen), " ".join(_cut(bounds))))
     return out
 
 
 def _curves(
-    results: Results,
-    column: Column,
-    along: str,
-    places: Sequence[float],
-    number: int,
-    title: str,
-    combinations: Sequence[tuple[str, ...]],
-) -> Figure:
+    known: Sequence[_Curve], column: Column, along: str, bounds: tuple[float, float, bool], number: int, title: str
+) -> str:
+    """Draws curves into limits that all figures of a column share."""
     pyplot = _pyplot()
-    from matplotlib.ticker import MaxNLocator
-
     with pyplot.rc_context(_style() | {"svg.hashsalt": f"curves {number}"}):
         figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-        for place, labels in enumerate(combinations):
-            spreads = [spread(list(results.by_seed(labels, column, along, at).values())) for at in places]
-            known = [(at, one) for at, one in zip(places, spreads, strict=True) if one.number]
-            if not known:
-                continue
-            x, means = [at for at, _ in known], [one.mean for _, one in known]
-            low = [one.mean if math.isnan(one.low) else one.low for _, one in known]
-            high = [one.mean if math.isnan(one.high) else one.high for _, one in known]
-            axes.fill_between(x, low, high, color=_colour(place), alpha=0.15, linewidth=0)
-            mark = "o" if len(x) <= 20 else ""
-            name = _name(results, labels)
-            axes.plot(x, means, color=_colour(place), linewidth=1.8, marker=mark, markersize=4, label=name)
-        axes.set_ylim(*_limits(axes))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=all(at == round(at) for at in places)))
+        for place, (_, at, spreads) in enumerate(known):
+            means = [one.mean for one in spreads]
+            low = [one.mean if math.isnan(one.low) else one.low for one in spreads]
+            high = [one.mean if math.isnan(one.high) else one.high for one in spreads]
+            colour = _colour(place)
+            axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
+            every = max(len(at) // 10, 1)
+            marks = (place * every // SERIES, every) if every > 1 else 1
+            axes.plot(at, means, color=colour, linewidth=1.8, marker=_MARKERS[place], markersize=5, markevery=marks)
+        axes.set_ylim(bounds[0], bounds[1])
+        _ticks(axes.xaxis, whole=all(at == round(at) for curve in known for at in curve.at))
+        _ticks(axes.yaxis)
         axes.grid(axis="y")
-        axes.set_xlabel(along)
-        axes.set_ylabel(column.title)
-        if len(combinations) > 1:
-            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2 if len(combinations) > 3 else len(combinations))
-        return Figure(title, _svg(figure, number, title))
+        axes.set_xlabel(_plain(along))
+        axes.set_ylabel(_plain(column.title))
+        return _svg(figure, number, title)
 
 
-def _limits(axes: Any) -> tuple[float, float]:
-    """Returns limits that show the lines: wide bands of few seeds, which would flatten them, are cut off."""
-    values = np.concatenate([line.get_ydata() for line in axes.lines] or [np.zeros(1)]).astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    room = max(high - low, 1e-3 * max(abs(high), 1e-3))
-    least, most = axes.get_ylim()
-    return max(least, low - 0.6 * room), min(most, high + 0.6 * room)
+def _tag(tag: str, number: int) -> str:
+    """Returns a tag with ids of its own and the page's colours; the words between tags are left as they are."""
+    tag = re.sub(r'(?<=\s)id="([^"]+)"', rf'id="f{number}-\1"', tag)
+    tag = re.sub(r'(xlink:href="#|href="#|url\(#)', rf"\g<1>f{number}-", tag)
+    tag = tag.replace("xlink:href", "href").replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    for place in range(SERIES):
+        tag = tag.replace(_colour(place), f"var(--series-{place + 1})")
+    # A hundredth of a point is finer than a screen.
+    return re.sub(r'(?<=\s)(?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), tag)
 
 
 def _svg(figure: Any, number: int, title: str) -> str:
@@ -189,14 +260,10 @@ def _svg(figure: Any, number: int, title: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style type=\"text/css\">.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="([^"]+)"', rf'id="f{number}-\1"', text)
-    text = re.sub(r'(xlink:href="#|href="#|url\(#)', rf"\g<1>f{number}-", text)
-    text = text.replace("xlink:href", "href").replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
-    for place in range(SERIES):
-        text = text.replace(_colour(place), f"var(--series-{place + 1})")
+    text = re.sub(r"<[^>]*>", lambda found: _tag(found[0], number), text)
     opening = re.match(r"<svg[^>]*>", text)
     assert opening is not None
     view = re.search(r'viewBox="[^"]+"', opening[0])
     assert view is not None
     head = f'<svg {view[0]} role="img" aria-label="{escape(title, quote=True)}">'
-    return head + text[opening.end() :]
+    return f"{head}<title>{escape(title)}</title>{text[opening.end() :]}"

@@ -10,7 +10,7 @@ from html import escape
 from itertools import takewhile
 from pathlib import Path
 
-from launch.sweeps.figures import Figure, figures
+from launch.sweeps.figures import MARKS, Figure, figures
 from launch.sweeps.results import Grid, Results, all_grids, facts, read_results
 
 _LIGHT = ("#0b62a4", "#c2410c", "#15803d", "#7c3aed", "#b4236c", "#0e7490", "#8a6100", "#475569")
@@ -35,19 +35,22 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; b
 dt { color: var(--quiet) } dd { margin: 0; overflow-wrap: anywhere }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .87em }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: .6rem; padding: 1rem; overflow-x: auto }
-.scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: .6rem }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
+.scroll { overflow: auto; max-height: 85vh; border: 1px solid var(--rule); border-radius: .6rem }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule) }
-th { background: var(--card); font-weight: 600 }
+th { background: var(--card); font-weight: 600; position: sticky; top: 0 }
 tr:last-child td { border-bottom: 0 }
 .word { text-align: left }
+td.long { white-space: normal; min-width: 16rem; overflow-wrap: anywhere }
 td.strong { font-weight: 700; color: var(--strong) }
-figure { margin: 1.6rem 0 } figcaption { margin-bottom: .4rem }
-svg { width: 100%; max-width: 50rem; height: auto; display: block }
+figure { margin: 2rem 0 } figcaption { margin-bottom: .4rem } figcaption b { color: var(--ink); font-weight: 600 }
+.wide { overflow-x: auto } svg { width: 100%; min-width: 34rem; max-width: 50rem; height: auto; display: block }
+.key { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; max-width: 50rem; margin: .5rem 0 0; padding: 0;
+  font-size: .9rem } .key li { overflow-wrap: anywhere } .key span { margin-right: .4rem }
 svg text { font-family: inherit !important }
 summary { cursor: pointer; margin: .8rem 0 }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .6rem } }
-@media print { main { max-width: none; padding: 0 } details > * { display: block } }
+@media print { .scroll { max-height: none } main { max-width: none; padding: 0 } details > * { display: block } }
 """
 
 
@@ -60,12 +63,12 @@ def write_report(workdir: Path) -> Path:
     """
     results = read_results(workdir)
     path = workdir / "report.html"
-    path.write_text(page(results, figures(results)), encoding="utf-8")
+    path.write_text(page(results, figures(results), workdir), encoding="utf-8")
     return path
 
 
-def page(results: Results, drawn: list[Figure]) -> str:
-    """Returns the whole page."""
+def page(results: Results, drawn: list[Figure], workdir: Path) -> str:
+    """Returns the whole page; of the folder only configurations are read."""
     name = results.plan["name"]
     first, *others = all_grids(results)
     parts = [
@@ -78,7 +81,7 @@ def page(results: Results, drawn: list[Figure]) -> str:
         _table(first),
         *(_figure(one) for one in drawn),
         *(_table(grid) for grid in others),
-        _configuration(results),
+        _configuration(results, workdir),
         "</main></body></html>",
     ]
     return "\n".join(parts) + "\n"
@@ -106,30 +109,42 @@ def _facts(results: Results) -> str:
 
 
 def _table(grid: Grid) -> str:
-    def kind(row: int, place: int) -> str:
-        names = ["word"] * (place < grid.num_labels) + ["strong"] * ((row, place) in grid.strong)
+    def kind(row: int, place: int, text: str) -> str:
+        is_word = place < grid.num_labels
+        names = ["word"] * is_word + ["long"] * (is_word and len(text) > 32) + ["strong"] * ((row, place) in grid.strong)
         return f' class="{" ".join(names)}"' if names else ""
 
-    head = "".join(f'<th scope="col"{kind(-1, place)}>{escape(name)}</th>' for place, name in enumerate(grid.columns))
+    head = "".join(f'<th scope="col"{kind(-1, place, name)}>{escape(name)}</th>' for place, name in enumerate(grid.columns))
     body = "".join(
-        "<tr>" + "".join(f"<td{kind(row, place)}>{escape(text)}</td>" for place, text in enumerate(cells)) + "</tr>"
+        "<tr>" + "".join(f"<td{kind(row, place, text)}>{escape(text)}</td>" for place, text in enumerate(cells)) + "</tr>"
         for row, cells in enumerate(grid.rows)
     )
     note = f'<p class="note">{escape(grid.note)}</p>' if grid.note else ""
-    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     return f"<section><h2>{escape(grid.title)}</h2>{table}{note}</section>"
 
 
 def _figure(one: Figure) -> str:
-    return f"<figure><figcaption>{escape(one.title)}</figcaption>{one.svg}</figure>"
-
-
-def _configuration(results: Results) -> str:
-    files = "".join(
-        f"<details><summary><code>{escape(path)}</code></summary><pre>{escape(text)}</pre></details>"
-        for path, text in results.plan["gin_files"].items()
+    caption = f"<figcaption><b>{escape(one.title)}</b>{f'<br>{escape(one.note)}' if one.note else ''}</figcaption>"
+    items = "".join(
+        f'<li><span style="color:var(--series-{place})" aria-hidden="true">{mark}</span>{escape(name)}</li>'
+        for place, (mark, name) in enumerate(zip(MARKS, one.series, strict=False), 1)
     )
+    key = f'<ul class="key">{items}</ul>' if items else ""
+    return f'<figure>{caption}<div class="wide" tabindex="0">{one.svg}</div>{key}</figure>'
+
+
+def _configuration(results: Results, workdir: Path) -> str:
     first = results.plan["points"][0]
     bindings = "\n".join([*(f"include {path!r}" for path in first["gin_files"]), *first["bindings"], *first["overrides"]])
-    of_point = f"<details><summary>the first point's experiment</summary><pre>{escape(bindings)}</pre></details>"
-    return f"<section><h2>Configuration</h2>{files}{of_point}</section>"
+    texts = [(f"<code>{escape(path)}</code>", text) for path, text in results.plan["gin_files"].items()]
+    texts.append(("the first point's experiment: files and bindings", bindings))
+    kept = {
+        "sweep.gin": "the sweep as it ran, defaults included",
+        f"points/{first['key']}/config.gin": "the first point's experiment as it ran, defaults included",
+    }
+    for name, what in kept.items():
+        if (workdir / name).is_file():
+            texts.append((f"<code>{escape(name)}</code>: {what}", (workdir / name).read_text(encoding="utf-8")))
+    files = "".join(f"<details><summary>{what}</summary><pre>{escape(text)}</pre></details>" for what, text in texts)
+    return f"<section><h2>Configuration</h2>{files}</section>"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,11 +81,16 @@ class Results:
 
     def by_seed(self, labels: tuple[str, ...], column: Column, along: str = "", at: float = math.nan) -> dict[int, float]:
         """Returns a figure of a combination for each seed that has it."""
-        return {
-            one.seed: one.value
-            for one in self.values
-            if (one.labels, one.metric, one.head, one.along) == (labels, *column, along) and (not along or one.at == at)
-        }
+        return dict(self._by_figure.get((labels, *column, along, at if along else None), {}))
+
+    @cached_property
+    def _by_figure(self) -> dict[tuple[Any, ...], dict[int, float]]:
+        # Tables and figures ask for thousands of cells: a pass over all values for each took minutes.
+        found: dict[tuple[Any, ...], dict[int, float]] = {}
+        for one in self.values:
+            key = (one.labels, one.metric, one.head, one.along, one.at if one.along else None)
+            found.setdefault(key, {})[one.seed] = one.value
+        return found
 
     def columns(self, along: str | None = None) -> list[Column]:
         """Returns the figures to show: those that the sweep names, else a choice; `along`: those of a curve."""
@@ -97,11 +103,6 @@ class Results:
             chosen = chosen or [head for head in ("mean", "") if head in heads][:1] or heads
             out += [Column(metric, head) for head in chosen]
         return out
-
-    def is_whole(self, column: Column) -> bool:
-        """Tells whether a figure is a count: none of its values has a fraction."""
-        values = [one.value for one in self.values if (one.metric, one.head, one.along) == (*column, "")]
-        return all(value == round(value) for value in values if math.isfinite(value))
 
     @property
     def baseline(self) -> tuple[str, str] | None:
@@ -145,24 +146,27 @@ def main_grid(results: Results) -> Grid:
     columns, combinations = results.columns(), results.combinations
     spreads = [[spread(list(results.by_seed(labels, column).values())) for column in columns] for labels in combinations]
     rows = tuple(
-        (
-            *labels,
-            *(cell(one, len(results.plan["seeds"]), results.is_whole(of)) for of, one in zip(columns, of_row, strict=True)),
-        )
+        (*labels, *(cell(one, len(results.plan["seeds"])) for one in of_row))
         for labels, of_row in zip(combinations, spreads, strict=True)
     )
     best = set()
     for place, column in enumerate(columns):
-        means = [of_row[place].mean for of_row in spreads]
-        if len(set(means)) > 1 and not all(map(math.isnan, means)):
-            less = column.metric in results.plan["lower_is_better"] or column.metric.endswith(("log_loss", "rmse", "mae"))
-            known = [mean for mean in means if not math.isnan(mean)]
-            wanted = min(known) if less else max(known)
-            best |= {(row, place + len(results.axes)) for row, mean in enumerate(means) if mean == wanted}
-    named = ", ".join(map(str, results.plan["seeds"]))
-    note = f"Mean ± standard deviation over seeds {named}; (n): of fewer. Bold: the best mean of a column."
+        worth = [_worth(results, column.metric, of_row[place].mean) for of_row in spreads]
+        known = [one for one in worth if math.isfinite(one)]
+        if len(set(worth)) > 1 and known:
+            best |= {(row, place + len(results.axes)) for row, one in enumerate(worth) if one == max(known)}
+    seeds = ", ".join(map(str, results.plan["seeds"]))
+    note = f"Mean ± standard deviation over seeds {seeds}; (n): of fewer. Bold: the best mean of a column."
     titles = tuple(column.title for column in columns)
     return Grid("Figures", (*results.axes, *titles), rows, frozenset(best), note, len(results.axes))
+
+
+def _worth(results: Results, metric: str, mean: float) -> float:
+    """Returns what is higher the better a mean is."""
+    if metric.endswith("calibration"):
+        return -abs(mean - 1)
+    less = metric in results.plan["lower_is_better"] or metric.endswith(("loss", "rmse", "mae"))
+    return -mean if less else mean
 
 
 def compared_grid(results: Results) -> Grid | None:
@@ -180,7 +184,7 @@ def compared_grid(results: Results) -> Grid | None:
         strong |= {
             (len(rows), column + len(results.axes)) for column, one in enumerate(spreads) if one.is_above or one.is_below
         }
-        rows.append((*labels, *(difference(one, results.is_whole(of)) for of, one in zip(columns, spreads, strict=True))))
+        rows.append((*labels, *(difference(one) for one in spreads)))
     note = "Mean difference, seed by seed, and its 95 % interval (Student's t). Bold: the interval excludes 0."
     titles = tuple(column.title for column in columns)
     return Grid(f"Against {axis} {label}", (*results.axes, *titles), tuple(rows), frozenset(strong), note, len(results.axes))
@@ -226,35 +230,48 @@ def all_grids(results: Results) -> list[Grid]:
     return [grid for grid in grids if grid is not None]
 
 
-def number(value: float, whole: bool = False) -> str:
-    """Returns a number with as many digits as help: four of a fraction, none of a count (`whole`)."""
+def number(value: float, scale: float | None = None) -> str:
+    """Returns a number with as many digits as help: four of a fraction, none of a count, two that count of what is tiny.
+
+    Args:
+        value: The number.
+        scale: The size whose digits it gets; None: its own.
+    """
     if math.isnan(value):
         return "-"
-    if whole or abs(value) >= 1000 or (value == round(value) and abs(value) >= 10):
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+    if math.isinf(value) or value == 0:
+        return f"{value:.0f}".removeprefix("-" if value == 0 else "")
+    size = abs(value if scale is None else scale)
+    whole = value == round(value) and (size >= 10 if scale is None else size >= 1000)
+    form = ",.0f" if whole or size >= 1000 else ".2f" if size >= 10 else ".4f" if size >= 1e-3 else ".1e"
+    text = format(value, form)
+    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
 
 
 def _cell(results: Results, labels: tuple[str, ...], column: Column, along: str, at: float) -> str:
     return cell(spread(list(results.by_seed(labels, column, along, at).values())), len(results.plan["seeds"]))
 
 
-def cell(one: Spread, seeds: int, whole: bool = False) -> str:
+def cell(one: Spread, seeds: int) -> str:
     """Returns mean ± standard deviation, and of how many where that is fewer than the seeds."""
     if not one.number:
         return "-"
     fewer = f" ({one.number})" if one.number < seeds else ""
-    differ = one.sd > 1e-9 * abs(one.mean)  # Sums of equal numbers round.
-    return number(one.mean, whole) + (f" ± {number(one.sd, whole)}" if differ else "") + fewer
+    if not one.sd > 1e-9 * abs(one.mean):  # Sums of equal numbers round.
+        return number(one.mean) + fewer
+    # The digits of the mean, unless the spread would vanish in them.
+    sd = number(one.sd, one.mean)
+    return f"{number(one.mean, one.mean)} ± {sd if float(sd.replace(',', '')) else number(one.sd)}{fewer}"
 
 
-def difference(one: Spread, whole: bool = False) -> str:
+def difference(one: Spread) -> str:
     """Returns a mean difference with its interval."""
     if not one.number:
         return "-"
-    signed = ("+" if one.mean > 0 else "") + number(one.mean, whole)
     same = math.isnan(one.low) or one.high - one.low <= 1e-9 * abs(one.mean)
-    return signed if same else f"{signed} ({number(one.low, whole)} to {number(one.high, whole)})"
+    scale = abs(one.mean) if same else max(abs(one.low), abs(one.high))
+    signed = ("+" if one.mean > 0 else "") + number(one.mean, scale)
+    return signed if same else f"{signed} ({number(one.low, scale)} to {number(one.high, scale)})"
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
@@ -266,10 +283,12 @@ def facts(results: Results) -> list[tuple[str, str]]:
     took = [point["seconds"] for point in results.points if point["status"] == "finished"]
     machine, versions = plan["machine"], plan["versions"]
     work = f"{sum(took):,.0f} s in all, the longest {max(took, default=0):,.0f} s"
+    lost = {what: sum(point["status"] == what for point in results.points) for what in ("failed", "missing")}
+    without = "".join(f", {number} {what}" for what, number in lost.items() if number)
     return [
         ("command", plan["command"]),
         ("date", f"{started:%Y-%m-%d}"),
-        ("points", f"{len(took)} of {len(results.points)} finished; {work}"),
+        ("points", f"{len(took)} of {len(results.points)} finished{without}; {work}"),
         ("seeds", ", ".join(map(str, plan["seeds"]))),
         ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),

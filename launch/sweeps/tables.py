@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -57,8 +58,8 @@ def points_table(results: Results) -> pa.Table:
 
 def markdown(results: Results, grids: list[Grid]) -> str:
     """Returns a sweep as a page of Markdown."""
-    lines = [f"# {results.plan['name']}", ""]
-    lines += [f"- {name}: {f'`{text}`' if name == 'command' else text}" for name, text in facts(results)]
+    lines = [f"# {_escaped(results.plan['name'])}", ""]
+    lines += [f"- {name}: {_as_code(text) if name == 'command' else _escaped(text)}" for name, text in facts(results)]
     for grid in grids:
         lines += ["", f"## {grid.title}", ""]
         lines.append("| " + " | ".join(map(_escaped, grid.columns)) + " |")
@@ -73,7 +74,13 @@ def markdown(results: Results, grids: list[Grid]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    """Returns text that Markdown shows as it stands, in a table too."""
+    text = re.sub(r"[\\|*`\[]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)  # Within a word `_` means nothing.
+    return " ".join(re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;").split())
+
+
+def _as_code(text: str) -> str:
+    return f"`{text}`" if "`" not in text else f"`` {text} ``"
 
 
 def _for_terminal(grid: Grid) -> Table:

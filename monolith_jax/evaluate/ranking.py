@@ -19,7 +19,9 @@ from monolith_jax.evaluate import bootstrap, metrics
 ALL = "all"
 """The segment of all examples."""
 NONE, OTHER = "none", "other"
-"""Values of a segment: of examples without one, and of those whose value is not among the most frequent."""
+"""Values of a segment: of examples without one, and of those whose value is not among the most frequent.
+Examples that really have such a value are under it in quotes."""
+_MOST_HOURS = 1000
 _FEW = 32
 """Whole numbers with at most so many different values are names, not amounts."""
 
@@ -107,7 +109,7 @@ def _by_value(known: np.ndarray, most: int) -> tuple[list[str], np.ndarray]:
     kept = np.argsort(-number, kind="stable")[:most]
     place = np.full(found.size, kept.size)
     place[kept] = np.arange(kept.size)
-    names = [str(found[at]) for at in kept]
+    names = [repr(name) if name in (NONE, OTHER) else name for name in (str(found[at]) for at in kept)]
     return [*names, OTHER] if found.size > kept.size else names, place[codes]
 
 
@@ -116,11 +118,39 @@ def _by_quantile(known: np.ndarray, quantiles: int) -> tuple[list[str], np.ndarr
         return [], np.zeros(0, np.int64)
     inner = np.unique(np.quantile(known, np.arange(1, quantiles) / quantiles, method="higher"))
     inner = inner[inner > known.min()]
-    edges = [f"{edge:.4g}" for edge in inner.tolist()]
+    edges = _told_apart(inner.tolist())
     if not edges:
         return [f"{known.min():.4g}"], np.zeros(known.size, np.int64)
     names = [f"< {edges[0]}", *(f"{a} to {b}" for a, b in itertools.pairwise(edges)), f">= {edges[-1]}"]
     return names, np.searchsorted(inner, known, side="right")
+
+
+def _told_apart(edges: Sequence[float]) -> list[str]:
+    """Returns numbers as texts, with as few digits from 4 as tell them apart; whole numbers with 4 or with all."""
+    whole = all(isinstance(edge, int) for edge in edges)
+    for digits in (4,) if whole else range(4, 18):
+        texts = [f"{edge:.{digits}g}" for edge in edges]
+        if len(set(texts)) == len(texts):
+            return texts
+    return [str(edge) for edge in edges]
+
+
+def hours(event_time_ms: np.ndarray) -> Segment:
+    """Returns the segment "hour": the hours of event time that have examples, in UTC, in their order.
+
+    Args:
+        event_time_ms: int64 [N].
+
+    Raises:
+        ValueError: There are more hours than a table can show.
+    """
+    found, codes = np.unique(np.asarray(event_time_ms, np.int64) // 3_600_000, return_inverse=True)
+    if found.size > _MOST_HOURS:
+        raise ValueError(
+            f"segment hour: the examples are of {found.size:,} hours, and a table takes {_MOST_HOURS:,}: "
+            "hold out a shorter time"
+        )
+    return Segment("hour", tuple(str(hour) for hour in found.astype("datetime64[h]")), codes)
 
 
 def _with_none(name: str, values: Sequence[str], codes: np.ndarray, there: np.ndarray) -> Segment:

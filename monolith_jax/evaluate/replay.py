@@ -213,6 +213,7 @@ class Seen:
 @dataclass
 class _Sums:
     feeds: int = 0
+    wanted: int = 0
     impressions: int = 0
     expected: float = 0.0
     realised: float = 0.0
@@ -248,13 +249,13 @@ class Ledger:
             raise ValueError(f"{policy} showed a video twice in a feed, or one that is not there (any more): {video.tolist()}")
         sums = self._sums.setdefault(((ask.time_ms - self._begin_ms) // world.HOUR_MS, policy), _Sums())
         sums.feeds += 1
+        sums.wanted += ask.size
         sums.impressions += video.size
-        sums.expected += float(ask.worth[places].sum())
-        sums.realised += float(realised.sum())
-        # Where too few are unseen the best feed is as long as the one that was shown, with what was seen already behind.
-        worth = np.sort(ask.worth[ask.unseen])[::-1][: video.size]
-        rest = np.sort(ask.worth[~ask.unseen])[::-1][: video.size - worth.size]
-        sums.best += float(worth.sum() + rest.sum())
+        # A video is paid once: a feed of what the user has seen, or a short one, is not worth more than what it leaves out.
+        first = ask.unseen[places]
+        sums.expected += float(ask.worth[places][first].sum())
+        sums.realised += float(realised[first].sum())
+        sums.best += float(np.maximum(np.sort(ask.worth[ask.unseen])[::-1][: ask.size], 0).sum())
         sums.new += int(np.count_nonzero(arrived_ms(self._config, video) > ask.time_ms - NEW_MS))
         sums.repeated += int(np.count_nonzero(~ask.unseen[places]))
         sums.live = ask.live.size
@@ -263,8 +264,10 @@ class Ledger:
     def rows(self, hour: int) -> list[dict[str, Any]]:
         """Returns what was reached in an hour, a row a policy.
 
-        `reward`: expected, the mean of an impression; `realised`: what it really was. `regret`: what the best feed for the same
-        user would have been worth more, given all that the policy itself had shown before. `advantage`: which share of the
+        `reward`: expected, the mean of a place of a feed, 0 where it was left empty or shows what the user had seen;
+        `realised`: what it really was. `regret`: what the best feed for the same user would have been worth more, given all
+        that the policy itself had shown before, at least 0. The oracle shows that feed: it is the best one at a time, and no
+        bound for whoever saves good videos for later. `advantage`: which share of the
         oracle's lead over random was reached. `coverage`: share of the live videos that anyone was shown. `new`: share of
         impressions of videos that came within a day. `repeated`: share that the user had seen.
         """
@@ -289,19 +292,19 @@ def _added(of: Sequence[_Sums]) -> _Sums:
 
 
 def _rows(of: Mapping[str, _Sums]) -> list[dict[str, Any]]:
-    mean = {name: sums.expected / max(sums.impressions, 1) for name, sums in of.items()}
+    mean = {name: sums.expected / max(sums.wanted, 1) for name, sums in of.items()}
     low, high = mean.get("random", np.nan), mean.get("oracle", np.nan)
     rows = []
     for name, sums in of.items():
-        shown = max(sums.impressions, 1)
+        shown, wanted = max(sums.impressions, 1), max(sums.wanted, 1)
         rows.append(
             {
                 "policy": name,
                 "feeds": sums.feeds,
                 "impressions": sums.impressions,
                 "reward": mean[name],
-                "realised": sums.realised / shown,
-                "regret": (sums.best - sums.expected) / shown,
+                "realised": sums.realised / wanted,
+                "regret": (sums.best - sums.expected) / wanted,
                 "advantage": (mean[name] - low) / (high - low) if high > low else np.nan,
                 "coverage": len(sums.videos) / max(sums.live, 1),
                 "new": sums.new / shown,

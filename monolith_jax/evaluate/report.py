@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 _STALENESS = {
     "lag_s": "age of the next event to be read",
     "watermark_age_s": "age of the watermark",
-    "event_age_p50_s": "age of events when learned, half of them",
-    "event_age_p99_s": "age of events when learned, 99 %",
-    "publish_lag_s": "from a cut to its delta",
+    "event_age_p50_s": "age of events when learned, half of a row's",
+    "event_age_p99_s": "age of events when learned, 99 % of a row's",
+    "publish_lag_s": "from the latest cut to its delta",
 }
 """What rows of kind "step" of a live or published run tell of how old things were."""
 Row = Mapping[str, Any]
@@ -201,7 +201,7 @@ def _run_table(run: Run, snapshots: dict[int, int]) -> Table:
     for name, what in _STALENESS.items():
         if (values := _values(run.steps, name)).size and not np.isnan(values).all():
             half, most = np.nanquantile(values, (0.5, 0.99))
-            table.add_row(f"staleness: {what}", f"{half:.3g} s, p99 {most:.3g} s")
+            table.add_row(f"staleness: {what}", f"{half:.3g} s in half of the rows, {most:.3g} s in 99 %")
     for step, size in snapshots.items():
         table.add_row(f"snapshot of step {step:,}, on disk", f"{size / 1e6:,.1f} MB")
     table.caption = "\n".join(f"note: {note}" for note in run.notes) or None

@@ -1,8 +1,9 @@
 """Metrics of lists of videos: what of a user's videos was found, how much of the catalogue is shown, how alike a list is.
 
 In: `found` int64 [U, K], a list a user, best first, no video twice, padded with -1; and `wanted`, the videos to be found of a
-user. Out: arrays with a value a user, float64 [U], so that they can be resampled (`bootstrap`), NaN where a user has none; or a
-number of all lists together. Everything is over numpy arrays of all users at once, in memory of a few times U x K.
+user. Where -1 may be the id of a video, give places in the catalogue instead of ids. Out: arrays with a value a user, float64
+[U], so that they can be resampled (`bootstrap`), NaN where a user has none; or a number of all lists together. Everything is
+over numpy arrays of all users at once, in memory of a few times U x K.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,9 +17,9 @@ class Spread(NamedTuple):
     mean: float
     """NaN where no value is defined."""
     sd: float
-    """Standard deviation of a sample; NaN of one value."""
+    """Standard deviation of a sample; NaN of one value, and where the mean is not finite."""
     low: float
-    """Where the interval of the mean begins; NaN of one value."""
+    """Where the interval of the mean begins; NaN where `sd` is."""
     high: float
     """Where it ends."""
     number: int
@@ -39,7 +40,7 @@ def spread(values: Sequence[float], confidence: float = 0.95) -> Spread:
     """Returns the mean with Student's interval: what means of as many seeds would hold in a share `confidence` of cases.
 
     Args:
-        values: One a seed; NaN is left out.
+        values: One a seed; NaN is left out. One that is infinite (a loss that diverged) makes the mean so, without interval.
         confidence: In (0, 1).
 
     Raises:
@@ -51,9 +52,17 @@ def spread(values: Sequence[float], confidence: float = 0.95) -> Spread:
     number, nan = there.size, math.nan
     if number < 2:
         return Spread(float(there[0]) if number else nan, nan, nan, nan, number)
+    if not np.isfinite(there).all():
+        return Spread(sum(there.tolist()), nan, nan, nan, number)
     mean, sd = float(there.mean()), float(there.std(ddof=1))
-    half = float(stats.t.ppf((1 + confidence) / 2, number - 1)) * sd / math.sqrt(number)
+    half = _quantile((1 + confidence) / 2, number - 1) * sd / math.sqrt(number)
     return Spread(mean, sd, mean - half, mean + half, number)
+
+
+@functools.cache
+def _quantile(share: float, freedom: int) -> float:
+    # A report asks for thousands of intervals of the same few numbers of seeds.
+    return float(stats.t.ppf(share, freedom))
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95) -> Spread:

@@ -109,6 +109,67 @@ def folder_of(tmp_path: Path, data: Data) -> Path:
     return tmp_path
 
 
+def test_popularity_counts_users_of_what_is_learned() -> None:
+    scores = retrieval.popularity_scores(small())(np.array([0, 2]))
+    assert scores.shape == (2, 128)
+    # User 2 has 0 to 119; user 0 has 5, user 1 has 2, 7, 9; 120 and above only stand in what is to be found.
+    for row in scores:
+        assert set(np.flatnonzero(row == 2)) == {2, 5, 7, 9} and not row[120:].any() and row.sum() == 124
+
+
+TINY = (
+    *(f"{name}/DenseFeatureConfig.size = 4" for one in tiktok.CONTENT for name in (one, f"liked_{one}")),
+    *("TableConfig.dim = 8", "TableConfig.max_rows = 512", "ColumnsConfig.epochs = 1", "TrainConfig.batch_size = 32"),
+    *("TwoTowerConfig.dim = 8", "TwoTowerConfig.user_hidden = (8,)", "TwoTowerConfig.video_hidden = (8,)"),
+    *("TwoTowerConfig.num_negatives = 16", "TwoTowerConfig.pool_size = 256", "TrainConfig.seed = 3"),
+)
+
+
+def test_two_tower_is_the_experiments(tmp_path: Path) -> None:
+    folder, base = folder_of(tmp_path, small()), Base(("configs/tiktok.gin",), TINY, 3)
+    work = tmp_path / "point"
+    (work / "two_tower" / "run").mkdir(parents=True)
+    (work / "two_tower" / "run" / "left.txt").write_text("of a try that was killed")
+    point = RetrievalPoint("two_tower", str(folder))
+    measured = retrieval.run(point, base, work)
+    assert {one.metric for one in measured} >= {f"{name}_at_{k}" for name in ("recall", "ndcg", "mrr") for k in (10, 20, 50)}
+    assert all(math.isfinite(one.value) for one in measured)
+    assert not (work / "two_tower" / "run" / "left.txt").exists() and not (work / "two_tower" / "examples.parquet").exists()
+
+
+def test_a_run_that_was_stopped_gives_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(experiment: object, workdir: Path, console: object) -> dict[str, object]:
+        workdir.mkdir()
+        (workdir / "metrics.jsonl").write_text('{"kind": "step", "step": 20, "loss": 5.0}\n')
+        return {}
+
+    monkeypatch.setattr("launch.run.train", stopped)
+    point, base = RetrievalPoint("two_tower", str(folder_of(tmp_path, small()))), Base(("configs/tiktok.gin",), TINY, 3)
+    with pytest.raises(ValueError, match="the run was stopped before its end"):
+        retrieval.run(point, base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "videos", "wrong"),
+    [
+        ({"user": [0, 0], "item": [0, 1]}, 3, "has no column split, only user, item"),
+        ({"user": [0, 0], "item": [0, 1], "split": ["trn", "trn"]}, 3, "rows of split trn, to learn from, and of another"),
+        (
+            {"user": [0, 0], "item": [0, 3], "split": ["trn", "val"]},
+            3,
+            r"image_feat\.npz must have a vector of each video 0 to 3",
+        ),
+    ],
+    ids=["column", "split", "content"],
+)
+def test_other_data_are_refused(tmp_path: Path, columns: dict[str, list[object]], videos: int, wrong: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "interactions.parquet")
+    for name in ("image_feat", "audio_feat"):
+        np.savez(tmp_path / f"{name}.npz", feat=np.eye(videos, 4, dtype=np.float32))
+    with pytest.raises(ValueError, match=wrong):
+        tiktok.read(tmp_path)
+
+
 def test_points_of_made_up_data(tmp_path: Path) -> None:
     base = Base(("configs/tiktok.gin",), (), 0)
     folder = folder_of(tmp_path, small())

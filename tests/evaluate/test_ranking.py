@@ -67,6 +67,20 @@ def test_names_are_told_apart_by_how_frequent_they_are() -> None:
     assert of_lists.values == ("3", "none") and of_lists.codes.tolist() == [0, 1, 1, 0]
 
 
+def test_names_of_segments_are_told_apart() -> None:
+    large = segment("upload_ms", pa.array(1_650_000_000_000 + np.arange(100)))
+    assert len(set(large.values)) == 4 and large.values[1] == "1650000000025 to 1650000000050"
+    one = segment("device", pa.array(["none", "none", "none", "other", "other", None, "a"]), most=2)
+    assert one.values == ("'none'", "'other'", "other", "none") and one.codes.tolist() == [0, 0, 0, 1, 1, 3, 2]
+
+
+def test_hours_are_those_of_event_time() -> None:
+    one = ranking.hours(np.array([7_200_000, 3_599_999, 0]))
+    assert one.values == ("1970-01-01T00", "1970-01-01T02") and one.codes.tolist() == [1, 0, 0]
+    with pytest.raises(ValueError, match="hold out a shorter time"):
+        ranking.hours(np.arange(2000) * 3_600_000)
+
+
 def test_amounts_are_cut_into_parts_of_equal_size() -> None:
     one = segment("duration_ms", pa.array(np.arange(100)))
     assert one.values == ("< 25", "25 to 50", "50 to 75", ">= 75")

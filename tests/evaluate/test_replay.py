@@ -157,9 +157,9 @@ def test_books_by_hand() -> None:
     ledger.book("mine", one, one.live[8:13], np.arange(5.0))
     rows = {row["policy"]: row for row in ledger.rows(0)}
     mine, best = rows["mine"], np.sort(one.worth[10:])[-5:]
-    assert mine["hour"] == 0 and mine["feeds"] == 1 and mine["impressions"] == 5 and mine["realised"] == 2.0
-    assert mine["reward"] == pytest.approx(one.worth[8:13].mean()) and mine["repeated"] == 0.4
-    assert mine["regret"] == pytest.approx(best.mean() - one.worth[8:13].mean())
+    assert mine["hour"] == 0 and mine["feeds"] == 1 and mine["impressions"] == 5 and mine["realised"] == 9 / 5
+    assert mine["reward"] == pytest.approx(one.worth[10:13].sum() / 5) and mine["repeated"] == 0.4, "repeats are worth nothing"
+    assert mine["regret"] == pytest.approx(best.mean() - one.worth[10:13].sum() / 5)
     assert mine["coverage"] == 5 / 120 and mine["new"] == 0
     assert rows["oracle"]["advantage"] == 1 and rows["random"]["advantage"] == 0
     assert rows["oracle"]["regret"] == pytest.approx(0) and rows["oracle"]["reward"] == pytest.approx(best.mean())
@@ -168,6 +168,19 @@ def test_books_by_hand() -> None:
     assert not ledger.rows(1) and {row["policy"] for row in ledger.rows(3)} == {"random", "oracle"}
     totals = {row["policy"]: row for row in ledger.totals()}
     assert totals["oracle"]["impressions"] == 10 and totals["mine"]["reward"] == mine["reward"]
+
+
+def test_no_feed_is_better_than_the_best() -> None:
+    unseen = np.zeros(CONFIG.live_videos, np.bool_)
+    unseen[:7] = True
+    one, ledger = ask(unseen=unseen), Ledger(CONFIG, BEGIN_MS)
+    by_worth = one.live[np.argsort(-one.worth)]
+    feeds = {"repeats": by_worth[:5], "one": one.live[:7][np.argmax(one.worth[:7])][None], "none": one.live[:0]}
+    for policy, video in feeds.items():
+        ledger.book(policy, one, video, np.ones(video.size))
+    rows = {row["policy"]: row for row in ledger.rows(0)}
+    assert all(row["regret"] > 0 for row in rows.values()) and rows["none"]["reward"] == rows["none"]["realised"] == 0
+    assert rows["one"]["reward"] <= one.worth[:7].max() / 5
 
 
 def test_new_videos_are_counted() -> None:

@@ -181,5 +181,5 @@ def test_staleness_of_a_live_run(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120)
     console.print(report.tables(_write(tmp_path, [*rows, {"kind": "step", "step": 101}]))[0])
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert "staleness: age of the next event to be read" in text and "5.05 s, p99 9.9 s" in text
+    assert "staleness: age of the next event to be read" in text and "5.05 s in half of the rows, 9.9 s in 99 %" in text
     assert "when learned" not in text

@@ -33,6 +33,15 @@ def test_what_is_undefined_is_left_out() -> None:
         spread([1.0], 1.5)
 
 
+def test_what_diverged_has_no_interval() -> None:
+    for values, mean in (([1.0, math.inf], math.inf), ([-math.inf, 1.0, 2.0], -math.inf)):
+        found = spread(values)
+        assert found.mean == mean and found.number == len(values)
+        assert math.isnan(found.sd) and math.isnan(found.low) and not found.is_above and not found.is_below
+    assert math.isnan(spread([math.inf, -math.inf]).mean)
+    assert paired({0: math.inf, 1: 2.0}, {0: math.inf, 1: 1.0})[::4] == (1.0, 1), "inf less inf is undefined"
+
+
 def test_differences_are_taken_seed_by_seed() -> None:
     found = paired({0: 1.5, 1: 12.5, 2: 7.0}, {1: 12.0, 0: 1.0, 3: 9.0})
     assert (found.mean, found.sd, found.number) == (0.5, 0.0, 2) and found.low == found.high == 0.5

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,32 @@ def test_what_cannot_be_judged_says_what_to_do(run: Path, tmp_path: Path, capsys
     assert "'nothing' is none of new_user" in refused("--ranking", "--segments=nothing")
     assert "expected lengths of lists" in refused("--retrieval", "--k=ten")
     assert "--requests must be at least 1" in refused("--feed", "--requests=0")
+    assert "--segments is for --ranking" in refused("--feed", "--segments=tag_id")
+    assert "--k is for --retrieval" in refused("--k=5") and "--requests is for --feed" in refused("--requests=5")
+    assert "expected lengths of lists" in refused("--ranking", "--retrieval", "--k=0") and not (tmp_path / "out").exists()
     (tmp_path / "config.gin").write_text((run / "config.gin").read_text())
     assert "neither snapshots nor an exported base" in refused("--ranking", workdir=tmp_path)
     (tmp_path / "file").write_text("")
     assert evaluate.main([f"--workdir={run}", f"--output={tmp_path / 'file'}", "--retrieval", "--bootstrap=0"]) == 1
     assert "name another folder as --output" in capsys.readouterr().err
+
+
+def test_an_export_without_flags_says_which_work(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([f"--workdir={exported}"]) == 1
+    assert "ask for --ranking, --retrieval or --feed" in capsys.readouterr().err
+
+
+def test_all_parts_are_written_without_matplotlib_or_a_column(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    both = ["--ranking", "--retrieval", "--bootstrap=0", f"--output={tmp_path}", f"--workdir={run}"]
+    assert evaluate.main(both) == 1 and "pip install" in capsys.readouterr().err
+    assert rows_of(tmp_path, "ranking", "evaluated")[0]["set_aside"] == {}
+    assert rows_of(tmp_path, "ranking") and rows_of(tmp_path, "retrieval")
+    again = tmp_path / "again"
+    assert evaluate.main([*both, f"--output={again}", "--no-figures", "--segments=nothing"]) == 1
+    assert not rows_of(again, "ranking") and rows_of(again, "retrieval")
 
 
 def test_an_export_of_other_files_is_refused(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

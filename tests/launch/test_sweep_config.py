@@ -126,5 +126,5 @@ def test_every_sweep_of_the_project_loads(path: Path) -> None:
     assert len(check_points([path], [], points)) == len(points) >= 2
     assert isinstance(plan.point, TrainPoint) or plan.metrics
     header = path.read_text(encoding="utf-8").partition("\n\n")[0]
-    assert f"python -m launch.sweep --gin_file=configs/sweeps/{path.name} --workdir=" in header.replace("\\\n#", "")
-    assert "Takes " in header and "Expect" in header
+    assert f"python -m launch.sweep --gin_file=configs/sweeps/{path.name} " in header and "--workdir=checkpoints/" in header
+    assert "minutes" in header and "Expect" in header
