@@ -7,6 +7,7 @@ says what else). The same command goes on where it was stopped or killed: points
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import signal
 import sys
@@ -28,6 +29,7 @@ from launch.sweeps.folder import (
     reason_of,
     versions,
     write_json,
+    write_text,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def run(asked: argparse.Namespace, overrides: Sequence[str], command: str, conso
     texts = check_points(asked.gin_file, of_sweep, points)
     if asked.only_plan:
         for point in points:
-            console.print(f"{point.index:4d}  {point.title}", highlight=False)
+            console.print(f"{point.index:4d}  {point.title}", highlight=False, markup=False)
         return 0
     asked.workdir.mkdir(parents=True, exist_ok=True)
     with locked(asked.workdir / ".lock"):
@@ -90,7 +92,9 @@ def run(asked: argparse.Namespace, overrides: Sequence[str], command: str, conso
         note_lost_ends(asked.workdir, [point.key for point in points])
         todo = [point for point in points if not is_finished(asked.workdir, point.key)]
         if len(todo) < len(points):
-            console.print(f"{len(points) - len(todo)} of {len(points)} points are finished and stay", highlight=False)
+            console.print(
+                f"{len(points) - len(todo)} of {len(points)} points are finished and stay", highlight=False, markup=False
+            )
         interrupted = _run(asked, sweep, points, todo, console)
         return _close(asked.workdir, points, interrupted, console)
 
@@ -101,20 +105,25 @@ def _keep_plan(asked: argparse.Namespace, sweep: Sweep, points: Sequence[Point],
     Raises:
         ValueError: The folder holds another sweep.
     """
+    from launch.sweeps.config import load_sweep
     from monolith_jax.config_tree import to_text
 
     text = f"# The sweep as it ran, defaults included.\n\n{to_text(sweep)}"
     path = asked.workdir / "sweep.gin"
     for point, of_point in zip(points, texts, strict=True):
         folder = asked.workdir / "points" / point.key
-        _compare(folder / "config.gin", of_point, asked.workdir, sweep_wide=False)
-    _compare(path, text, asked.workdir, sweep_wide=True)
+        _compare(folder / "config.gin", of_point, asked.workdir, f"point {point.key} with another configuration")
+    if path.is_file():
+        before = load_sweep([path])
+        kept = {name: getattr(before, name) for name in _MAY_CHANGE}
+        if dataclasses.replace(sweep, **kept) != before:
+            _compare(path, text, asked.workdir, "another sweep")
     for point, of_point in zip(points, texts, strict=True):
         folder = asked.workdir / "points" / point.key
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.gin").write_text(of_point, encoding="utf-8")
+        write_text(folder / "config.gin", of_point)
         write_json(folder / "point.json", _told(point))
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     plan = {
         "name": sweep.name,
         "command": command,
@@ -135,20 +144,18 @@ def _keep_plan(asked: argparse.Namespace, sweep: Sweep, points: Sequence[Point],
     write_json(asked.workdir / "sweep.json", plan)
 
 
-_MAY_CHANGE = ("Sweep.workers", "Sweep.cores", "Sweep.memory_gb", "Sweep.timeout_s", "Sweep.metrics", "Sweep.heads")
+_MAY_CHANGE = ("workers", "memory_gb", "timeout_s", "metrics", "heads", "lower_is_better", "baseline", "name")
 """Settings that change no result: a sweep goes on with others."""
 
 
-def _compare(path: Path, text: str, workdir: Path, sweep_wide: bool) -> None:
-    if not path.is_file():
+def _compare(path: Path, text: str, workdir: Path, what: str) -> None:
+    if not path.is_file() or (before := path.read_text(encoding="utf-8")) == text:
         return
-    before, now = ([line for line in one.splitlines() if not line.startswith(_MAY_CHANGE)] for one in (path.read_text(), text))
-    if before != now:
-        lines = [line for line in difflib.unified_diff(before, now, lineterm="", n=0) if line[:1] in "+-"][2:10]
-        what = "another sweep" if sweep_wide else f"point {path.parent.name} with another configuration"
-        raise ValueError(
-            f"{workdir} holds {what}:\n  " + "\n  ".join(lines) + "\nTake another --workdir, or give the old settings to go on"
-        )
+    lines = difflib.unified_diff(before.splitlines(), text.splitlines(), lineterm="", n=0)
+    shown = [line for line in lines if line[:1] in "+-"][2:10]
+    raise ValueError(
+        f"{workdir} holds {what}:\n  " + "\n  ".join(shown) + "\nTake another --workdir, or give the old settings to go on"
+    )
 
 
 def _told(point: Point) -> dict[str, Any]:
@@ -197,6 +204,7 @@ def _run(asked: argparse.Namespace, sweep: Sweep, points: Sequence[Point], todo:
 
 def _close(workdir: Path, points: Sequence[Point], interrupted: bool, console: Console) -> int:
     """Writes tables and report of what there is; returns the exit status."""
+    from launch.sweeps.results import read_results, unknown_names
     from launch.sweeps.tables import write_tables
 
     failed = [point for point in points if reason_of(workdir, point.key)]
@@ -209,13 +217,19 @@ def _close(workdir: Path, points: Sequence[Point], interrupted: bool, console: C
 
             written.append(write_report(workdir))
         except ImportError as error:
-            console.print(f"no report: {error}", highlight=False)
-        console.print("written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
+            console.print(f"no report: {error}", highlight=False, markup=False)
+        console.print("written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True, markup=False)
+    for name in unknown_names(read_results(workdir)):
+        console.print(f"{name} is nothing that a finished point measured", highlight=False, markup=False)
     for point in failed:
-        console.print(f"failed: {point.title}: {reason_of(workdir, point.key)}", highlight=False, soft_wrap=True)
+        console.print(f"failed: {point.title}: {reason_of(workdir, point.key)}", highlight=False, soft_wrap=True, markup=False)
     left = sum(not is_finished(workdir, point.key) for point in points)
     if left:
-        console.print(f"{left} of {len(points)} points are not finished; the same command goes on with them", highlight=False)
+        console.print(
+            f"{left} of {len(points)} points are not finished; the same command goes on with them",
+            highlight=False,
+            markup=False,
+        )
     return 130 if interrupted else int(left > 0)
 
 

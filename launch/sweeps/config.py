@@ -19,6 +19,7 @@ from launch.points.measured import Base
 from launch.points.train import TrainPoint
 
 Value = bool | int | float | str
+_OF_POINTS = ("status", "seconds", "peak_rss_mb", "reason")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class Sweep:
         names = [axis.name for axis in self.axes]
         if len(set(names)) < len(names):
             raise ValueError(f"Sweep.axes must have different names, got {', '.join(names)}")
-        if taken := sorted(set(names) & {"point", "seed", "head", "metric", "along", "at", "value", "status", "seconds"}):
+        if taken := sorted(set(names) & {"point", "seed", "head", "metric", "along", "at", "value", *_OF_POINTS}):
             raise ValueError(f"Sweep.axes: {', '.join(taken)} is a column of the results already; take another name")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"Sweep.seeds must be one or more that differ, got {self.seeds}")
@@ -161,8 +162,16 @@ def make_points(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Point]:
 
     Args:
         sweep: The sweep.
-        overrides: Bindings of the experiment, over those of the sweep and under those of its axes.
+        overrides: Bindings of the experiment, over those of the sweep and of the files, its axes' files too.
+
+    Raises:
+        ValueError: A binding is one that an axis or the seeds set: it would change nothing.
     """
+    fixed = {name: f"axis {axis.name}" for axis in sweep.axes for name in axis.bind}
+    fixed |= dict.fromkeys(sweep.seed_bindings, "Sweep.seed_bindings")
+    for binding in (*sweep.bindings, *overrides):
+        if (name := binding.partition("=")[0].strip()) in fixed:
+            raise ValueError(f"{name} is set by {fixed[name]}, so that {binding!r} would change nothing: leave one of them out")
     own, points = {config.__name__ for config in POINTS}, []
     chosen = list(itertools.product(*(range(len(axis.labels)) for axis in sweep.axes)))
     for seed, places in itertools.product(sweep.seeds, chosen):

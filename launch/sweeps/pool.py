@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from launch.sweeps.folder import is_finished, note, reason_of, write_json
 from launch.sweeps.worker import BUSY
 
 _TURN_S = 0.25
+_MOST_BUSY = 3
+"""Times that a point is tried again while another process holds its lock."""
 _TERM_S = 15.0
 """For a run to save where it is."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -69,6 +71,7 @@ class Pool:
         blocks = [[cores[(worker * sweep.cores + one) % len(cores)] for one in range(sweep.cores)] for worker in range(most)]
         self._free = deque(tuple(sorted(block)) for block in blocks)
         self._sweep, self._workdir, self._todo = sweep, workdir, deque(points)
+        self._busy: Counter[int] = Counter()
         self.running: list[_Worker] = []
         """What runs now."""
 
@@ -123,6 +126,11 @@ class Pool:
         if is_finished(self._workdir, point.key):
             return Told(point, "finished")
         if status == BUSY:
+            # Perhaps a worker of a sweep that was just killed, which holds the lock until it is gone.
+            if self._busy[point.index] < _MOST_BUSY:
+                self._busy[point.index] += 1
+                self._todo.append(point)
+                return None
             return Told(point, "busy", "another process runs it")
         if worker.ended_for or not reason_of(self._workdir, point.key):
             reason = worker.ended_for or _of_status(status, self._workdir / "points" / point.key / "log.txt")

@@ -127,12 +127,13 @@ def read_results(workdir: Path) -> Results:
     plan = read_json(workdir / "sweep.json")
     values, points = [], []
     for point in plan["points"]:
-        told = {"index": point["index"], "labels": point["labels"], "seed": point["seed"], "seconds": math.nan}
+        told = {"index": point["index"], "labels": point["labels"], "seed": point["seed"], "seconds": math.nan, "versions": {}}
         told |= {"peak_rss_mb": math.nan, "reason": reason_of(workdir, point["key"])}
         told["status"] = "failed" if told["reason"] else "missing"
         if is_finished(workdir, point["key"]):
             result = read_json(workdir / "points" / point["key"] / "result.json")
             told |= {"status": "finished", "seconds": result["seconds"], "peak_rss_mb": result["peak_rss_mb"]}
+            told["versions"] = result.get("versions", {})
             labels = tuple(point["labels"].values())
             for row in result["rows"]:
                 at, value = (math.nan if row[name] is None else float(row[name]) for name in ("at", "value"))
@@ -153,20 +154,28 @@ def main_grid(results: Results) -> Grid:
     for place, column in enumerate(columns):
         worth = [_worth(results, column.metric, of_row[place].mean) for of_row in spreads]
         known = [one for one in worth if math.isfinite(one)]
-        if len(set(worth)) > 1 and known:
+        if len(set(known)) > 1:
             best |= {(row, place + len(results.axes)) for row, one in enumerate(worth) if one == max(known)}
     seeds = ", ".join(map(str, results.plan["seeds"]))
-    note = f"Mean ± standard deviation over seeds {seeds}; (n): of fewer. Bold: the best mean of a column."
+    note = (
+        f"Mean ± standard deviation over seeds {seeds}; (n): of fewer. Bold: the best mean, where it is known which is better."
+    )
     titles = tuple(column.title for column in columns)
     return Grid("Figures", (*results.axes, *titles), rows, frozenset(best), note, len(results.axes))
 
 
+_MORE = ("auc", "gauc", "recall", "ndcg", "hit_rate", "mrr", "learned", "reward", "advantage", "gain")
+_LESS = ("loss", "rmse", "mae", "regret", "lost")
+
+
 def _worth(results: Results, metric: str, mean: float) -> float:
-    """Returns what is higher the better a mean is."""
-    if metric.endswith("calibration"):
+    """Returns what is higher the better a mean is; NaN where nobody said which is better."""
+    words = metric.removeprefix("shard_").removeprefix("test_")
+    if "calibration" in words:
         return -abs(mean - 1)
-    less = metric in results.plan["lower_is_better"] or metric.endswith(("loss", "rmse", "mae"))
-    return -mean if less else mean
+    if metric in results.plan["lower_is_better"] or any(word in words for word in _LESS):
+        return -mean
+    return mean if any(word in words for word in _MORE) else math.nan
 
 
 def compared_grid(results: Results) -> Grid | None:
@@ -181,11 +190,10 @@ def compared_grid(results: Results) -> Grid | None:
             continue
         against = (*labels[:place], label, *labels[place + 1 :])
         spreads = [paired(results.by_seed(labels, one), results.by_seed(against, one)) for one in columns]
-        strong |= {
-            (len(rows), column + len(results.axes)) for column, one in enumerate(spreads) if one.is_above or one.is_below
-        }
-        rows.append((*labels, *(difference(one) for one in spreads)))
-    note = "Mean difference, seed by seed, and its 95 % interval (Student's t). Bold: the interval excludes 0."
+        sure = [(one.is_above or one.is_below) and one.sd > 1e-9 * abs(one.mean) for one in spreads]
+        strong |= {(len(rows), column + len(results.axes)) for column, is_sure in enumerate(sure) if is_sure}
+        rows.append((*labels, *(difference(one, len(results.plan["seeds"])) for one in spreads)))
+    note = "Mean difference, seed by seed, and its 95 % interval (Student's t); (n): of fewer seeds. Bold: the interval excludes 0."
     titles = tuple(column.title for column in columns)
     return Grid(f"Against {axis} {label}", (*results.axes, *titles), tuple(rows), frozenset(strong), note, len(results.axes))
 
@@ -264,14 +272,15 @@ def cell(one: Spread, seeds: int) -> str:
     return f"{number(one.mean, one.mean)} ± {sd if float(sd.replace(',', '')) else number(one.sd)}{fewer}"
 
 
-def difference(one: Spread) -> str:
-    """Returns a mean difference with its interval."""
+def difference(one: Spread, seeds: int) -> str:
+    """Returns a mean difference with its interval, and of how many seeds where these are fewer; copies give no interval."""
     if not one.number:
         return "-"
     same = math.isnan(one.low) or one.high - one.low <= 1e-9 * abs(one.mean)
     scale = abs(one.mean) if same else max(abs(one.low), abs(one.high))
     signed = ("+" if one.mean > 0 else "") + number(one.mean, scale)
-    return signed if same else f"{signed} ({number(one.low, scale)} to {number(one.high, scale)})"
+    fewer = f" ({one.number})" if one.number < seeds else ""
+    return (signed if same else f"{signed} ({number(one.low, scale)} to {number(one.high, scale)})") + fewer
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
@@ -281,7 +290,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
     plan = results.plan
     started = datetime.datetime.fromtimestamp(plan["started"], datetime.UTC)
     took = [point["seconds"] for point in results.points if point["status"] == "finished"]
-    machine, versions = plan["machine"], plan["versions"]
+    machine = plan["machine"]
     work = f"{sum(took):,.0f} s in all, the longest {max(took, default=0):,.0f} s"
     lost = {what: sum(point["status"] == what for point in results.points) for what in ("failed", "missing")}
     without = "".join(f", {number} {what}" for what, number in lost.items() if number)
@@ -291,8 +300,27 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ("points", f"{len(took)} of {len(results.points)} finished{without}; {work}"),
         ("seeds", ", ".join(map(str, plan["seeds"]))),
         ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        *_versions(results),
     ]
+
+
+def _versions(results: Results) -> list[tuple[str, str]]:
+    """Returns what the finished points ran with; several where the sweep went on with others."""
+    found = [point["versions"] for point in results.points if point["versions"]] or [results.plan["versions"]]
+    told = list(dict.fromkeys(", ".join(f"{name} {version}" for name, version in one.items()) for one in found))
+    points = {text: sum(", ".join(f"{a} {b}" for a, b in one.items()) == text for one in found) for text in told}
+    if len(told) == 1:
+        return [("versions", told[0])]
+    return [(f"versions of {points[text]} points", text) for text in told]
+
+
+def unknown_names(results: Results) -> list[str]:
+    """Returns metrics and heads that the sweep names and no finished point has."""
+    metrics, heads = ({getattr(one, name) for one in results.values} for name in ("metric", "head"))
+    plan = results.plan
+    wrong = [f"Sweep.metrics: {name}" for name in plan["metrics"] if name not in metrics]
+    wrong += [f"Sweep.lower_is_better: {name}" for name in plan["lower_is_better"] if name not in metrics]
+    return wrong + [f"Sweep.heads: {name}" for name in plan["heads"] if name not in heads]
 
 
 def curves(results: Results) -> list[tuple[str, Column, Sequence[float]]]:

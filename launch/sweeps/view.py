@@ -55,7 +55,7 @@ class View:
         if self._live is not None:
             self._live.update(self._table())
         elif told is not None:
-            self._console.print(self._line(told), highlight=False, soft_wrap=True)
+            self._console.print(self._line(told), highlight=False, soft_wrap=True, markup=False)
 
     def _count(self, told: Told) -> None:
         index = told.point.index
@@ -105,12 +105,12 @@ class View:
         return f"{told.what}: {told.point.title}: {self._latest[-1][2]}; {self._state()}"
 
     def _table(self) -> Group:
-        table = Table("point", "for", "", title=f"sweep {self._sweep.name}", title_justify="left", expand=True)
+        table = Table("point", "for", "", title=Text(f"sweep {self._sweep.name}"), title_justify="left", expand=True)
         now = time.monotonic()
         for point, what, told in self._latest:
-            table.add_row(point.title, "", Text(f"{what}: {told}", style="red" if what == "failed" else ""))
+            table.add_row(Text(point.title), "", Text(f"{what}: {told}", style="red" if what == "failed" else ""))
         for point, began in self._running.values():
-            table.add_row(point.title, _clock(now - began), "running")
+            table.add_row(Text(point.title), _clock(now - began), "running")
         finished = self._total - self._todo + self._done
         return Group(table, ProgressBar(total=self._total, completed=finished), Text(self._state()))
 

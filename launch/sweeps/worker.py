@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.sweeps.folder import Busy, Stopped, is_finished, locked, note, read_json, write_json
+from launch.sweeps.folder import Busy, Stopped, is_finished, locked, machine, note, read_json, versions, write_json
 
 if TYPE_CHECKING:
     from launch.points.measured import Measured
@@ -62,6 +62,7 @@ def run_point(workdir: Path, index: int) -> None:
             raise
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         result = {"rows": rows, "seconds": round(seconds, 1), "peak_rss_mb": round(peak, 1), "ended": time.time()}
+        result |= {"versions": versions(), "cpu": machine()["cpu"]}
         write_json(folder / "result.json", result)
         note(workdir, what="end", point=index)
 
@@ -70,11 +71,17 @@ def _measured(workdir: Path, point: dict, folder: Path) -> tuple[list[dict], flo
     from launch.points.kinds import measure
     from launch.points.measured import Base
     from launch.sweeps.config import load_sweep
+    from monolith_jax.experiment import to_gin
 
     began = time.monotonic()
     config = load_sweep([workdir / "sweep.gin"], point["overrides"]).point
     folder.mkdir(exist_ok=True)
     base = Base(tuple(point["gin_files"]), tuple(point["bindings"]), point["seed"])
+    if base.gin_files and to_gin(base.load()) != (folder.parent / "config.gin").read_text(encoding="utf-8"):
+        raise ValueError(
+            f"the gin files are no longer those that the sweep began with ({folder.parent / 'config.gin'}): give them back their "
+            "text, or take another --workdir"
+        )
     rows = _unless_stopped(lambda: measure(config, base, folder))
     # NaN is no JSON.
     return [
@@ -91,7 +98,7 @@ def _unless_stopped(measured: Callable[[], list[Measured]]) -> list[Measured]:
     with _hearing_sigterm() as came:
         try:
             rows = measured()
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if came():
                 raise Stopped from error
             raise
