@@ -147,7 +147,7 @@ def first_pass(experiment: Experiment, position: Any, notes: dict[str, str]) -> 
             notes["training"] = "the first pass, to where the model stands"
         if chunk.epoch:
             break
-        examples = chunk.examples.slice(0, end["row"]) if is_last else chunk.examples
+        examples = chunk.examples.slice(0, end["row"]) if is_last and end is not None else chunk.examples
         if examples.num_rows:
             yield examples
         if is_last:

@@ -153,6 +153,8 @@ def _follow(
     times_ms: list[int] = []
     for number, planned in enumerate(_checked(planner, first + rest)):
         at = number - first
+        if copies and any(freed.rows.size for freed in planned.freed):
+            raise ValueError("a table is full, and gave rows of a served copy to other ids: raise TableConfig.max_rows")
         if at >= 0:
             for shards in point.shards:
                 if at == 0 or shard_of(at, rest, shards) > shard_of(at - 1, rest, shards):

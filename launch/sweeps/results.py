@@ -154,12 +154,10 @@ def main_grid(results: Results) -> Grid:
     for place, column in enumerate(columns):
         worth = [_worth(results, column.metric, of_row[place].mean) for of_row in spreads]
         known = [one for one in worth if math.isfinite(one)]
-        if len(set(known)) > 1:
+        if known and len({one for one in worth if not math.isnan(one)}) > 1:
             best |= {(row, place + len(results.axes)) for row, one in enumerate(worth) if one == max(known)}
     seeds = ", ".join(map(str, results.plan["seeds"]))
-    note = (
-        f"Mean ± standard deviation over seeds {seeds}; (n): of fewer. Bold: the best mean, where it is known which is better."
-    )
+    note = f"Mean ± standard deviation over seeds {seeds}; (n): of fewer. Bold: the best mean, where a best is known."
     titles = tuple(column.title for column in columns)
     return Grid("Figures", (*results.axes, *titles), rows, frozenset(best), note, len(results.axes))
 
@@ -193,7 +191,7 @@ def compared_grid(results: Results) -> Grid | None:
         sure = [(one.is_above or one.is_below) and one.sd > 1e-9 * abs(one.mean) for one in spreads]
         strong |= {(len(rows), column + len(results.axes)) for column, is_sure in enumerate(sure) if is_sure}
         rows.append((*labels, *(difference(one, len(results.plan["seeds"])) for one in spreads)))
-    note = "Mean difference, seed by seed, and its 95 % interval (Student's t); (n): of fewer seeds. Bold: the interval excludes 0."
+    note = "Mean difference by seed and its 95 % interval (Student's t); (n): of fewer seeds. Bold: the interval excludes 0."
     titles = tuple(column.title for column in columns)
     return Grid(f"Against {axis} {label}", (*results.axes, *titles), tuple(rows), frozenset(strong), note, len(results.axes))
 

@@ -61,7 +61,7 @@ def markdown(results: Results, grids: list[Grid]) -> str:
     lines = [f"# {_escaped(results.plan['name'])}", ""]
     lines += [f"- {name}: {_as_code(text) if name == 'command' else _escaped(text)}" for name, text in facts(results)]
     for grid in grids:
-        lines += ["", f"## {grid.title}", ""]
+        lines += ["", f"## {_escaped(grid.title)}", ""]
         lines.append("| " + " | ".join(map(_escaped, grid.columns)) + " |")
         lines.append("|" + "|".join("---" if place < grid.num_labels else "---:" for place in range(len(grid.columns))) + "|")
         for row, cells in enumerate(grid.rows):
@@ -86,7 +86,7 @@ def _as_code(text: str) -> str:
 def _for_terminal(grid: Grid) -> Table:
     from rich.text import Text
 
-    table = Table(title=grid.title, title_justify="left", caption=grid.note or None, caption_justify="left")
+    table = Table(title=Text(grid.title), title_justify="left", caption=grid.note or None, caption_justify="left")
     for place, name in enumerate(grid.columns):
         table.add_column(Text(name), justify="left" if place < grid.num_labels else "right")
     for row, cells in enumerate(grid.rows):

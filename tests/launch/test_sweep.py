@@ -15,6 +15,7 @@ import pytest
 from launch import sweep
 from launch.sweeps.folder import is_finished, locked, read_json
 from launch.sweeps.pool import held_bytes
+from launch.sweeps.worker import run_point
 from tests.launch.small_sweep import ROOT, attempts, write_sweep
 
 SHORT = {"axes": "(@method/AxisConfig(),)", "seeds": "(0,)"}
@@ -186,3 +187,17 @@ import_submitit()
 assert not stream.closed and "SUBMITIT_LOG_LEVEL" not in os.environ
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_files_that_change_meanwhile_and_odd_words_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = one_axis(tmp_path, axes="()", name="'[/x] [y]'"), tmp_path / "out"
+    other = tmp_path / "other.gin"
+    other.write_text(f"include '{ROOT}/configs/tiktok.gin'\nTrainConfig.steps = 3\n")
+    text = file.read_text(encoding="utf-8").replace("'configs/tiktok.gin'", f"'{other}'").replace("Sweep.baseline", "# ")
+    file.write_text("\n".join(line for line in text.splitlines() if not line.startswith("method/")), encoding="utf-8")
+    data = f"--gin.RetrievalPoint.data={tmp_path}/[/no] [such]"
+    assert sweep.main(command(file, out, "--gin.RetrievalPoint.method=popularity", data)) == 1
+    assert "[/no] [such] has no interactions.parquet" in capsys.readouterr().out
+    (out / "points" / "0000-seed0" / "config.gin").write_text("# Another text.", encoding="utf-8")
+    with pytest.raises(ValueError, match="no longer those that the sweep began with"):
+        run_point(out, 0)

@@ -31,11 +31,20 @@ def test_several_bindings_change_together_and_later_ones_win() -> None:
     both = AxisConfig(
         name="both", labels=("p", "q"), bind=("TrainConfig.batch_size", "TrainPoint.keep"), values=((64, True), (128, False))
     )
-    plan = Sweep(name="s", gin_files=("configs/quickstart.gin",), bindings=("TrainConfig.batch_size = 8",), axes=(both,))
-    one, other = make_points(plan, ["TrainConfig.batch_size = 16", "TrainConfig.steps = 7"])
+    plan = Sweep(name="s", gin_files=("configs/quickstart.gin",), bindings=("TrainConfig.steps = 8",), axes=(both,))
+    one, other = make_points(plan, ["TrainConfig.steps = 7"])
     assert one.overrides == ("TrainPoint.keep = True",) and other.overrides == ("TrainPoint.keep = False",)
     assert (one.base.load().train.batch_size, other.base.load().train.batch_size) == (64, 128)
     assert one.base.load().train.steps == 7 and one.base.load("TrainConfig.steps = 9").train.steps == 9
+
+
+def test_what_an_axis_sets_cannot_be_set_beside_it() -> None:
+    rate = AxisConfig(name="rate", labels=("a",), bind=("dense/OptimizerConfig.learning_rate",), values=((0.1,),))
+    plan = Sweep(name="s", gin_files=("configs/quickstart.gin",), axes=(rate,))
+    with pytest.raises(ValueError, match=r"learning_rate is set by axis rate, so that .* would change nothing"):
+        make_points(plan, ["dense/OptimizerConfig.learning_rate = 0.9"])
+    with pytest.raises(ValueError, match=r"TrainConfig\.seed is set by Sweep\.seed_bindings"):
+        make_points(plan, ["TrainConfig.seed = 3"])
 
 
 def test_text_is_text_unless_gin_says_otherwise() -> None:

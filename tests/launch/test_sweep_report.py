@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from launch.sweeps.figures import figures
 from launch.sweeps.report import page, write_report
-from launch.sweeps.results import all_grids, cell, difference, facts, number, read_results
+from launch.sweeps.results import all_grids, cell, difference, facts, number, read_results, unknown_names
 from launch.sweeps.tables import markdown, write_tables
 from monolith_jax.evaluate.spread import spread
 from tests.launch.small_sweep import write_result, write_results
@@ -46,8 +46,8 @@ def test_tables_say_what_was_measured(workdir: Path) -> None:
     assert main.rows[2][2] == "0.6050 ± 0.0071 (2)", "one of three has failed"
     assert (1, 2) in main.strong and (0, 4) in main.strong, "the highest AUC and the lowest loss"
     assert [row[:3] for row in compared.rows] == [
-        ("md5 <&\"'> | 10^6", "1", "-0.1000"),
-        ("md5 <&\"'> | 10^6", "2", "-0.1000"),
+        ("md5 <&\"'> | 10^6", "1", "-0.1000 (2)"),
+        ("md5 <&\"'> | 10^6", "2", "-0.1000 (1)"),
     ]
     assert curve.title == "auc, mean, by epoch" and curve.columns[2:] == ("epoch 1", "epoch 2", "epoch 3")
     assert [row[2:] for row in missing.rows] == [("2", "missing", ""), ("2", "failed", "held <9> GB")]
@@ -231,5 +231,16 @@ def test_numbers_have_as_many_digits_as_help() -> None:
     assert [number(value) for value in (0.0, -0.0, math.inf, -math.inf)] == ["0", "0", "inf", "-inf"]
     assert cell(spread([2e-5, 4e-5, 6e-5]), 3) == "4.0e-05 ± 2.0e-05"
     assert cell(spread([0.5, 0.50001, 0.50002]), 3) == "0.5000 ± 1.0e-05", "a spread never looks like none"
-    assert difference(spread([-10.0, 10.00002])) == "+0.00 (-127.06 to 127.06)"
-    assert difference(spread([-1.0, -1.0])) == "-1.0000" and difference(spread([math.nan])) == "-"
+    assert difference(spread([-10.0, 10.00002]), 2) == "+0.00 (-127.06 to 127.06)"
+    assert difference(spread([-1.0, -1.0]), 2) == "-1.0000" and difference(spread([math.nan]), 1) == "-"
+
+
+def test_versions_of_the_points_are_told_not_those_of_the_last_call(tmp_path: Path) -> None:
+    points = write_results(tmp_path, {}, [0, 1, 2], metrics=["auc", "acu"])
+    for point, version in zip(points, ("1", "1", "2"), strict=True):
+        write_result(tmp_path, point, ("auc", 0.5))
+        path = tmp_path / "points" / point["key"] / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"jax": version}}))
+    results = read_results(tmp_path)
+    assert facts(results)[-2:] == [("versions of 2 points", "jax 1"), ("versions of 1 points", "jax 2")]
+    assert unknown_names(results) == ["Sweep.metrics: acu"]
