@@ -77,10 +77,11 @@ def _measured(workdir: Path, point: dict, folder: Path) -> tuple[list[dict], flo
     config = load_sweep([workdir / "sweep.gin"], point["overrides"]).point
     folder.mkdir(exist_ok=True)
     base = Base(tuple(point["gin_files"]), tuple(point["bindings"]), point["seed"])
-    if base.gin_files and to_gin(base.load()) != (folder.parent / "config.gin").read_text(encoding="utf-8"):
+    began_with = folder.parent / "config.gin"
+    if base.gin_files and began_with.is_file() and to_gin(base.load()) != began_with.read_text(encoding="utf-8"):
         raise ValueError(
-            f"the gin files are no longer those that the sweep began with ({folder.parent / 'config.gin'}): give them back "
-            "their text, or take another --workdir"
+            f"the gin files are no longer those that the sweep began with ({began_with}): give them back their text, or take "
+            "another --workdir"
         )
     rows = _unless_stopped(lambda: measure(config, base, folder))
     # NaN is no JSON.
