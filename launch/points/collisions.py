@@ -248,7 +248,6 @@ def run(point: CollisionsPoint, base: Base, folder: Path) -> list[Measured]:
         row = score(driven, test)[LABEL]
         measured += [Measured(f"test_{name}", row[name], along="epoch", at=epoch) for name in ("auc", "log_loss")]
     measured += [one._replace(along="", at=float("nan")) for one in measured[-2:]]
-    measured.append(Measured("best_auc", max(one.value for one in measured if one.metric == "test_auc")))
     rows = sum(int(group.maps.num_rows.sum()) for group in driven.parts.mapper.groups)
     measured.append(Measured("rows", float(rows)))
     for name in ("train", "test"):

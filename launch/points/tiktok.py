@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from launch.points.train import trained
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -182,11 +184,8 @@ def two_tower(data: Data, folder: Path, seed: int, load: Callable[..., Experimen
         ValueError: SIGTERM came while it trained: what is half learned would give figures like any other.
     """
     import pyarrow as pa
-    from rich.console import Console
 
     from launch.export import export
-    from launch.run import train
-    from monolith_jax.evaluate.report import read as read_run
     from monolith_jax.features import featurize
     from monolith_jax.serve.encode import Encoder
     from monolith_jax.serve.served_model import ServedModel
@@ -195,9 +194,7 @@ def two_tower(data: Data, folder: Path, seed: int, load: Callable[..., Experimen
     folder.mkdir(parents=True)
     prepare(data, folder / "examples.parquet", seed)
     experiment = load(f"DATA = {str(folder)!r}")
-    train(experiment, folder / "run", Console(quiet=True))
-    if not read_run(folder / "run").summary:
-        raise ValueError(f"{folder / 'run'}: the run was stopped before its end, so there is nothing to measure; start again")
+    trained(experiment, folder / "run")
     export(folder / "run", folder / "served", "float32")
     model = ServedModel(
         folder / "served", experiment.features, experiment.tables, None, (), num_shards=experiment.mesh.num_shards,

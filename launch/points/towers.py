@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.points.measured import Base, Measured
+from launch.points.train import trained
 
 if TYPE_CHECKING:
     from monolith_jax.evaluate.report import Run
@@ -96,19 +97,11 @@ def _dim(experiment: Experiment) -> float:
 
 
 def _trained(experiment: Experiment, workdir: Path) -> Run:
-    """Trains, unless that was done, and returns what the run wrote; its snapshots are removed."""
+    """Returns what a run wrote; its snapshots are removed, and its programs, since the next head's are others."""
     import jax
-    from rich.console import Console
 
-    from launch.run import train
-    from monolith_jax.evaluate.report import read
-
-    if not (workdir / "metrics.jsonl").is_file() or not read(workdir).summary:
-        train(experiment, workdir, Console(quiet=True))
-        jax.clear_caches()  # The next head's programs are others.
-    run = read(workdir)
-    if not run.summary:
-        raise ValueError(f"{workdir}: the run was stopped before its end; start the sweep again, it goes on from there")
+    run = trained(experiment, workdir)
+    jax.clear_caches()
     shutil.rmtree(workdir / "snapshots", ignore_errors=True)
     return run
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from launch.points.measured import Base, Measured
 
 if TYPE_CHECKING:
-    from monolith_jax.evaluate.report import Row
+    from monolith_jax.evaluate.report import Row, Run
+    from monolith_jax.experiment import Experiment
 
 _METRICS = ("auc", "gauc", "log_loss", "calibration", "learned", "optimal_auc", "rmse", "mae")
 _OF_RUN = ("rows", "steps", "examples")
@@ -32,7 +33,23 @@ def run(point: TrainPoint, base: Base, folder: Path) -> list[Measured]:
     """Trains in a folder; returns its totals (and `test_...` of a test source), their means over heads, and `auc` by hour.
 
     Raises:
-        ValueError: As `launch.run.train`; or it was stopped by SIGTERM, and its snapshot stays to go on from.
+        ValueError: As `trained`.
+    """
+    run = trained(base.load(), folder)
+    if not point.keep:
+        for name in _LARGE:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    measured = of_heads(run.totals) + of_heads(run.tests, "test_")
+    measured += [Measured(name, float(run.summary[name])) for name in _OF_RUN if name in run.summary]
+    measured += [Measured(name, float(value)) for name, value in run.summary.items() if name.startswith("retrieval_")]
+    return measured + _by_hour(run.periods)
+
+
+def trained(experiment: Experiment, folder: Path) -> Run:
+    """Trains to the end, unless a killed try did, and returns what the run wrote.
+
+    Raises:
+        ValueError: As `launch.run.train`; or it was stopped by SIGTERM: what is half learned would give figures like any other.
     """
     from rich.console import Console
 
@@ -42,18 +59,11 @@ def run(point: TrainPoint, base: Base, folder: Path) -> list[Measured]:
     def whole() -> bool:
         return (folder / "metrics.jsonl").is_file() and bool(read(folder).summary)
 
-    if not whole():  # A killed try may have trained to the end.
-        train(base.load(), folder, Console(quiet=True))
     if not whole():
-        raise ValueError(f"{folder}: the run was stopped before its end; start the sweep again, it goes on from there")
-    run = read(folder)
-    if not point.keep:
-        for name in _LARGE:
-            shutil.rmtree(folder / name, ignore_errors=True)
-    measured = of_heads(run.totals) + of_heads(run.tests, "test_")
-    measured += [Measured(name, float(run.summary[name])) for name in _OF_RUN if name in run.summary]
-    measured += [Measured(name, float(value)) for name, value in run.summary.items() if name.startswith("retrieval_")]
-    return measured + _by_hour(run.periods)
+        train(experiment, folder, Console(quiet=True))
+    if not whole():
+        raise ValueError(f"{folder}: the run was stopped before its end; start again, it goes on from there")
+    return read(folder)
 
 
 def of_heads(rows: Iterable[Row], prefix: str = "") -> list[Measured]:
