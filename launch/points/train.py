@@ -79,16 +79,20 @@ def of_heads(rows: Iterable[Row], prefix: str = "") -> list[Measured]:
 
 
 def _by_hour(rows: Iterable[Row]) -> list[Measured]:
-    rows, curves = list(rows), []
-    if not rows:
-        return []
-    first, by_time = min(row["period_start_ms"] for row in rows), {}
+    """Returns the mean AUC along the hours, over the heads that have one in each: others would make it jump as they come."""
+    by_time: dict[int, dict[str, float]] = {}
     for row in rows:
-        by_time.setdefault(row["period_start_ms"], []).append(row)
-    for start, at_once in sorted(by_time.items()):
-        of_means = [one for one in of_heads(at_once) if one.head == "mean" and one.metric == "auc"]
-        curves += [one._replace(along="hour", at=(start - first) / 3.6e6) for one in of_means]
-    return curves
+        if row.get("log_loss") is not None:
+            by_time.setdefault(row["period_start_ms"], {})[row["head"]] = _number(row.get("auc"))
+    heads = {head for of_hour in by_time.values() for head in of_hour}
+    always = [head for head in heads if all(math.isfinite(one.get(head, math.nan)) for one in by_time.values())]
+    if not always:
+        return []
+    first = min(by_time)
+    return [
+        Measured("auc", statistics.fmean(of_hour[head] for head in sorted(always)), "mean", "hour", (start - first) / 3.6e6)
+        for start, of_hour in sorted(by_time.items())
+    ]
 
 
 def _number(value: Any) -> float:

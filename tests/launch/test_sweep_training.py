@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch import run as training
+from launch.points import train as training_point
 from launch.points.measured import Base
 from launch.points.train import TrainPoint, run
 from launch.sweeps.folder import Stopped, is_finished, note, note_lost_ends, read_json, write_json
@@ -172,3 +174,13 @@ def test_a_job_that_dies_is_recorded(tmp_path: Path) -> None:
     reason = read_json(out / "points" / key / "failed.json")["reason"]
     assert process.returncode == 1 and reason.startswith("job ") and f"failed: seed 0: {reason}" in said
     assert attempts(out, "failed") == [0] and not is_finished(out, key)
+
+
+def test_a_curve_is_over_the_heads_that_have_every_hour() -> None:
+    def row(hour: int, head: str, auc: float | None) -> dict[str, Any]:
+        return {"period_start_ms": hour * 3_600_000, "head": head, "auc": auc, "log_loss": 0.5}
+
+    rows = [row(5, "a", 0.6), row(5, "b", 0.8), row(6, "a", 0.7), row(6, "b", None), row(7, "a", 0.8), row(7, "b", 0.9)]
+    curve = training_point._by_hour([*rows, {"period_start_ms": 5 * 3_600_000, "head": "ratio", "log_loss": None}])
+    assert [(one.at, one.value) for one in curve] == [(0.0, 0.6), (1.0, 0.7), (2.0, 0.8)]
+    assert training_point._by_hour([]) == []
