@@ -84,7 +84,7 @@ class Sweep:
     baseline: str = ""
     """`axis=label`: what the other labels are compared with, seed by seed; empty: no comparison."""
     workers: int = 0
-    """Processes at a time; 0: as many as have their cores."""
+    """Processes at a time; 0: as many as have their cores and their memory."""
     cores: int = 1
     """Of a process."""
     memory_gb: float = 8.0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
 
 from launch.sweeps.config import Point, Sweep
-from launch.sweeps.folder import is_finished, note, reason_of, write_json
+from launch.sweeps.folder import is_finished, machine, note, reason_of, write_json
 from launch.sweeps.worker import BUSY
 
 _TURN_S = 0.25
@@ -66,10 +66,12 @@ class Pool:
             raise ValueError(
                 f"Sweep.cores is {sweep.cores}, and this machine has {len(cores)}; set it to {len(cores)} or fewer"
             )
-        most = sweep.workers or len(cores) // sweep.cores
+        fit = int(machine()["memory_gb"] // sweep.memory_gb)
+        most = sweep.workers or max(min(len(cores) // sweep.cores, fit), 1)
         # More workers than cores share them by turns.
         blocks = [[cores[(worker * sweep.cores + one) % len(cores)] for one in range(sweep.cores)] for worker in range(most)]
-        self._free = deque(tuple(sorted(block)) for block in blocks)
+        self.free = deque(tuple(sorted(block)) for block in blocks)
+        """Cores of workers that nobody runs on."""
         self._sweep, self._workdir, self._todo = sweep, workdir, deque(points)
         self._busy: Counter[int] = Counter()
         self.running: list[_Worker] = []
@@ -78,7 +80,7 @@ class Pool:
     def __iter__(self) -> Iterator[Told | None]:
         """Yields until all points have ended."""
         while self._todo or self.running:
-            while self._todo and self._free:
+            while self._todo and self.free:
                 yield self._start(self._todo.popleft())
             ended = [told for told in map(self._look_at, list(self.running)) if told]
             yield from ended
@@ -101,7 +103,7 @@ class Pool:
         self.running = []
 
     def _start(self, point: Point) -> Told:
-        cores = self._free.popleft()
+        cores = self.free.popleft()
         folder = self._workdir / "points" / point.key
         folder.mkdir(parents=True, exist_ok=True)
         log = (folder / "log.txt").open("a", encoding="utf-8")
@@ -120,7 +122,7 @@ class Pool:
             self._hold_to_limits(worker)
             return None
         self.running.remove(worker)
-        self._free.append(worker.cores)
+        self.free.append(worker.cores)
         worker.log.close()
         point = worker.point
         if is_finished(self._workdir, point.key):

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch import sweep
+from launch.sweeps.config import Sweep
 from launch.sweeps.folder import is_finished, locked, read_json
-from launch.sweeps.pool import held_bytes
+from launch.sweeps.pool import Pool, held_bytes
 from launch.sweeps.worker import run_point
 from tests.launch.small_sweep import ROOT, attempts, write_sweep
 
@@ -202,3 +203,15 @@ def test_files_that_change_meanwhile_and_odd_words_are_told(tmp_path: Path, caps
     (out / "points" / "0000-seed0" / "config.gin").write_text("# Another text.", encoding="utf-8")
     with pytest.raises(ValueError, match="no longer those that the sweep began with"):
         run_point(out, 0)
+
+
+def test_no_more_workers_than_have_cores_and_memory(tmp_path: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+
+    def workers(**limits: float) -> int:
+        return len(Pool(Sweep(name="s", gin_files=(), **limits), tmp_path, []).free)  # pyright: ignore[reportArgumentType]
+
+    assert workers(memory_gb=1e-6) == cores and workers(memory_gb=1e9) == 1
+    assert workers(workers=5) == 5 and workers(cores=cores, memory_gb=1e-6) == 1
+    with pytest.raises(ValueError, match="this machine has"):
+        workers(cores=cores + 1)
