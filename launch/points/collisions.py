@@ -25,6 +25,8 @@ from launch.points.measured import Base, Measured
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from launch.points.training import Training
+    from launch.run import Parts
     from monolith_jax.experiment import Experiment
     from monolith_jax.types import Source
 
@@ -232,24 +234,42 @@ def run(point: CollisionsPoint, base: Base, folder: Path) -> list[Measured]:
     Raises:
         ValueError: The data cannot be read, or the configs do not fit together.
     """
-    from launch.points.driving import drive, learn, score
+    from launch.points.training import Training, check_experiment
+    from launch.process import prepare as prepare_process
+    from launch.run import assemble, test
     from monolith_jax.stream.columns import ColumnsConfig
 
     facts = prepare(point, base.seed, folder)
     experiment = base.load(f"DATA = {str(folder)!r}")
+    check_experiment(experiment, "CollisionsPoint")
     check(experiment, point.rows, facts)
     source = experiment.source
     assert isinstance(source, ColumnsConfig), "the experiment reads the examples that the point wrote"
-    test = dataclasses.replace(source, paths=("test.parquet",))
-    driven = drive(experiment, folder)
-    measured: list[Measured] = []
+    tested = dataclasses.replace(experiment, test_source=dataclasses.replace(source, paths=("test.parquet",)))
+    prepare_process(experiment.mesh)
+    parts = assemble(experiment)
+    training, measured = Training(parts), list[Measured]()
     for epoch in range(1, point.epochs + 1):
-        learn(driven, source)
-        row = score(driven, test)[LABEL]
+        _learn(experiment, parts, training, folder)
+        row = next(row for row in test(tested, parts, training.state, folder) if row["head"] == LABEL)
         measured += [Measured(f"test_{name}", row[name], along="epoch", at=epoch) for name in ("auc", "log_loss")]
     measured += [one._replace(along="", at=float("nan")) for one in measured[-2:]]
-    rows = sum(int(group.maps.num_rows.sum()) for group in driven.parts.mapper.groups)
+    rows = sum(int(group.maps.num_rows.sum()) for group in parts.mapper.groups)
     measured.append(Measured("rows", float(rows)))
     for name in ("train", "test"):
         (folder / f"{name}.parquet").unlink()
     return measured + [Measured(name, value) for name, value in facts.items()]
+
+
+def _learn(experiment: Experiment, parts: Parts, training: Training, folder: Path) -> None:
+    """Learns from the source once, to its end."""
+    from launch.readers import make_readers
+    from monolith_jax.planner import Planner
+
+    readers = make_readers(experiment, experiment.source, parts.partitions, parts.memories, folder)
+    planner = Planner(parts.model, readers, parts.mapper)
+    try:
+        for planned in planner:
+            training.step(planned)
+    finally:
+        planner.close()

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from launch import run as run_folder
 from launch.bench.collisions import NUM_MOVIES, NUM_USERS
-from launch.points import driving
 from launch.points.collisions import LABEL, CollisionsPoint, check, prepare, read_examples, rewritten, run, shared
 from launch.points.measured import Base, Measured
 from tests.stream.test_movielens import write
@@ -113,7 +113,7 @@ def test_auc_by_epoch_and_a_killed_point(tmp_path: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(driving, "score", killed)
+        patched.setattr(run_folder, "test", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tiny(), BASE, tmp_path)
     assert (tmp_path / "train.parquet").is_file()
