@@ -82,7 +82,7 @@ class JobArray:
     """Runs points as jobs; iterate over it as over `sweeps.pool.Pool`."""
 
     def __init__(self, sweep: Sweep, workdir: Path, points: Sequence[Point], executor: str, options: dict[str, Any]) -> None:
-        """Submits all points as one array.
+        """Submits nothing yet.
 
         Raises:
             ImportError: submitit is not installed.
@@ -101,13 +101,14 @@ class JobArray:
             made.update_parameters(**{**settings, **options})
         except (TypeError, NameError) as error:
             raise ValueError(f"--executor_options: {error}") from error
-        self._workdir = workdir
-        jobs = made.map_array(run_job, [workdir] * len(points), [point.index for point in points]) if points else []
-        self.running = list(zip(points, jobs, strict=True))
+        self._workdir, self._points, self._executor = workdir, tuple(points), made
+        self.running: list[tuple[Point, Any]] = []
         """Jobs that have not ended, with their points."""
 
     def __iter__(self) -> Iterator[Told | None]:
-        """Yields until all jobs have ended."""
+        """Submits all points as one array, and yields until all jobs have ended."""
+        folders, indexes = [self._workdir] * len(self._points), [point.index for point in self._points]
+        self.running = list(zip(self._points, self._executor.map_array(run_job, folders, indexes), strict=True))
         started: set[int] = set()
         while self.running:
             for point, job in list(self.running):
@@ -133,6 +134,7 @@ class JobArray:
             reason = job.result()
         except Exception as error:  # The job itself died: of memory, of time, of its host.
             reason = f"job {job.job_id}: {str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__}"
+        reason = reason or f"job {job.job_id} ended well, but {point.key}/result.json is not to be seen on this host"
         if reason == _BUSY:
             return Told(point, "busy", reason)
         if not reason_of(self._workdir, point.key):
