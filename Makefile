@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LAKE := .venv-lake
 
-.PHONY: quickstart test format clean
+.PHONY: quickstart test test-lake format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m launch.train --gin_file=configs/quickstart.gin --workdir=checkpoints/quickstart
@@ -16,12 +17,16 @@ test: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n 2 --dist loadfile
 
+# The lake has an environment of its own: it needs an older pyarrow than the rest is tested with.
+test-lake: $(LAKE)/.installed
+	$(LAKE)/bin/pytest -n 2 --dist loadfile tests/lake
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LAKE) build *.egg-info .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,3 +38,8 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.installed
+
+$(LAKE)/.installed: pyproject.toml
+	test -x $(LAKE)/bin/python || $(PYTHON) -m venv $(LAKE)
+	$(LAKE)/bin/python -m pip install --quiet --editable '.[dev-lake]'
+	touch $@
