@@ -70,7 +70,7 @@ def _in_order(changes: pa.RecordBatch, state: FeatureState) -> tuple[pa.RecordBa
     encoded = state.rows.encode(changes)
     if (np.diff(encoded.entry_rows) == 0).any():
         raise ValueError(
-            f"a change of {state.subject} features sets several groups; the join reads the log of changes, which has a row a group"
+            f"a change of {state.subject} features sets several groups; the join reads their log, which has a row a group"
         )
     times_ms = encoded.times_ms[encoded.entry_rows, encoded.entry_groups]
     if (np.diff(times_ms) >= 0).all():

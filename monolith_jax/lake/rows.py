@@ -87,14 +87,15 @@ class FeatureRows:
         Raises:
             ValueError: A column is of a type that has no words.
         """
-        self.subject, self.groups = subject, GROUPS[subject]
+        self.subject: Subject = subject
+        self.groups = GROUPS[subject]
         places: list[Place] = []
         starts, end = [], 0
         for at, group in enumerate(self.groups):
             starts.append(end)
             end += 1
             for bit, (name, kind) in enumerate(group.columns):
-                found = [one for of_type, one in _KINDS if of_type == kind]
+                found: list[Kind] = [one for of_type, one in _KINDS if of_type == kind]
                 if not found or bit > 62:
                     raise ValueError(f"column {name!r} of {subject} features is {kind}; it has no words")
                 places.append(Place(name, at, bit, end, found[0], kind))
