@@ -212,7 +212,8 @@ class WindowCounts:
         if "action" not in actions.schema.names:
             raise ValueError(f"a column of actions is missing: action; there: {', '.join(actions.schema.names)}")
         action = actions.column("action")
-        code = pc.fill_null(pc.index_in(action, pa.array(["like", "play"], action.type)), -1).to_numpy(zero_copy_only=False)
+        names = pa.array(["like", "play"], action.type)
+        code = pc.index_in(action, names).fill_null(-1).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
         is_like, is_play = code == 0, code == 1
         self._count(times[is_like], videos[is_like], LIKE)
         requests, known = ids_of(actions, "request_id", "a column of actions")
