@@ -106,12 +106,17 @@ class TableWriter:
         Args:
             epoch: Above that of the last commit, or not above it: then what was written is dropped.
             told: JSON-able; `last.told` after a restart.
+
+        Raises:
+            ValueError: Another process writes to the table as the same writer.
         """
         messages = self._write.prepare_commit(epoch)
         if epoch <= self.last.epoch:
             self._commit.abort(messages)
             return
         with writing(self._config, self.name):
+            if last_commit(self.table, self._writer).epoch != self.last.epoch:
+                raise ValueError(f"another process writes {self.name!r} as {self._writer!r}: a job of launch.lake runs once")
             self._commit.commit(messages, epoch, snapshot_properties={TOLD: json.dumps(told, separators=(",", ":"))})
         self.last = Committed(epoch, told, self.last.snapshot)
 

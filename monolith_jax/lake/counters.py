@@ -211,10 +211,10 @@ class WindowCounts:
         times, videos = _int64(actions, "event_time_ms"), _int64(actions, "video_id")
         if "action" not in actions.schema.names:
             raise ValueError(f"a column of actions is missing: action; there: {', '.join(actions.schema.names)}")
-        is_like, is_play = (
-            pc.equal(actions.column("action"), name).fill_null(False).to_numpy(zero_copy_only=False)
-            for name in ("like", "play")
-        )
+        action = actions.column("action")
+        names = pa.array(["like", "play"], action.type)
+        code = pc.index_in(action, names).fill_null(-1).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        is_like, is_play = code == 0, code == 1
         self._count(times[is_like], videos[is_like], LIKE)
         requests, known = ids_of(actions, "request_id", "a column of actions")
         values = _int64(actions, "value")
