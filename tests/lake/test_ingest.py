@@ -35,8 +35,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Lake:
 def test_every_event_is_there_once_with_its_place_in_the_log(whole: Lake) -> None:
     rows = whole.rows("events")
     found = Counter((row["topic"], row["request_id"], row["video_id"], row["action"], row["event_time_ms"]) for row in rows)
-    expected = Counter(("impressions", row["request_id"], row["video_id"], None, row["event_time_ms"]) for row in WORLD.impressions)
-    expected += Counter(("actions", row["request_id"], row["video_id"], row["action"], row["event_time_ms"]) for row in WORLD.actions)
+    expected = Counter(
+        ("impressions", row["request_id"], row["video_id"], None, row["event_time_ms"]) for row in WORLD.impressions
+    )
+    expected += Counter(
+        ("actions", row["request_id"], row["video_id"], row["action"], row["event_time_ms"]) for row in WORLD.actions
+    )
     assert found == expected
     assert {row["day"] for row in rows} == {"2023-11-14"}
     places = {(row["topic"], row["log_partition"], row["log_offset"]) for row in rows}
@@ -89,7 +93,8 @@ def test_the_counts_of_videos_are_those_of_the_windows_that_have_ended(whole: La
         for name in ("views", "completes", "likes"):
             if row[f"{name}_{window}"]:
                 found[window, row["video_id"], row["event_time_ms"], name] += row[f"{name}_{window}"]
-    assert found and found == Counter({key: count for key, count in expected.items() if key[:3] in {one[:3] for one in found}})
+    told = {key[:3] for key in found}
+    assert found and found == Counter({key: count for key, count in expected.items() if key[:3] in told})
     ended = {key for key in expected if key[2] < newest - 10_000}
     assert len(ended) > 1000 and ended <= set(found), "no window is missing that ended well before the end"
     merged = {row["video_id"]: row for row in whole.rows("video_features")}
