@@ -112,7 +112,7 @@ def test_expiry_keeps_what_is_tagged_read_and_told(tmp_path: Path) -> None:
     assert last_commit(open_table(lake.warehouse, "user_features"), "busy").epoch == 11
     assert last_commit(open_table(lake.warehouse, "user_features"), "quiet").told == {"epoch": 1}
     upsert(lake, "busy", 12, [user(3, 99, "goes on")])
-    assert len(lake.rows("user_features")) == 10
+    assert len(lake.rows("user_features")) == 11
 
 
 def test_what_a_crash_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
@@ -128,11 +128,11 @@ def test_what_a_crash_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
 def test_compaction_of_appended_rows_keeps_their_order_and_what_comes_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lake, world = make_lake(tmp_path), make_world(700)
-    first_ms = world.impressions[500]["event_time_ms"]
+    lake, world = make_lake(tmp_path), make_world(2000)
+    first_ms = world.impressions[1500]["event_time_ms"]
     first, rest = ([row for row in world.actions if (row["event_time_ms"] < first_ms) == one] for one in (True, False))
     with closing(lake.feed()) as feed:
-        feed.send_world(World(world.impressions[:500], first, {}))
+        feed.send_world(World(world.impressions[:1500], first, {}))
         lake.examples(most_rows=40)
         before = lake.table("examples").sort_by("stream_row")
         import monolith_jax.lake.tidy as tidy
@@ -141,7 +141,7 @@ def test_compaction_of_appended_rows_keeps_their_order_and_what_comes_meanwhile(
 
         def slow(*arguments):  # type: ignore[no-untyped-def]
             found = list(batches(*arguments))
-            feed.send_world(World(world.impressions[500:], rest, {}))
+            feed.send_world(World(world.impressions[1500:], rest, {}))
             lake.examples()
             return found
 
@@ -149,7 +149,7 @@ def test_compaction_of_appended_rows_keeps_their_order_and_what_comes_meanwhile(
         files, left = compact(lake.warehouse, "examples", AT_ONCE)
         assert files > 5 and left == 1
     after = lake.table("examples").sort_by("stream_row")
-    assert after.num_rows > before.num_rows == 500 and after.slice(0, 500).to_pylist() == before.to_pylist()
+    assert after.num_rows > before.num_rows == 1500 and after.slice(0, 1500).to_pylist() == before.to_pylist()
     table = open_table(lake.warehouse, "examples")
     (newest,) = [table.snapshot_manager().get_latest_snapshot()]
     assert newest.commit_user == "tidy"

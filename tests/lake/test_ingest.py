@@ -190,7 +190,7 @@ def test_a_second_ingest_is_refused(tmp_path: Path) -> None:
         feed.send_world(make_world(50))
         with closing(lake.open_ingest()) as one, closing(lake.open_ingest()) as other:
             assert one.step(0.2, 1 << 30)
-            with pytest.raises(ValueError, match="a job of launch.lake runs once"):
+            with pytest.raises(ValueError, match=r"a job of launch\.lake runs once"):
                 other.step(0.2, 1 << 30)
     assert len(lake.rows("events")) == len(make_world(50).impressions) + len(make_world(50).actions)
 
