@@ -1,9 +1,9 @@
 """Rings of versions: how they are written, read, and walked through.
 
 The layout: a row is one block of int64, so that a read of it waits for memory once. Of each group, in order: where in the ring
-the newest version stands; how many versions are held (V + 1: V, and older ones were pushed out); the earliest time of those pushed
-out; then V versions, each its time and the group's words (`rows`). Versions are in the order of their times from the newest
-backwards, whatever the order in which they came.
+the newest version stands; how many versions are held (V + 1: V, and older ones were pushed out); the earliest time of those
+pushed out; then V versions, each its time and the group's words (`rows`). Versions are in the order of their times from the
+newest backwards, whatever the order in which they came.
 """
 
 # The counts that kernels add to are those of `versions.COUNTED`: written, ignored, refused, ..., reads, too_old.

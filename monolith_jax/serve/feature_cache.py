@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,13 @@ class FeatureCache:
     def columns(self, subject: Subject) -> tuple[str, ...]:
         """Returns the names of the columns that there are of a subject."""
         return self._states[subject].columns
+
+    def wanted(self, subject: Subject, columns: Collection[str]) -> tuple[str, ...]:
+        """Returns those of `columns` that there are of a subject, and the times of their groups."""
+        rows, found = self._states[subject].rows, [name for name in self.columns(subject) if name in columns]
+        groups = zip(rows.groups, rows.groups_of(found), strict=True)
+        times = [f"{subject}_{group.time_column}" for group, is_wanted in groups if is_wanted]
+        return tuple(name for name in self.columns(subject) if name in [*found, *times])
 
     def observe(self, subject: Subject, batch: pa.RecordBatch) -> None:
         """Takes changes in: the next request sees them.
