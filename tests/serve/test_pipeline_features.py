@@ -178,4 +178,4 @@ def test_a_log_of_feeds_trains_with_what_was_served(pipeline: Pipeline, tmp_path
     keys = zip(examples.column("request_id").to_pylist(), examples.column("video_id").to_pylist(), strict=True)
     np.testing.assert_allclose(model.predict(examples), np.stack([served[key] for key in keys]), atol=2e-6)
     features = featurize(examples, model.layout)
-    assert min(group.valid.any(0).mean() for group in features.groups) > 0.7 and (features.dense != 0).any(0).all()
+    assert min(group.valid.any(0).mean() for group in features.groups) > 0.5 and (features.dense != 0).any(0).all()
