@@ -184,7 +184,7 @@ class FeatureRows:
                 codes = self._codes_of(array)
                 words[:, place.start], there = np.maximum(codes, 0), codes >= 0
             case "list":
-                lengths, items = _items(array, there)
+                lengths, items = items_of(array, there)
                 words[:, place.start] = lengths
                 words[:, place.start + 1 : place.start + 1 + MAX_ITEMS] = items
             case _:
@@ -286,7 +286,7 @@ def _flat(array: pa.Array) -> np.ndarray:
     return filled.to_numpy(zero_copy_only=False)
 
 
-def _items(array: pa.Array, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def items_of(array: pa.Array, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns how many items of each list are kept, int64 [N], and which, int64 [N, MAX_ITEMS]."""
     offsets, values = array.offsets.to_numpy(), array.values
     if values.null_count:
