@@ -1,0 +1,370 @@
+"""The last versions of each row of features: what was known of a user or of a video just before a moment.
+
+In: changes (`FeatureState.apply`), in whatever order they come. Out: the features of ids as of times. A version with time e is
+seen at t where e < t, strictly, as histories are; of equal times the later-written one counts. A group that goes stale
+(`ColumnGroup.fresh_ms`) is seen while t <= e + fresh_ms; where it is stale, or nothing was ever told of it, its numbers are 0,
+as a window in which nothing happens tells nothing. Of any other group that is not there, all is null. Times of groups are null
+wherever no version counts.
+
+State is bounded: `max_rows` ids (those of which nothing came for long make room), of each group `versions` versions. Where the
+version that was seen then has been pushed out by newer ones, all of the group is null, and the read is counted as too old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from monolith_jax.ids.cuckoo import IdMaps, MapLayout
+from monolith_jax.ids.footprint import map_bytes
+from monolith_jax.ids.lines import inner, jit
+from monolith_jax.lake.rows import Encoded, FeatureRows, Seen
+from monolith_jax.lake.tables import Subject
+from monolith_jax.stream.history import take_over
+from monolith_jax.types import Array
+
+COUNTED = ("written", "ignored", "refused", "evicted", "without_id", "reads", "too_old")
+"""What is counted: versions that were taken, versions that came so late that no room is left for them, versions of ids for
+which there is no room, ids that made room, rows without an id, groups that were read, and those of them that were too old."""
+_READS, _TOO_OLD = COUNTED.index("reads"), COUNTED.index("too_old")
+_WINDOW = 8
+"""Rows that are looked at for each that must make room: the one of which nothing came for longest goes."""
+
+
+class Rings(NamedTuple):
+    """The versions of all rows: R rows, V versions, G groups, W words."""
+
+    times_ms: Array
+    """int64 [R, V, G]"""
+    words: Array
+    """int64 [R, V, W]"""
+    heads: Array
+    """int32 [R, G], where in the ring the newest version stands."""
+    counts: Array
+    """int32 [R, G], versions held; V + 1: V, and older ones were pushed out."""
+    dropped_ms: Array
+    """int64 [R, G], the earliest time of those pushed out."""
+
+
+class _Rules(NamedTuple):
+    """How groups are read."""
+
+    offsets: Array
+    fresh_ms: Array
+    absent: Array
+    nulls: Array
+
+
+@inner
+def _put(rings, offsets, row, group, time_ms, words):
+    # Versions are in the order of their times from the head backwards. Returns the index in COUNTED.
+    depth = rings.times_ms.shape[1]
+    first, last, head = offsets[group], offsets[group + 1], rings.heads[row, group]
+    held = min(rings.counts[row, group], depth)
+    newer = 0
+    while newer < held and rings.times_ms[row, (head - newer) % depth, group] > time_ms:
+        newer += 1
+    place = (head - newer) % depth
+    if newer == held or rings.times_ms[row, place, group] != time_ms:
+        if held == depth:
+            pushed_ms = time_ms if newer == depth else rings.times_ms[row, (head + 1) % depth, group]
+            if rings.counts[row, group] == depth or pushed_ms < rings.dropped_ms[row, group]:
+                rings.dropped_ms[row, group] = pushed_ms
+            rings.counts[row, group] = depth + 1
+            if newer == depth:
+                return 1
+        else:
+            rings.counts[row, group] = held + 1
+        head = (head + 1) % depth
+        rings.heads[row, group] = head
+        for k in range(newer):
+            to, of = (head - k) % depth, (head - k - 1) % depth
+            rings.times_ms[row, to, group] = rings.times_ms[row, of, group]
+            rings.words[row, to, first:last] = rings.words[row, of, first:last]
+        place = (head - newer) % depth
+        rings.times_ms[row, place, group] = time_ms
+    rings.words[row, place, first:last] = words[first:last]
+    return 0
+
+
+@inner
+def _get(rings, rules, row, time_ms, there, times_ms, words):
+    # One row as of a time. Returns how many groups anything had been told of, and of how many it is too old.
+    depth = rings.times_ms.shape[1]
+    known = too_old = 0
+    for group in range(there.size):
+        first, last = rules.offsets[group], rules.offsets[group + 1]
+        there[group], times_ms[group] = False, 0
+        for word in range(first, last):
+            words[word] = 0
+        words[first] = rules.absent[group]
+        if row < 0:
+            continue
+        head, count = rings.heads[row, group], rings.counts[row, group]
+        seen = False
+        for k in range(min(count, depth)):
+            place = (head - k) % depth
+            of_version = rings.times_ms[row, place, group]
+            if of_version < time_ms:
+                seen = True
+                # A difference, as the sum may be more than 64 bits hold.
+                if rules.fresh_ms[group] == 0 or time_ms - of_version <= rules.fresh_ms[group]:
+                    there[group], times_ms[group] = True, of_version
+                    words[first:last] = rings.words[row, place, first:last]
+                break
+        if not seen and count > depth and rings.dropped_ms[row, group] < time_ms:
+            seen = True
+            too_old += 1
+            words[first] = rules.nulls[group]
+        known += seen
+    return known, too_old
+
+
+@jit
+def _write_all(rings, rules, rows, entry_rows, entry_groups, times_ms, words, told):
+    for entry in range(entry_rows.size):
+        i, group = entry_rows[entry], entry_groups[entry]
+        if rows[i] < 0:
+            told[2] += 1
+        else:
+            told[_put(rings, rules.offsets, rows[i], group, times_ms[i, group], words[i])] += 1
+
+
+@jit
+def _read_all(rings, rules, rows, at_ms, known, there, times_ms, words):
+    total = 0
+    for i in range(rows.size):
+        of_row, too_old = _get(rings, rules, rows[i], at_ms[i], there[i], times_ms[i], words[i])
+        known[i] = of_row > 0
+        total += too_old
+    return total
+
+
+@jit
+def _walk_both(
+    rings, rules, rows, at_ms, order, changed, entry_rows, entry_groups, change_ms, changes, known, there, times_ms, words, told
+):
+    # Entries and `order` by time: each example sees what is earlier, and nothing else has been written by then.
+    entry = 0
+    for n in range(order.size):
+        at = order[n]
+        while entry < entry_rows.size and change_ms[entry_rows[entry], entry_groups[entry]] < at_ms[at]:
+            i, group = entry_rows[entry], entry_groups[entry]
+            if changed[i] < 0:
+                told[2] += 1
+            else:
+                told[_put(rings, rules.offsets, changed[i], group, change_ms[i, group], changes[i])] += 1
+            entry += 1
+        of_row, too_old = _get(rings, rules, rows[at], at_ms[at], there[at], times_ms[at], words[at])
+        known[at] = of_row > 0
+        told[5] += there.shape[1]
+        told[6] += too_old
+
+
+class FeatureState:
+    """The rows of one subject. Not thread safe, but that `encode` and `decode` may run beside `write` and `gather`."""
+
+    def __init__(self, subject: Subject, max_rows: int, versions: int = 1) -> None:
+        """Makes empty rings.
+
+        Args:
+            subject: Whose features.
+            max_rows: Ids that are kept.
+            versions: V, of each group. 1 where reads go forward with the changes; else as many as may come between the time
+                that is asked for and the newest change.
+
+        Raises:
+            ValueError: There is no room for a row or a version.
+        """
+        if max_rows < 1 or versions < 1:
+            raise ValueError(f"FeatureState: max_rows and versions must be at least 1, got {max_rows} and {versions}")
+        self.subject: Subject = subject
+        self.max_rows, self.versions = max_rows, versions
+        self._layout = _layout(subject, max_rows)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.rows = FeatureRows(self.subject)
+        size, groups = 2 * self._layout.rows_per_shard, len(self.rows.groups)
+        self._maps = IdMaps(self._layout)
+        self._rings = Rings(
+            np.zeros((size, self.versions, groups), np.int64),
+            np.zeros((size, self.versions, self.rows.num_words), np.int64),
+            np.zeros((size, groups), np.int32),
+            np.zeros((size, groups), np.int32),
+            np.zeros((size, groups), np.int64),
+        )
+        self._rules = _Rules(self.rows.offsets, self.rows.fresh_ms, self.rows.absent, self.rows.nulls)
+        self._ids, self._latest_ms = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        """Of each row: whose it is, and the latest time of its changes."""
+        self._used = np.zeros(size, np.bool_)
+        self._hand = np.zeros(1, np.int64)
+        """The row at which the search for room goes on."""
+        self._told = np.zeros(len(COUNTED), np.int64)
+
+    def __len__(self) -> int:
+        """Returns how many ids there are."""
+        return int(self._maps.num_rows[0])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns of `as_of`."""
+        return self.rows.columns
+
+    def apply(self, batch: pa.RecordBatch) -> None:
+        """Takes changes in.
+
+        Args:
+            batch: Rows of the features table or of its log: the key, and of the groups that are set the time and all columns.
+
+        Raises:
+            ValueError: A column is missing or of a wrong type.
+        """
+        self.write(self.rows.encode(batch))
+
+    def write(self, changes: Encoded) -> None:
+        """Takes changes in that `rows.encode` returned."""
+        self._told[COUNTED.index("without_id")] += changes.without_id
+        rows = self._rows_for(changes, changes.entry_rows, changes.entry_groups)
+        entries = changes.entry_rows, changes.entry_groups
+        _write_all(self._rings, self._rules, rows, *entries, changes.times_ms, changes.words, self._told)
+
+    def as_of(self, ids: np.ndarray, times_ms: np.ndarray, columns: Sequence[str] | None = None) -> pa.RecordBatch:
+        """Returns what was known of ids just before times.
+
+        Args:
+            ids: int64 [N].
+            times_ms: int64 [N].
+            columns: Some of `columns`; None: all. `<subject>_<column>`, each group's time, and `<subject>_known`.
+
+        Raises:
+            ValueError: There is no such column.
+        """
+        return self.rows.decode(self.gather(ids, times_ms), columns)
+
+    def gather(self, ids: np.ndarray, times_ms: np.ndarray, valid: np.ndarray | None = None) -> Seen:
+        """Returns what `rows.decode` makes columns of; of ids that are not `valid`, bool [N], nothing is known."""
+        seen = self._nothing(ids.size)
+        self._told[_TOO_OLD] += _read_all(self._rings, self._rules, self._lookup(ids, valid), times_ms, *seen)
+        self._told[_READS] += seen.there.size
+        return seen
+
+    def walk(
+        self, ids: np.ndarray, times_ms: np.ndarray, changes: Encoded, valid: np.ndarray | None = None
+    ) -> tuple[Seen, int]:
+        """Takes changes in on the way through examples: each sees exactly the changes before it, however few versions are held.
+
+        Args:
+            ids: int64 [N], of the examples.
+            times_ms: int64 [N], theirs, in any order.
+            changes: Their entries in the order of time.
+            valid: bool [N], which examples have an id; None: all.
+
+        Returns:
+            What the examples saw, and how many entries were taken in: those before the last example.
+        """
+        of_entries = changes.times_ms[changes.entry_rows, changes.entry_groups]
+        assert (np.diff(of_entries) >= 0).all(), "changes in the order of time"
+        number = int(np.searchsorted(of_entries, times_ms.max())) if times_ms.size else 0
+        entries = changes.entry_rows[:number], changes.entry_groups[:number]
+        changed = self._rows_for(changes, *entries)
+        seen, order = self._nothing(ids.size), np.argsort(times_ms, kind="stable")
+        of_changes = changed, *entries, changes.times_ms, changes.words
+        _walk_both(self._rings, self._rules, self._lookup(ids, valid), times_ms, order, *of_changes, *seen, self._told)
+        return seen, number
+
+    def _nothing(self, number: int) -> Seen:
+        groups = len(self.rows.groups)
+        return Seen(
+            np.empty(number, np.bool_),
+            np.empty((number, groups), np.bool_),
+            np.empty((number, groups), np.int64),
+            np.empty((number, self.rows.num_words), np.int64),
+        )
+
+    def _lookup(self, ids: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+        shards, rows = self._maps.lookup(ids, 0)
+        there = rows >= 0 if valid is None else valid & (rows >= 0)
+        return np.where(there, shards.astype(np.int64) * self._layout.rows_per_shard + rows, -1)
+
+    def _rows_for(self, changes: Encoded, entry_rows: np.ndarray, entry_groups: np.ndarray) -> np.ndarray:
+        """Returns the row of each change that has entries among these, int64 [N], made where there is none; -1: no room."""
+        out = np.full(changes.ids.size, -1, np.int64)
+        if not entry_rows.size:
+            return out
+        # In stream order, so that who finds a place does not depend on where batches are cut.
+        distinct, first, inverse = np.unique(changes.ids[entry_rows], return_index=True, return_inverse=True)
+        order = np.argsort(first)[: self.max_rows]
+        wanted = distinct[order]
+        flat = np.full(distinct.size, -1, np.int64)
+        flat[order] = self._lookup(wanted)
+        new = order[flat[order] < 0]
+        self._make_room(len(self) + new.size - self.max_rows, flat[flat >= 0])
+        shards, rows, *_ = self._maps.lookup_or_insert(distinct[new], 0, np.zeros(new.size, np.uint32))
+        flat[new] = np.where(rows >= 0, shards.astype(np.int64) * self._layout.rows_per_shard + rows, -1)
+        made = new[flat[new] >= 0]
+        self._used[flat[made]], self._ids[flat[made]] = True, distinct[made]
+        self._latest_ms[flat[made]], self._rings.counts[flat[made]] = np.iinfo(np.int64).min, 0
+        of_entries = flat[inverse]
+        fine = of_entries >= 0
+        np.maximum.at(self._latest_ms, of_entries[fine], changes.times_ms[entry_rows, entry_groups][fine])
+        out[entry_rows] = of_entries
+        return out
+
+    def _make_room(self, missing: int, spared: np.ndarray) -> None:
+        """Forgets so many ids, none of the rows of `spared`: of every few the one of which nothing came for longest."""
+        while missing > 0:
+            window = (self._hand[0] + np.arange(min(max(_WINDOW * missing, 64), self._used.size))) % self._used.size
+            self._hand[0] = (self._hand[0] + window.size) % self._used.size
+            window = window[self._used[window]]
+            window = window[~np.isin(window, spared)]
+            leaving = window[np.argsort(self._latest_ms[window], kind="stable")[:missing]]
+            self._maps.erase(self._ids[leaving], 0)
+            self._used[leaving] = False
+            self._told[COUNTED.index("evicted")] += leaving.size
+            missing -= leaving.size
+
+    def metrics(self) -> dict[str, int]:
+        """Returns how many rows there are, and what `COUNTED` says."""
+        told = dict(zip(COUNTED, self._told.tolist(), strict=True))
+        return {"rows": len(self), **told, "texts_refused": self.rows.texts_refused}
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        of_rows = {"ids": self._ids, "latest_ms": self._latest_ms, "used": self._used, "hand": self._hand, "told": self._told}
+        return {**self._rings._asdict(), **of_rows}
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Returns a copy of everything."""
+        state = {f"maps.{name}": array for name, array in self._maps.get_state().items()}
+        state |= {f"texts.{name}": array for name, array in self.rows.get_state().items()}
+        return state | {name: array.copy() for name, array in self._arrays().items()}
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Takes over what `get_state` returned.
+
+        Raises:
+            ValueError: The state is of another subject or size, or damaged.
+        """
+        parts = {
+            prefix: {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+            for prefix in ("maps.", "texts.")
+        }
+        self._maps.set_state(parts["maps."])
+        take_over(self._arrays(), state, "FeatureState")
+        self.rows.set_state(parts["texts."])
+
+
+def _layout(subject: Subject, max_rows: int) -> MapLayout:
+    return MapLayout((f"features.{subject}",), (max_rows,), 2)
+
+
+def state_bytes(subject: Subject, max_rows: int, versions: int = 1) -> int:
+    """Returns the bytes of the arrays of a full `FeatureState`, but for its texts."""
+    layout, rows = _layout(subject, max_rows), FeatureRows(subject)
+    groups = len(rows.groups)
+    of_row = 8 * versions * (groups + rows.num_words) + 16 * groups + 17
+    return sum(map_bytes(layout).values()) + 2 * layout.rows_per_shard * of_row
