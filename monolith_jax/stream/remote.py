@@ -144,7 +144,10 @@ class RemotePath:
     def children(self) -> list[tuple[RemotePath, bool]]:
         """Returns what is in the folder, by name, and whether each is a folder; nothing where there is no folder."""
         where, path = self.filesystem()
-        found = where.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        try:
+            found = where.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        except NotADirectoryError:
+            found = []
         named = sorted((one.base_name, one.type == fs.FileType.Directory) for one in found)
         return [(self / name, is_folder) for name, is_folder in named if name]
 
@@ -201,8 +204,11 @@ class _WholeFile(io.RawIOBase):
         wanted = left if size is None or size < 0 else min(size, left)
         if not wanted:
             return b""
-        self._file.seek(self._at)
-        data = self._file.read(wanted)
+        try:
+            self._file.seek(self._at)
+            data = self._file.read(wanted)
+        except OSError as error:
+            raise OSError(f"{self._name}: cannot be read at byte {self._at} of {self._size}: {error}") from error
         if len(data) != wanted:
             raise OSError(f"{self._name}: {len(data)} bytes came of {wanted} at {self._at}; the file has {self._size}")
         self._at += wanted
@@ -310,5 +316,5 @@ def _expanded(folder: RemotePath, parts: tuple[str, ...]) -> Iterator[str]:
             continue
         if not rest:
             yield str(child)
-        if is_folder and (rest or part == "**"):
+        if is_folder and (part == "**" or rest):
             yield from _expanded(child, parts[plain:] if part == "**" else rest)
