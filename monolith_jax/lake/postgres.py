@@ -142,7 +142,7 @@ class ProfileReader:
 
     def confirm(self, position: int) -> None:
         """Says that all up to a position is in the lake for good: the server need not keep it any longer."""
-        if position == START or self._stream is None:
+        if position == START or self._decoder is None:
             return
         try:
             self._stream.send_feedback(write_lsn=position, flush_lsn=position, apply_lsn=position, force=True)
@@ -319,7 +319,8 @@ class ProfileReader:
             message = stream.read_message()
             if message is not None:
                 decoder.feed(message.payload)
-                continue
+                if decoder.is_open or decoder.num_rows or time.monotonic() < until:
+                    continue
             if not decoder.is_open:
                 # All before this is told: what the server wrote since is of other tables. It need not be kept, either.
                 decoder.position = max(decoder.position, stream.wal_end)
