@@ -79,7 +79,6 @@ CONFIGS: tuple[type, ...] = (
     *(TrainConfig, SnapshotConfig, PublisherConfig, MeshConfig, WireConfig, PrequentialConfig),
     *(
         ServingConfig,
-        FeatureCacheConfig,
         CatalogueConfig,
         IndexConfig,
         UserStateConfig,
@@ -87,7 +86,7 @@ CONFIGS: tuple[type, ...] = (
         SourcesConfig,
         TrendingConfig,
     ),
-    *(RankConfig, GroupValuesConfig, CalibrationConfig, RerankConfig),
+    *(FeatureCacheConfig, RankConfig, GroupValuesConfig, CalibrationConfig, RerankConfig),
 )
 """Every dataclass that a file may bind, in the order of `configs/reference.gin`: the order of the data."""
 

@@ -75,10 +75,12 @@ def write_log(url: str, number: int, partitions: int = 1, seed: int = 0) -> None
     from monolith_jax.stream.log import LogPartition, open_log, open_producer
 
     rng = np.random.default_rng(seed)
-    with closing(open_producer(url)) as producer, closing(open_log(url)) as log:
-        numbers = {}
-        for topic, schema in (("impressions", IMPRESSION), ("actions", ACTION)):
+    numbers = {}
+    with closing(open_producer(url)) as producer:
+        for topic in ("impressions", "actions"):
             producer.create(topic, partitions)
+        log = open_log(url)
+        for topic, schema in (("impressions", IMPRESSION), ("actions", ACTION)):
             numbers[topic] = announce(producer, Schemas(log, topic), topic, schema)
         for first in range(0, number // 2, MESSAGE_ROWS):
             count = min(MESSAGE_ROWS, number // 2 - first)
@@ -96,9 +98,8 @@ def write_log(url: str, number: int, partitions: int = 1, seed: int = 0) -> None
             for topic, schema, more in (("impressions", IMPRESSION, shown), ("actions", ACTION, done)):
                 columns = keys | more
                 arrays = [pa.array(columns[one.name]) if one.name in columns else pa.nulls(count, one.type) for one in schema]
-                batch = pa.RecordBatch.from_arrays(
-                    [one.cast(field.type) for one, field in zip(arrays, schema, strict=True)], schema=schema
-                )
+                typed = [one.cast(field.type) for one, field in zip(arrays, schema, strict=True)]
+                batch = pa.RecordBatch.from_arrays(typed, schema=schema)
                 for payload in encode(batch, "arrow"):
                     producer.append(LogPartition(topic, first // MESSAGE_ROWS % partitions), payload, numbers[topic])
 
@@ -187,6 +188,7 @@ def _merged(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def rows(ids: np.ndarray, time_ms: int) -> pa.Table:
         offsets = pa.array(np.arange(0, 4 * ids.size + 1, 4, dtype=np.int32))
         country = pa.DictionaryArray.from_arrays(rng.integers(0, 3, ids.size).astype(np.int32), ["at", "de", "fr"])
+        country = country.cast(pa.string())
         times, some = pa.array(np.full(ids.size, time_ms)), rng.integers(0, 1 << 40, (3, ids.size))
         columns = {
             "user_id": pa.array(ids),
@@ -194,7 +196,7 @@ def _merged(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "country": country.cast(pa.string()),
             "age": pa.array(some[0]),
         }
-        columns |= {"language": country.cast(pa.string()), "activity_ms": times, "last_video_id": pa.array(some[1])}
+        columns |= {"language": country, "activity_ms": times, "last_video_id": pa.array(some[1])}
         columns |= {"last_author_id": pa.array(some[2]), "last_duration_ms": pa.array(some[0])}
         columns["last_tag_id"] = pa.ListArray.from_arrays(offsets, pa.array(rng.integers(0, 1000, 4 * ids.size)))
         return pa.Table.from_pydict(columns)

@@ -46,7 +46,11 @@ class FeatureChanges:
         return [(subject, batch) for subject, changelog in self._followed for batch in changelog.poll().rows.to_batches()]
 
     def follow(self, period_s: float = 0.1) -> Iterator[Changes]:
-        """Yields changes without end, looking for them every `period_s`, which costs some milliseconds; raises what `poll` does."""
+        """Yields changes without end, looking for them every `period_s`, which costs some milliseconds.
+
+        Raises:
+            ValueError: Changes have expired before they were read.
+        """
         while True:
             yield self.poll()
             time.sleep(period_s)
