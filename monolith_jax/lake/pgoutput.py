@@ -87,7 +87,7 @@ class ProfileRows:
 
     def __init__(self, subject: Subject) -> None:
         """Begins without any."""
-        self._subject = subject
+        self._subject: Subject = subject
         self._rows: list[Row] = []
         self._times_ms: list[int] = []
         self._packed: list[pa.RecordBatch] = []
@@ -178,8 +178,7 @@ class Decoder:
         """End of the last transaction."""
         self.num_set_aside = 0
         """Rows without a key."""
-        subjects: set[Subject] = {table.subject for table in tables}
-        self._rows = {subject: ProfileRows(subject) for subject in sorted(subjects)}
+        self._rows: dict[Subject, ProfileRows] = {table.subject: ProfileRows(table.subject) for table in tables}
         self.num_rows = 0
         """Rows that `take` would return."""
 
@@ -187,9 +186,12 @@ class Decoder:
         """Returns the rows of the transactions that have ended since the last time, of those subjects that have any."""
         if not self.num_rows:
             return {}
-        rows = {subject: rows.take() for subject, rows in self._rows.items()}
+        taken: dict[Subject, pa.RecordBatch] = {}
+        for subject, rows in self._rows.items():
+            if (batch := rows.take()).num_rows:
+                taken[subject] = batch
         self.num_rows = 0
-        return {subject: batch for subject, batch in rows.items() if batch.num_rows}
+        return taken
 
     def feed(self, message: bytes) -> None:
         """Takes in one message.
