@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from monolith_jax.lake.warehouse import WarehouseConfig
     from monolith_jax.stream.log_source import LogConfig
 
-START_MS = 1_800_000_000_000
+START_MS = 1_790_000_000_000
 EVENTS_PER_S = 20_000
 """Of event time."""
 MESSAGE_ROWS = 2048
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found: dict[str, Any] = {}
         for name, measure in (("warm", _warm), ("ingest", _ingest), ("merged", _merged), ("agree", _agreement)):
             found |= measure(asked, folder / name)
+            print(f"{name}: done", file=sys.stderr, flush=True)
         if asked.changes:
             found |= _profiles(asked, folder / "profiles")
     _print(found)
@@ -140,8 +141,8 @@ def _run_ingest(log: LogConfig, warehouse: WarehouseConfig, folder: Path, commit
     letters, counts = DeadLetters(folder / "dead_letters.jsonl"), WindowCountsConfig(max_videos=100_000)
     with closing(Ingest(log, warehouse, letters, counts, 5.0)) as ingest:
         total = 0
-        while number := ingest.step(commit_s, 64 << 20):
-            total += number
+        while ingest.unread():
+            total += ingest.step(commit_s, 64 << 20)
     return total
 
 
@@ -348,12 +349,11 @@ def _profiles(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
             connection.autocommit = True
             cursor.execute(TABLES)
             cursor.execute("INSERT INTO user_profiles SELECT i, 'de', 'de', 0 FROM generate_series(1, 1000) AS i")
-            profiles = Profiles(PostgresConfig(dsn=server.dsn), warehouse)
 
             def follow() -> None:
-                while not stop.is_set():
-                    profiles.step(0.2)
-                profiles.close()
+                with closing(Profiles(PostgresConfig(dsn=server.dsn), warehouse)) as profiles:
+                    while not stop.is_set():
+                        profiles.step(0.2)
 
             thread = threading.Thread(target=follow, daemon=True)
             thread.start()
