@@ -1,8 +1,9 @@
 """Versions of rows: how they are written, read, and walked through.
 
-The layout: a row is one block of int64. Of each group, in order: how many versions are held (V + 1: V, and older ones were pushed
-out); the earliest time of those pushed out; then V versions, each its time and the group's words (`rows`), in the order of their
-times from the newest backwards, whatever the order in which they came. So a read of now waits for one or two cache lines a group.
+The layout: a row is one block of int64. Of each group, in order: how many versions are held (V + 1: V, and older ones were
+pushed out); the earliest time of those pushed out; then V versions, each its time and the group's words (`rows`), in the
+order of their times from the newest backwards, whatever the order in which they came. So a read of now waits for one or two
+cache lines a group.
 """
 
 # The counts that kernels add to are those of `versions.COUNTED`: written, ignored, refused, ..., reads, too_old.
