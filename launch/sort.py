@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import sys
 import time
 from pathlib import Path
 
+from monolith_jax.stream.remote import AnyPath, matching, path_of
 from monolith_jax.stream.time_order import sort_by_time
 
 EXAMPLE = """\
@@ -27,7 +27,12 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, help="CSV (plain or .gz) or Parquet files, or glob patterns")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="CSV (plain or .gz) or Parquet files, or glob patterns; also s3://, hdfs:// and webhdfs://",
+    )
     parser.add_argument("--output", required=True, help="folder for the sorted files")
     parser.add_argument("--time_column", required=True, help="column to sort by; KuaiRand's is time_ms")
     parser.add_argument("--name", default="log_standard", help="start of the sorted files' names (default: %(default)s)")
@@ -35,13 +40,13 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _paths(patterns: list[str]) -> list[Path]:
-    paths: list[Path] = []
+def _paths(patterns: list[str]) -> list[AnyPath]:
+    paths: list[AnyPath] = []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern))
+        found = matching(pattern)
         if not found:
             raise ValueError(f"no file matches {pattern!r} (in {Path.cwd()})")
-        paths += map(Path, found)
+        paths += map(path_of, found)
     return paths
 
 

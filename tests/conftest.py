@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.bench import s3_server as s3
 from launch.bench.kafka_broker import REQUIRED, Broker, missing, shared_broker
 
 # Before anything imports jax, which reads these once.
@@ -55,3 +56,19 @@ def mortal_broker(kafka_jars: None, tmp_path_factory: pytest.TempPathFactory) ->
     one.start()
     yield one
     one.stop()
+
+
+@pytest.fixture(scope="session")
+def require_s3() -> None:
+    """Skips where no S3 server can be started; fails there where one is required."""
+    if why := s3.missing():
+        assert not os.environ.get(s3.REQUIRED), why
+        pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def s3_server(require_s3: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.S3Server]:
+    """Returns the one S3 server that all processes of a test run share."""
+    folder = tmp_path_factory.getbasetemp()
+    with s3.shared_s3_server(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) as server:
+        yield server

@@ -20,13 +20,13 @@ HERE = Path(__file__).parent
 POM, JARS = HERE / "kafka_broker.pom.xml", HERE / "kafka_jars"
 REQUIRED = "MONOLITH_JAX_REQUIRE_KAFKA"
 _JAVA = ["java", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{JARS}/*"]
-# The broker ends when it is told to, or with the tests: also when these are killed.
+# The server ends when it is told to, or with the tests: also when these are killed.
 _WATCHED = """
-"$@" & broker=$!
-echo $broker > "$FOLDER/new_pid" && mv "$FOLDER/new_pid" "$FOLDER/pid"
-while kill -0 $TESTS 2>/dev/null && kill -0 $broker 2>/dev/null; do sleep 0.5; done
-kill $broker 2>/dev/null
-wait $broker
+"$@" & server=$!
+echo $server > "$FOLDER/new_pid" && mv "$FOLDER/new_pid" "$FOLDER/pid"
+while kill -0 $TESTS 2>/dev/null && kill -0 $server 2>/dev/null; do sleep 0.5; done
+kill -$ENDING $server 2>/dev/null
+wait $server
 """
 
 
@@ -68,6 +68,33 @@ def missing() -> str:
 def tests_pid() -> int:
     """Returns the process that all tests of a run belong to."""
     return os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+
+
+def start_watched(command: list[str], folder: Path, log: Path, ending: str = "TERM") -> None:
+    """Starts a server that ends with the tests; its process is in `folder/pid`, soon. `ending`: the signal that it is sent."""
+    (folder / "pid").unlink(missing_ok=True)
+    # Two shells: the first ends at once, so the server is nobody's child here, and any process of the run may stop it.
+    with log.open("ab") as file:
+        subprocess.run(
+            ["sh", "-c", f"({_WATCHED}) &", "sh", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            check=True,
+            env=os.environ | {"FOLDER": str(folder), "TESTS": str(tests_pid()), "ENDING": ending},
+            start_new_session=True,
+        )
+
+
+def end_process(pid: int, how: signal.Signals) -> None:
+    """Sends a signal to a server, and returns when it has ended: in half a minute it is killed."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, how)
+    until = time.monotonic() + 30
+    while is_running(pid):
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 class Broker:
@@ -129,19 +156,8 @@ class Broker:
             cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
             command = [*_JAVA, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", properties]
             subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
-        (self.folder / "pid").unlink(missing_ok=True)
         command = [*_JAVA[:1], "-Xmx512m", *_JAVA[1:], "kafka.Kafka", properties]
-        # Two shells: the first ends at once, so the broker is nobody's child here, and any process of the run may stop it.
-        with (self.folder / "broker.log").open("ab") as log:
-            subprocess.run(
-                ["sh", "-c", f"({_WATCHED}) &", "sh", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                check=True,
-                env=os.environ | {"FOLDER": str(self.folder), "TESTS": str(tests_pid())},
-                start_new_session=True,
-            )
+        start_watched(command, self.folder, self.folder / "broker.log")
         until = time.monotonic() + 60
         while time.monotonic() < until:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
@@ -151,21 +167,11 @@ class Broker:
 
     def stop(self) -> None:
         """Lets it end in its own way."""
-        self._end(signal.SIGTERM)
+        end_process(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """Ends it with SIGKILL."""
-        self._end(signal.SIGKILL)
-
-    def _end(self, how: signal.Signals) -> None:
-        pid = self.pid
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, how)
-        until = time.monotonic() + 30
-        while _runs(pid):
-            if time.monotonic() > until:
-                os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
+        end_process(self.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -192,7 +198,8 @@ def shared_broker(folder: Path) -> Iterator[Broker]:
                 shutil.rmtree(where)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Returns whether there is such a process, and it has not ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

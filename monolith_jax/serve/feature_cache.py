@@ -104,7 +104,7 @@ class FeatureCache:
         Raises:
             ValueError: There is no such column.
         """
-        return self._as_of("video", ids, time_ms, columns)
+        return self.as_of("video", ids, time_ms, columns)
 
     def user(self, id: int, time_ms: int, columns: Sequence[str] | None = None) -> pa.RecordBatch:
         """Returns what is known of a user just before a time, a row; as `videos`.
@@ -112,9 +112,14 @@ class FeatureCache:
         Raises:
             ValueError: There is no such column.
         """
-        return self._as_of("user", np.array([id], np.int64), time_ms, columns)
+        return self.as_of("user", np.array([id], np.int64), time_ms, columns)
 
-    def _as_of(self, subject: Subject, ids: np.ndarray, time_ms: int, columns: Sequence[str] | None) -> pa.RecordBatch:
+    def as_of(self, subject: Subject, ids: np.ndarray, time_ms: int, columns: Sequence[str] | None = None) -> pa.RecordBatch:
+        """Returns what is known of ids, int64 [N], just before a time, a row each; as `videos`.
+
+        Raises:
+            ValueError: There is no such column.
+        """
         state = self._states[subject]
         times_ms = np.full(ids.size, time_ms, np.int64)
         with self._locks[subject]:

@@ -8,8 +8,8 @@ as the first rows of the first file show (a later value that is not of that type
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from monolith_jax.stream import validate
 from monolith_jax.stream.events import EXAMPLE
 from monolith_jax.stream.files import Reading, check_reading, how_to_sort, num_part_rows, num_rows, read_files
 from monolith_jax.stream.kinds import infer_kinds
+from monolith_jax.stream.remote import RemotePath, is_remote, joined, matching, path_of
 from monolith_jax.stream.tabular import RawRows, TableFile, open_table, require_columns
 from monolith_jax.types import Chunk, Position, Rejected
 
@@ -30,6 +31,7 @@ _NOT_NEGATIVE = {"duration_ms": "negative duration", "play_time_ms": "negative p
 _NOT_NEGATIVE |= {"weight": "negative weight"}
 _MS = {"s": 1000.0, "ms": 1.0, "us": 0.001}
 TIME = "event_time_ms"
+_OPENED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +39,11 @@ class ColumnsConfig:
     """What to read of which files."""
 
     paths: tuple[str, ...]
-    """Files or glob patterns, in stream order; the files of a pattern in name order. `.parquet`, else CSV, plain or `.gz`."""
+    """Files or glob patterns, in stream order; the files of a pattern in name order. `.parquet`, else CSV, plain or `.gz`.
+    Local, or `s3://bucket/key`, `hdfs://namenode:port/path`, `webhdfs://host:port/path`; how to get there is in the environment
+    variables of S3's and Hadoop's clients (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `HADOOP_CONF_DIR`, ...)."""
     folder: str = ""
-    """Where relative paths start; "" is the working folder."""
+    """Where relative paths start, also a URL; "" is the working folder."""
     columns: tuple[tuple[str, str], ...] = ()
     """(column in the file, column of the example)."""
     keep_others: bool = True
@@ -83,16 +87,21 @@ class _Layout:
 def _open_files(config: ColumnsConfig) -> tuple[TableFile, ...]:
     paths: list[str] = []
     for path in config.paths:
-        pattern = str(Path(config.folder) / path) if config.folder else path
-        found = (
-            sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) and not Path(pattern).exists() else [pattern]
-        )
+        pattern = joined(config.folder, path)
+        found = matching(pattern)
         if not found:
-            raise ValueError(f"no file matches {pattern!r} (in {Path.cwd()})")
+            raise ValueError(f"no file matches {pattern!r}" + ("" if is_remote(pattern) else f" (in {Path.cwd()})"))
         paths += found
     if not paths:
         raise ValueError("ColumnsConfig.paths is empty; name at least one file")
-    return tuple(open_table(Path(path), name=path, delimiter=config.delimiter) for path in paths)
+
+    def opened(path: str) -> TableFile:
+        return open_table(path_of(path), name=path, delimiter=config.delimiter)
+
+    if not any(map(is_remote, paths)):
+        return tuple(map(opened, paths))
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # each is a few trips to the server
+        return tuple(pool.map(opened, paths))
 
 
 def _layout(config: ColumnsConfig, files: tuple[TableFile, ...]) -> _Layout:
@@ -154,7 +163,8 @@ class ColumnsSource:
         layout = _layout(config, files)
         theirs = (*layout.names.values(), *((layout.time,) if layout.time else ()))
         wanted = tuple(sorted(set(theirs), key=theirs.index))
-        output = files[0].path.parent / "sorted"
+        first = files[0].path
+        output = Path("sorted") if isinstance(first, RemotePath) else first.parent / "sorted"
         patterns = " ".join(f"'{path}'" for path in config.paths)
         mine = files[self.index :: self.number]
         if not mine:

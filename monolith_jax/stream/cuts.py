@@ -17,6 +17,7 @@ from typing import NamedTuple
 from monolith_jax.stream.file_log import FileLog
 from monolith_jax.stream.file_producer import FileProducer
 from monolith_jax.stream.log import LogPartition
+from monolith_jax.stream.log_segments import list_segments, segment_path
 
 KEEP_S = 14 * 24 * 3600
 """Cuts are kept for two weeks: a snapshot that is older cannot be gone on from."""
@@ -52,14 +53,17 @@ class Cut(NamedTuple):
 class CutLog:
     """The cuts of one partition of a run."""
 
-    def __init__(self, folder: Path) -> None:
-        """Opens the cut log in a folder, or starts one.
+    def __init__(self, folder: Path, first: int = 0) -> None:
+        """Opens the cut log in a folder, or starts one, whose first cut then has the number `first`.
 
         Raises:
             ValueError: Another process has it open.
         """
         self._producer = FileProducer(folder, {"retention_s": str(KEEP_S), "fsync_s": "inf"})
         self._producer.create(_CUTS.topic, 1)
+        where = folder / _CUTS.topic / str(_CUTS.number)
+        if first and not list_segments(where):
+            segment_path(where, first).touch()
         # Takes the partition, so that a second process is refused now, and cuts a torn tail.
         self._producer.next_offset(_CUTS)
         self._log = FileLog(folder)
@@ -71,7 +75,7 @@ class CutLog:
 
     def append(self, cut: Cut) -> None:
         """Appends a cut; it outlives this process when this returns."""
-        self._producer.append(_CUTS, _to_bytes(cut))
+        self._producer.append(_CUTS, to_bytes(cut))
         self._producer.flush()
 
     def read(self, begin: int, end: int) -> Iterator[Cut]:
@@ -95,7 +99,7 @@ class CutLog:
                 if message.fault or message.offset != at:
                     raise ValueError(f"cut {at} of the run's stream is damaged: {message.fault or 'it is missing'}")
                 at += 1
-                yield _from_bytes(message.payload)
+                yield from_bytes(message.payload)
 
     def close(self) -> None:
         """Lets go of the files."""
@@ -110,6 +114,8 @@ def sync(folder: Path) -> None:
         folder: That of a `CutLog`; any process or thread may have it open.
     """
     where = folder / _CUTS.topic / str(_CUTS.number)
+    if not where.exists():
+        return  # The stream has not come to its log yet.
     for path in (*sorted(where.glob("*.log"))[-2:], where):  # A segment that was full long ago is on the disk by now.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -118,12 +124,14 @@ def sync(folder: Path) -> None:
             os.close(file)
 
 
-def _to_bytes(cut: Cut) -> bytes:
+def to_bytes(cut: Cut) -> bytes:
+    """Returns a cut as one line of JSON."""
     rows = {name: [[*read.partition, read.begin, read.end] for read in getattr(cut, name)] for name in ("reads", "starts")}
     return json.dumps({**cut._asdict(), **rows}, separators=(",", ":")).encode()
 
 
-def _from_bytes(data: bytes) -> Cut:
+def from_bytes(data: bytes) -> Cut:
+    """Returns the cut that `to_bytes` wrote."""
     fields = json.loads(data)
     for name in ("reads", "starts"):
         fields[name] = tuple(Read(LogPartition(topic, number), begin, end) for topic, number, begin, end in fields[name])

@@ -139,6 +139,13 @@ class Decoder:
         Returns:
             The good events in order, in `schema`, and what was set aside, in order.
         """
+        events, rejected, _ = self.decode_with_offsets(partition, messages)
+        return events, rejected
+
+    def decode_with_offsets(
+        self, partition: LogPartition, messages: Sequence[Message]
+    ) -> tuple[pa.RecordBatch, tuple[Rejected, ...], np.ndarray]:
+        """Returns what `decode` does, and the offset of each event's message, int64 [B]."""
         bad: dict[int, str] = {}
         for index, message in enumerate(messages):
             if message.fault:
@@ -204,7 +211,7 @@ class Decoder:
             return str(fault)
         return schema
 
-    def _checked(self, partition: LogPartition, work: Work) -> tuple[pa.RecordBatch, tuple[Rejected, ...]]:
+    def _checked(self, partition: LogPartition, work: Work) -> tuple[pa.RecordBatch, tuple[Rejected, ...], np.ndarray]:
         batch, members, ends = work.joined()
         faults = _faults(batch, self._kind)
         times = batch.column("event_time_ms")
@@ -230,15 +237,18 @@ class Decoder:
 
         kept, singles = validate.split(batch, faults, where, raw) if faults else (batch, ())
         kept = self._pruned(kept)
+        offsets = np.repeat(np.array([work.messages[index].offset for index in members], np.int64), np.diff(ends, prepend=0))
+        if faults:
+            offsets = offsets[validate.good_rows(faults, len(batch))]
         if not work.bad:
-            return kept, singles
+            return kept, singles, offsets
         rejected = [
             (index, Rejected(f"{name}{work.messages[index].offset}", reason, _raw(work.messages[index].payload)))
             for index, reason in work.bad.items()
         ]
         rows = np.flatnonzero(~validate.good_rows(faults, len(batch)))
         rejected += [(int(members[member_of(int(row))]), one) for row, one in zip(rows, singles, strict=True)]
-        return kept, tuple(one for _, one in sorted(rejected, key=lambda pair: pair[0]))
+        return kept, tuple(one for _, one in sorted(rejected, key=lambda pair: pair[0])), offsets
 
     def _pruned(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Returns the batch without columns that only bad events had, and makes what is left the run's schema."""

@@ -14,10 +14,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import pyarrow as pa
 
+from monolith_jax.stream.remote import AnyPath
 from monolith_jax.stream.tabular import Cursor, RawRows, TableFile, count_rows, read_rows, seek_row, start
 from monolith_jax.stream.validate import Trail
 from monolith_jax.types import Chunk, Position, Rejected
@@ -161,7 +161,7 @@ def _resumed(reading: Reading, position: Position) -> tuple[int, int, Cursor | N
     return position["epoch"], index, cursor, trail, position["backwards"]
 
 
-def how_to_sort(logs: str, output: Path, time_column: str, then: str) -> str:
+def how_to_sort(logs: str, output: AnyPath, time_column: str, then: str) -> str:
     """Returns what to tell a user whose rows are not in time order."""
     return (
         f"Sort them once: python -m launch.sort --input {logs} --output {output} --time_column {time_column} ; then read the "

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from monolith_jax.stream.remote import opened_parquet
 from monolith_jax.stream.tabular import TableFile, read_rows, start
 
 SAMPLE_ROWS = 8192
@@ -53,6 +53,12 @@ def narrow(column: pa.Array, kind: pa.DataType | None) -> pa.DataType | None:
     return pa.string()
 
 
+def parquet_schema(file: TableFile) -> pa.Schema:
+    """Returns the columns of a Parquet file with their types."""
+    with opened_parquet(file.path) as parquet:
+        return parquet.schema_arrow
+
+
 def infer_kinds(file: TableFile, columns: Sequence[str], sample_rows: int | None = SAMPLE_ROWS) -> dict[str, pa.DataType]:
     """Returns the type of each column.
 
@@ -62,7 +68,7 @@ def infer_kinds(file: TableFile, columns: Sequence[str], sample_rows: int | None
         sample_rows: CSV: looks at this many first rows; None: at all.
     """
     if file.delimiter is None:
-        schema = pq.read_schema(file.path)
+        schema = parquet_schema(file)
         kinds: dict[str, pa.DataType | None] = {name: native_kind(schema.field(name).type) for name in columns}
     else:
         kinds = dict.fromkeys(columns)

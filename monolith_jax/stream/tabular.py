@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
@@ -27,6 +26,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from monolith_jax.stream.remote import AnyPath, opened_parquet
 from monolith_jax.stream.validate import RAW_CHARS
 from monolith_jax.types import Rejected
 
@@ -42,7 +42,7 @@ _GZIP_FAULTS = (EOFError, gzip.BadGzipFile, zlib.error)
 class TableFile:
     """A file whose columns are known."""
 
-    path: Path
+    path: AnyPath
     """Where it is."""
     name: str
     """What messages call it."""
@@ -87,12 +87,13 @@ class RawRows:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    stream = cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
-    try:
-        yield stream
-    finally:
-        stream.close()
+def _opened(path: AnyPath) -> Iterator[IO[bytes]]:
+    with path.open("rb") as file:
+        if path.suffix == ".gz":
+            with gzip.open(file, "rb") as stream:
+                yield cast(IO[bytes], stream)
+        else:
+            yield file
 
 
 def _damaged(file_name: str, row: int, error: BaseException) -> ValueError:
@@ -102,7 +103,7 @@ def _damaged(file_name: str, row: int, error: BaseException) -> ValueError:
     )
 
 
-def open_table(path: Path, *, name: str = "", columns: Sequence[str] = (), delimiter: str = ",") -> TableFile:
+def open_table(path: AnyPath, *, name: str = "", columns: Sequence[str] = (), delimiter: str = ",") -> TableFile:
     """Returns a file with its columns.
 
     Args:
@@ -122,18 +123,18 @@ def open_table(path: Path, *, name: str = "", columns: Sequence[str] = (), delim
     return _open_parquet(path, name) if path.suffix == ".parquet" else _open_csv(path, name, columns, delimiter)
 
 
-def _open_parquet(path: Path, name: str) -> TableFile:
+def _open_parquet(path: AnyPath, name: str) -> TableFile:
     try:
-        schema = pq.read_schema(path)
-        num_rows = pq.read_metadata(path).num_rows
+        with opened_parquet(path) as parquet:
+            columns, num_rows = tuple(parquet.schema_arrow.names), parquet.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name}: not a Parquet file, or cut short: {error}") from error
     if num_rows == 0:
         raise ValueError(f"{name}: the file is empty (no rows)")
-    return TableFile(path=path, name=name, columns=tuple(schema.names), delimiter=None)
+    return TableFile(path=path, name=name, columns=columns, delimiter=None)
 
 
-def _open_csv(path: Path, name: str, columns: Sequence[str], delimiter: str) -> TableFile:
+def _open_csv(path: AnyPath, name: str, columns: Sequence[str], delimiter: str) -> TableFile:
     try:
         with _opened(path) as stream:
             first = stream.readline(MAX_LINE_BYTES)
@@ -169,7 +170,8 @@ def start(file: TableFile) -> Cursor:
 def count_rows(file: TableFile) -> int:
     """Returns the number of rows, bad ones counted. Parquet: from its footer; CSV: counts line breaks, a pass over the file."""
     if file.delimiter is None:
-        return pq.read_metadata(file.path).num_rows
+        with opened_parquet(file.path) as parquet:
+            return parquet.metadata.num_rows
     lines, last = 0, b"\n"
     with _opened(file.path) as stream:
         try:
@@ -354,15 +356,13 @@ def _fields(
 def _parquet_rows(file: TableFile, cursor: Cursor, num_rows: int, columns: list[str], end_row: int | None) -> Iterator[RawRows]:
     row, pending, held = cursor.row, list[pa.RecordBatch](), 0
     try:
-        with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=BLOCK_BYTES, page_checksum_verification=True) as parquet:
+        with opened_parquet(file.path) as parquet:
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             firsts = np.concatenate([[0], np.cumsum(sizes)])
             end = int(firsts[-1]) if end_row is None else min(end_row, int(firsts[-1]))
             group = int(np.searchsorted(firsts, row, side="right")) - 1
             skip = row - int(firsts[group])
-            batches = parquet.iter_batches(
-                num_rows, row_groups=list(range(group, len(sizes))), columns=columns, use_threads=False
-            )
+            batches = _batches(parquet, range(group, len(sizes)), num_rows, columns)
             while row < end:
                 wanted = min(num_rows, end - row)
                 while held < wanted:
@@ -378,6 +378,12 @@ def _parquet_rows(file: TableFile, cursor: Cursor, num_rows: int, columns: list[
                 yield _parquet_piece(file, joined.slice(0, wanted), row)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file.name}: damaged Parquet file; {row} rows were read before the break: {error}") from error
+
+
+def _batches(parquet: pq.ParquetFile, groups: range, num_rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yields row groups in pieces. Asked for one by one: what has been fetched of a remote one is kept until the next."""
+    for group in groups:
+        yield from parquet.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False)
 
 
 def _parquet_piece(file: TableFile, batch: pa.RecordBatch, end: int) -> RawRows:

@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 
 from monolith_jax.stream import validate
 from monolith_jax.stream.dead_letter import DeadLetters, set_aside
-from monolith_jax.stream.kinds import narrow
+from monolith_jax.stream.kinds import narrow, parquet_schema
+from monolith_jax.stream.remote import AnyPath
 from monolith_jax.stream.tabular import TableFile, open_table, read_rows, require_columns, start
 
 _TIME = "__time"
@@ -63,7 +64,7 @@ class _Run:
 
 
 def sort_by_time(
-    inputs: Sequence[Path],
+    inputs: Sequence[AnyPath],
     output: Path,
     *,
     time_column: str,
@@ -74,7 +75,7 @@ def sort_by_time(
     """Sorts files by time into a folder.
 
     Args:
-        inputs: The files, in the order that rows of equal time keep.
+        inputs: The files, here or on other machines, in the order that rows of equal time keep.
         output: The folder; made if it is not there.
         time_column: The column to sort by: whole numbers, or Parquet timestamps.
         name: What the names of the sorted files start with.
@@ -116,7 +117,7 @@ def _check(files: Sequence[TableFile], output: Path, time_column: str, name: str
         if set(file.columns) != set(files[0].columns):
             differ = ", ".join(sorted(set(file.columns) ^ set(files[0].columns)))
             raise ValueError(f"{file.name} and {files[0].name} differ in columns: {differ}; sort them apart")
-    schemas = [pq.read_schema(file.path).remove_metadata() if file.delimiter is None else None for file in files]
+    schemas = [parquet_schema(file).remove_metadata() if file.delimiter is None else None for file in files]
     if any(schema != schemas[0] for schema in schemas):
         raise ValueError(f"the inputs are CSV and Parquet, or Parquet of unlike types ({files[0].name}, ...); sort them apart")
     there = sorted(output.glob(f"{name}_*.parquet"))
@@ -151,7 +152,7 @@ def _write_runs(
 ) -> tuple[list[_Run], dict[str, pa.DataType]]:
     kinds: dict[str, pa.DataType | None] = dict.fromkeys(files[0].columns)
     if files[0].delimiter is None:
-        kinds |= {field.name: field.type for field in pq.read_schema(files[0].path)}
+        kinds |= {field.name: field.type for field in parquet_schema(files[0])}
     runs: list[_Run] = []
     held: list[pa.RecordBatch] = []
     num_held = done = 0

@@ -1,0 +1,86 @@
+"""The cuts of the stream that `examples` came from, beside the table: what a reader needs to go on where it ends.
+
+In: the cuts of each epoch, by partition of the stream. Out: a cut log in a run folder, and the position in it from which a live
+stream goes on as if it had been read there from the start: no example is missing, and none comes twice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from monolith_jax.lake.commits import told_of
+from monolith_jax.stream.cuts import Cut, CutLog, from_bytes, to_bytes
+from monolith_jax.types import Position
+
+
+def folder_of(table: Any) -> str:
+    """Returns where the files of a table's cuts are."""
+    return f"{str(table.table_path).rstrip('/')}/cuts"
+
+
+def _path(table: Any, part: int, epoch: int) -> str:
+    return f"{folder_of(table)}/{part}-{epoch:012d}.jsonl"
+
+
+def save(table: Any, part: int, epoch: int, first: int, cuts: Sequence[Cut]) -> None:
+    """Writes the cuts of an epoch: number `first` and those behind it; in place of what a crash may have left there."""
+    lines = [json.dumps({"first": first}).encode(), *map(to_bytes, cuts)]
+    path = _path(table, part, epoch)
+    table.file_io.check_or_mkdirs(folder_of(table))
+    if table.file_io.exists(path):
+        table.file_io.delete(path)
+    table.file_io.write_file(path, b"\n".join(lines).decode(), False)
+
+
+def hand_over(table: Any, part: int, told: Mapping[str, Any], folder: Path) -> Position:
+    """Makes the cut log of a run folder, in place of one that is there, and returns where its stream goes on.
+
+    Args:
+        table: `examples`.
+        part: Which partition of the stream.
+        told: What the writer said of it last: `position`, and `epochs` that have files of cuts.
+        folder: Where the cut log is to be.
+
+    Raises:
+        ValueError: A file of cuts is missing or damaged.
+    """
+    position: dict[str, Any] = dict(told["position"])
+    rewind, end = position["rewind"], position["cut"]
+    shutil.rmtree(folder, ignore_errors=True)
+    expected = None
+    with closing(CutLog(folder, rewind)) as log:
+        for epoch, _ in told["epochs"]:
+            path = _path(table, part, epoch)
+            head, *lines = table.file_io.read_file_utf8(path).split("\n")
+            first = json.loads(head)["first"]
+            if expected is not None and first != expected:
+                raise ValueError(f"{path} begins with cut {first}, expected {expected}: a file of cuts is missing")
+            expected = first + len(lines)
+            for at, line in enumerate(lines, first):
+                if rewind <= at < end:
+                    log.append(from_bytes(line.encode()))
+        there = log.bounds[1] - rewind
+    if there != end - rewind:
+        raise ValueError(
+            f"{folder_of(table)} holds {there} of the cuts {rewind} to {end}, from which the stream of partition {part} goes "
+            "on; were files removed? Take an older snapshot of `examples` (LakeConfig.as_of), or begin the log anew"
+        )
+    return position | {"pending": 0}
+
+
+def remove_before(table: Any, oldest: Any) -> int:
+    """Removes the files of epochs that no snapshot from the oldest on needs; returns how many."""
+    parts = told_of(oldest).get("parts", {})
+    needed = {int(name): min([epoch for epoch, _ in told["epochs"]], default=0) for name, told in parts.items()}
+    removed = 0
+    for one in table.file_io.list_status(folder_of(table)) if table.file_io.exists(folder_of(table)) else []:
+        part, _, epoch = one.path.rsplit("/", 1)[-1].removesuffix(".jsonl").partition("-")
+        if int(epoch) < needed.get(int(part), 0):
+            table.file_io.delete_quietly(one.path)
+            removed += 1
+    return removed
