@@ -24,6 +24,10 @@ class Changes(NamedTuple):
     """The position: up to which snapshot they go."""
 
 
+class Expired(ValueError):
+    """Changes have expired before they were read: what the table holds has to be read instead."""
+
+
 class Changelog:
     """Follows one table. For one thread."""
 
@@ -65,13 +69,13 @@ class Changelog:
             until: Up to which snapshot at most; None: all.
 
         Raises:
-            ValueError: Snapshots that were not read have expired.
+            Expired: Snapshots that were not read have expired.
         """
         newest = self.newest() if until is None else min(until, self.newest())
         if newest <= self.snapshot:
             return Changes(self._schema().empty_table(), self.snapshot)
         if self._manager.get_snapshot_by_id(self.snapshot + 1) is None:
-            raise ValueError(
+            raise Expired(
                 f"the table {self._name!r} was read up to snapshot {self.snapshot}, and the next one has expired: begin anew "
                 "with what it holds now, and let python -m launch.lake tidy keep snapshots for longer"
             )

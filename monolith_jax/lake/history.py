@@ -9,7 +9,7 @@ reads what it would have read.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -237,7 +237,7 @@ class LakeSource:
             }
             if joined:
                 place["features"] = {str(one): of.before for one, of in walks.items()}
-            yield Chunk(examples, (), place)
+            yield Chunk(examples, (), place, told=_told(walks.values()))
 
     def _read(self, table: Any, moment: Moment, part: int, begin: int) -> pa.Table:
         """Returns the next examples of a partition, in order."""
@@ -255,6 +255,12 @@ class LakeSource:
         found = read_at(table, moment, names, predicates.and_predicates(where))
         order = np.argsort(found.column("stream_row").to_numpy(), kind="stable")
         return found.take(pa.array(order)) if (np.diff(order) != 1).any() else found
+
+
+def _told(walks: Iterable[_Walk]) -> dict[str, float]:
+    """Returns how what was logged agrees with what was joined, of all walks."""
+    of_walks = [walk.features.told for walk in walks if walk.features is not None]
+    return {name: sum(one.get(name, 0.0) for one in of_walks) for one in of_walks for name in one}
 
 
 def _end_of_read(begin: int) -> int:

@@ -36,7 +36,7 @@ class FeatureState:
     """The rows of one subject. Not thread safe, but that `encode` and `decode` may run beside `write` and `gather`."""
 
     def __init__(self, subject: Subject, max_rows: int, versions: int = 1) -> None:
-        """Makes empty rings.
+        """Knows nothing yet.
 
         Args:
             subject: Whose features.
@@ -60,7 +60,7 @@ class FeatureState:
         size = 2 * self._layout.rows_per_shard
         self._maps = IdMaps(self._layout)
         self._of_row = version_kernels.layout_of(self.rows, self.versions)
-        self._rings = np.zeros((size, self._of_row.starts[-1]), np.int64)
+        self._table = np.zeros((size, self._of_row.starts[-1]), np.int64)
         """Bytes of `version_kernels`."""
         self._ids, self._latest_ms = np.zeros(size, np.int64), np.zeros(size, np.int64)
         """Of each row: whose it is, and the latest time of its changes."""
@@ -94,7 +94,7 @@ class FeatureState:
         self._told[COUNTED.index("without_id")] += changes.without_id
         rows = self._rows_for(changes, changes.entry_rows, changes.entry_groups)
         entries = changes.entry_rows, changes.entry_groups
-        version_kernels.write(self._rings, self._of_row, rows, *entries, changes.times_ms, changes.words, self._told)
+        version_kernels.write(self._table, self._of_row, rows, *entries, changes.times_ms, changes.words, self._told)
 
     def as_of(self, ids: np.ndarray, times_ms: np.ndarray, columns: Sequence[str] | None = None) -> pa.RecordBatch:
         """Returns what was known of ids just before times.
@@ -126,7 +126,7 @@ class FeatureState:
         """
         seen, wanted = self._nothing(ids.size), self.rows.groups_of(columns)
         rows = self._lookup(ids, valid)
-        self._told[_TOO_OLD] += version_kernels.read(self._rings, self._of_row, wanted, rows, times_ms, *seen)
+        self._told[_TOO_OLD] += version_kernels.read(self._table, self._of_row, wanted, rows, times_ms, *seen)
         self._told[_READS] += ids.size * int(np.count_nonzero(wanted))
         return seen
 
@@ -152,7 +152,7 @@ class FeatureState:
         seen, order = self._nothing(ids.size), np.argsort(times_ms, kind="stable")
         of_changes = changed, *entries, changes.times_ms, changes.words
         rows = self._lookup(ids, valid)
-        version_kernels.walk(self._rings, self._of_row, rows, times_ms, order, *of_changes, *seen, self._told)
+        version_kernels.walk(self._table, self._of_row, rows, times_ms, order, *of_changes, *seen, self._told)
         return seen, number
 
     def _nothing(self, number: int) -> Seen:
@@ -187,7 +187,7 @@ class FeatureState:
         made = new[flat[new] >= 0]
         self._used[flat[made]], self._ids[flat[made]] = True, distinct[made]
         self._latest_ms[flat[made]] = np.iinfo(np.int64).min
-        version_kernels.clear(self._rings, self._of_row, flat[made])
+        version_kernels.clear(self._table, self._of_row, flat[made])
         of_entries = flat[inverse]
         fine = of_entries >= 0
         np.maximum.at(self._latest_ms, of_entries[fine], changes.times_ms[entry_rows, entry_groups][fine])
@@ -214,7 +214,7 @@ class FeatureState:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         of_rows = {"ids": self._ids, "latest_ms": self._latest_ms, "used": self._used, "hand": self._hand, "told": self._told}
-        return {"rings": self._rings, **of_rows}
+        return {"table": self._table, **of_rows}
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of everything."""
