@@ -244,7 +244,8 @@ def _s3(bucket: str, environment: tuple[str, ...]) -> fs.FileSystem:
     endpoint, region = endpoint_s3 or endpoint, region or default_region
     if not region:
         region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
-    return fs.S3FileSystem(endpoint_override=endpoint or None, region=region)
+    # Without background writes a large file is sent as it is read; with them all of it may wait in memory.
+    return fs.S3FileSystem(endpoint_override=endpoint or None, region=region, background_writes=False)
 
 
 @lru_cache(maxsize=64)
