@@ -9,6 +9,7 @@ that goes on cuts them to the lengths that its snapshot knows, so one copy serve
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -202,7 +203,8 @@ class Mirror:
                 self._remove_file(f"manifests/{name}")
         for name, is_folder in self._listed(self._folder.name):
             if is_folder and name not in map(str, kept):
-                self._files.delete_dir(f"{self._at}/{self._folder.name}/{name}")
+                with contextlib.suppress(FileNotFoundError):  # what some servers say of a folder that was emptied
+                    self._files.delete_dir(f"{self._at}/{self._folder.name}/{name}")
 
 
 def open_mirror(place: str, folder: Path, keep: int, exchange: Exchange | None) -> Mirror | None:

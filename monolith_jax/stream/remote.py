@@ -134,7 +134,7 @@ class RemotePath:
         scheme, _, rest = self.url.partition("://")
         authority, _, path = rest.partition("/")
         if scheme == "s3":
-            return _s3(authority, tuple(os.environ.get(name, "") for name in (*_S3_VARIABLES, *_S3_KEYS))), rest.rstrip("/")
+            return s3_files(authority), rest.rstrip("/")
         return _hadoop(scheme, authority, os.environ.get("HADOOP_USER_NAME", "")), "/" + path.rstrip("/")
 
     def _info(self) -> fs.FileInfo:
@@ -237,13 +237,18 @@ def _size_of(file: Any) -> int:
     return file.tell()
 
 
+def s3_files(bucket: str = "") -> fs.FileSystem:
+    """Returns a client of S3 as the environment says; "": for buckets of the region that it names."""
+    return _s3(bucket, tuple(os.environ.get(name, "") for name in (*_S3_VARIABLES, *_S3_KEYS)))
+
+
 @lru_cache(maxsize=64)
 def _s3(bucket: str, environment: tuple[str, ...]) -> fs.FileSystem:
     """Returns a client; anew where the environment is another."""
     endpoint_s3, endpoint, region, default_region = environment[: len(_S3_VARIABLES)]
     endpoint, region = endpoint_s3 or endpoint, region or default_region
     if not region:
-        region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
+        region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket) if bucket else None
     # Without background writes a large file is sent as it is read; with them all of it may wait in memory.
     return fs.S3FileSystem(endpoint_override=endpoint or None, region=region, background_writes=False)
 

@@ -35,8 +35,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Lake:
 def test_every_event_is_there_once_with_its_place_in_the_log(whole: Lake) -> None:
     rows = whole.rows("events")
     found = Counter((row["topic"], row["request_id"], row["video_id"], row["action"], row["event_time_ms"]) for row in rows)
-    expected = Counter(("impressions", row["request_id"], row["video_id"], None, row["event_time_ms"]) for row in WORLD.impressions)
-    expected += Counter(("actions", row["request_id"], row["video_id"], row["action"], row["event_time_ms"]) for row in WORLD.actions)
+    expected = Counter(
+        ("impressions", row["request_id"], row["video_id"], None, row["event_time_ms"]) for row in WORLD.impressions
+    )
+    expected += Counter(
+        ("actions", row["request_id"], row["video_id"], row["action"], row["event_time_ms"]) for row in WORLD.actions
+    )
     assert found == expected
     assert {row["day"] for row in rows} == {"2023-11-14"}
     places = {(row["topic"], row["log_partition"], row["log_offset"]) for row in rows}

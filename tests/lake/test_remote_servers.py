@@ -2,13 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from launch.bench import hdfs_server
 from launch.bench.hdfs_server import HdfsServer
 from launch.bench.s3_server import S3Server
 from monolith_jax.stream.columns import ColumnsConfig, ColumnsSource
@@ -28,18 +26,6 @@ def put(url: str, folder: Path) -> None:
                 where.create_dir(os.path.dirname(name))
             with where.open_output_stream(name, compression=None) as stream:
                 stream.write(path.read_bytes())
-
-
-@pytest.fixture(scope="module")
-def hdfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HdfsServer]:
-    pytest.importorskip("hdfs_native")
-    if why := hdfs_server.missing():
-        assert not os.environ.get(hdfs_server.REQUIRED), why
-        pytest.skip(why)
-    server = HdfsServer(tmp_path_factory.mktemp("hdfs"))
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture
