@@ -42,6 +42,7 @@ from monolith_jax.models.shared_bottom import SharedBottomConfig
 from monolith_jax.models.towers import ModelConfig
 from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.serve.catalogue import CatalogueConfig
+from monolith_jax.serve.feature_cache import FeatureCacheConfig
 from monolith_jax.serve.index import IndexConfig
 from monolith_jax.serve.pipeline import ServingConfig
 from monolith_jax.serve.rerank import RerankConfig
@@ -76,8 +77,16 @@ CONFIGS: tuple[type, ...] = (
     *(LinearConfig, FMConfig, DeepFMConfig, DCNConfig, SharedBottomConfig, MMoEConfig),
     *(HeadConfig, TwoTowerConfig),
     *(TrainConfig, SnapshotConfig, PublisherConfig, MeshConfig, WireConfig, PrequentialConfig),
-    *(ServingConfig, CatalogueConfig, IndexConfig, UserStateConfig, SeenConfig, SourcesConfig, TrendingConfig),
-    *(RankConfig, GroupValuesConfig, CalibrationConfig, RerankConfig),
+    *(
+        ServingConfig,
+        CatalogueConfig,
+        IndexConfig,
+        UserStateConfig,
+        SeenConfig,
+        SourcesConfig,
+        TrendingConfig,
+    ),
+    *(FeatureCacheConfig, RankConfig, GroupValuesConfig, CalibrationConfig, RerankConfig),
 )
 """Every dataclass that a file may bind, in the order of `configs/reference.gin`: the order of the data."""
 

@@ -58,13 +58,16 @@ class Changelog:
         """Returns the table as it is at the position where following began, merged."""
         return read_at(self.table, Moment(self._begins), self._columns)
 
-    def poll(self) -> Changes:
+    def poll(self, until: int | None = None) -> Changes:
         """Returns what came since the last poll; no rows if nothing did.
+
+        Args:
+            until: Up to which snapshot at most; None: all.
 
         Raises:
             ValueError: Snapshots that were not read have expired.
         """
-        newest = self.newest()
+        newest = self.newest() if until is None else min(until, self.newest())
         if newest <= self.snapshot:
             return Changes(self._schema().empty_table(), self.snapshot)
         if self._manager.get_snapshot_by_id(self.snapshot + 1) is None:

@@ -64,6 +64,14 @@ class Encoded(NamedTuple):
     without_id: int
     """Rows that have none."""
 
+    def part(self, first: int, last: int) -> Encoded:
+        """Returns the rows from one to before another; those without an id count as the first part's."""
+        start, end = np.searchsorted(self.entry_rows, [first, last])
+        entries = self.entry_rows[start:end] - first, self.entry_groups[start:end]
+        return Encoded(
+            self.ids[first:last], *entries, self.times_ms[first:last], self.words[first:last], 0 if first else self.without_id
+        )
+
 
 class Seen(NamedTuple):
     """What was seen of ids at times."""
@@ -132,6 +140,12 @@ class FeatureRows:
             names += [group.time_column, *(place.name for place in self.places if place.group == at)]
         return tuple(f"{self.subject}_{name}" for name in [*names, "known"])
 
+    def groups_of(self, columns: Sequence[str] | None) -> np.ndarray:
+        """Returns which groups some of `columns` need, bool [G]; None: all. Whether an id is known takes all of them."""
+        found = [self._by_name.get(name) for name in self.columns if columns is None or name in columns]
+        wanted = {one.group if isinstance(one, Place) else one for one in found}
+        return np.array([at in wanted or None in wanted for at in range(len(self.groups))])
+
     def encode(self, batch: pa.RecordBatch) -> Encoded:
         """Returns rows as words.
 
@@ -170,7 +184,7 @@ class FeatureRows:
                 codes = self._codes_of(array)
                 words[:, place.start], there = np.maximum(codes, 0), codes >= 0
             case "list":
-                lengths, items = _items(array, there)
+                lengths, items = items_of(array, there)
                 words[:, place.start] = lengths
                 words[:, place.start + 1 : place.start + 1 + MAX_ITEMS] = items
             case _:
@@ -272,7 +286,7 @@ def _flat(array: pa.Array) -> np.ndarray:
     return filled.to_numpy(zero_copy_only=False)
 
 
-def _items(array: pa.Array, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def items_of(array: pa.Array, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns how many items of each list are kept, int64 [N], and which, int64 [N, MAX_ITEMS]."""
     offsets, values = array.offsets.to_numpy(), array.values
     if values.null_count:

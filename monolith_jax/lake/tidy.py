@@ -199,7 +199,8 @@ def _listed(table: Any) -> dict[str, float]:
                 if name not in ("snapshot", "schema", "tag", "branch", "consumer", "cuts"):
                     waiting.append(one.path)
             elif name.startswith(("data-", "manifest-", "changelog-", "index-")):
-                found[one.path] = one.mtime.timestamp() if one.mtime else 0.0
+                # On a local disk Paimon gives seconds, in an object store a time.
+                found[one.path] = float(one.mtime) if isinstance(one.mtime, int | float) else one.mtime.timestamp()
     return found
 
 

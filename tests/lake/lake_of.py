@@ -19,7 +19,7 @@ from monolith_jax.stream.log_source import LogConfig
 from tests.stream.event_log import Feed
 
 JOINER = JoinerConfig(window_s=3.0)
-FEW_BYTES = 100_000
+FEW_BYTES = 40_000
 """Of an epoch: a small world makes several."""
 
 

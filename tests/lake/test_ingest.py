@@ -93,7 +93,8 @@ def test_the_counts_of_videos_are_those_of_the_windows_that_have_ended(whole: La
         for name in ("views", "completes", "likes"):
             if row[f"{name}_{window}"]:
                 found[window, row["video_id"], row["event_time_ms"], name] += row[f"{name}_{window}"]
-    assert found and found == Counter({key: count for key, count in expected.items() if key[:3] in {one[:3] for one in found}})
+    told = {key[:3] for key in found}
+    assert found and found == Counter({key: count for key, count in expected.items() if key[:3] in told})
     ended = {key for key in expected if key[2] < newest - 10_000}
     assert len(ended) > 1000 and ended <= set(found), "no window is missing that ended well before the end"
     merged = {row["video_id"]: row for row in whole.rows("video_features")}
@@ -189,7 +190,7 @@ def test_a_second_ingest_is_refused(tmp_path: Path) -> None:
         feed.send_world(make_world(50))
         with closing(lake.open_ingest()) as one, closing(lake.open_ingest()) as other:
             assert one.step(0.2, 1 << 30)
-            with pytest.raises(ValueError, match="a job of launch.lake runs once"):
+            with pytest.raises(ValueError, match=r"a job of launch\.lake runs once"):
                 other.step(0.2, 1 << 30)
     assert len(lake.rows("events")) == len(make_world(50).impressions) + len(make_world(50).actions)
 
