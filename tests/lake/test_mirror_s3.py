@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from monolith_jax.mirror import Mirror
 from monolith_jax.sync.delta import Content, DeltaFolder, Version, next_epoch
 from tests import test_flow, test_mirror
 from tests.sync import test_publisher
+from tests.sync.plain_reader import PlainReader, assert_holds, snapshot_of
 from tests.sync.test_delta_readers import names
 from tests.sync.test_delta_readers import write as publish
 
@@ -109,15 +111,15 @@ def test_a_killed_run_whose_folder_is_lost_equals_one_that_was_not(place: str, t
     assert kill.compare(tmp_path / "whole", tmp_path / "run") == []
 
 
-def test_a_run_publishes_to_s3(each_step: None, place: str, tmp_path: Path) -> None:
-    every = (*test_publisher.PUBLISHES, *test_publisher.EVERY_STEP, f"PublisherConfig.folder = '{place}/deltas'")
-    test_publisher.run(tmp_path / "there", *every, steps=5)
-    test_publisher.run(tmp_path / "here", *every[:-1], steps=5)
-    there, here = DeltaFolder(f"{place}/deltas"), DeltaFolder(tmp_path / "here" / "deltas")
-    assert there.versions() == here.versions() and len(there.versions()) >= 5
-    one, other = there.read(there.versions()[-1]), here.read(here.versions()[-1])
-    assert one.rows.keys() == other.rows.keys()
-    assert all((one.rows[name].vectors == other.rows[name].vectors).all() for name in one.rows)
+@pytest.mark.usefixtures("each_step")
+def test_a_run_publishes_to_s3(place: str, tmp_path: Path) -> None:
+    test_publisher.run(tmp_path, *test_publisher.EVERY_STEP, f"PublisherConfig.folder = '{place}/deltas'", steps=5)
+    assert not (tmp_path / "deltas").exists()
+    reader: Any = PlainReader(f"{place}/deltas")  # pyright: ignore[reportArgumentType]
+    reader.catch_up()
+    restored = snapshot_of(tmp_path)
+    assert reader.step == restored.step == 5
+    assert_holds(reader, restored, test_publisher.TABLES, 8)
 
 
 def test_what_is_published_is_read_from_s3(place: str) -> None:
