@@ -52,7 +52,7 @@ each_server = pytest.mark.parametrize("url", ["s3", "hdfs", "webhdfs"], indirect
 @each_server
 @pytest.mark.parametrize("ending", [".parquet", ".csv", ".csv.gz"])
 def test_all_is_as_with_local_files(url: str, ending: str, tmp_path: Path) -> None:
-    for fields in ({}, {"part": (0.3, 0.9), "epochs": 2}):
+    for fields in ({"chunk_rows": 16}, {"part": (0.3, 0.9), "epochs": 2, "chunk_rows": 25}):
         here = source(f"{tmp_path}/here/*/*{ending}", **fields)
         there = source(f"**/*{ending}", folder=url, **fields)
         chunks = assert_resumes(there)
