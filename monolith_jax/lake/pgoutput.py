@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ _EPOCH_US = 946_684_800_000_000
 _BEGIN, _COMMIT, _RELATION, _INSERT, _UPDATE, _DELETE, _TRUNCATE = b"BCRIUDT"
 _NULL, _UNCHANGED, _TEXT = b"nut"
 _OLD, _KEY, _NEW = b"OKN"
+_PACKED = 8192
 _SIZE = struct.Struct(">I")
 UNCHANGED = object()
 """Stands for a value that is what it was."""
@@ -81,27 +82,46 @@ class ProfileTable:
         return [there.index(column) for column in self.columns]
 
 
-@dataclass
 class ProfileRows:
-    """Rows of one subject, not yet Arrow."""
+    """Rows of one subject, not yet handed on."""
 
-    subject: Subject
-    values: list[Row] = field(default_factory=list)
-    times_ms: list[int] = field(default_factory=list)
+    def __init__(self, subject: Subject) -> None:
+        """Begins without any."""
+        self._subject: Subject = subject
+        self._rows: list[Row] = []
+        self._times_ms: list[int] = []
+        self._packed: list[pa.RecordBatch] = []
+        self._num_packed = 0
+        self._num_whole = 0
 
     def add(self, row: Row, time_ms: int) -> None:
         """Adds a row: its key and the values of the group, bytes or str or None."""
-        self.values.append(row)
-        self.times_ms.append(time_ms)
+        self._rows.append(row)
+        self._times_ms.append(time_ms)
+        if len(self._rows) >= _PACKED:  # which takes a tenth of the memory
+            self._pack()
 
-    def to_arrow(self) -> pa.RecordBatch:
-        """Returns the rows, of `profile_schema`."""
-        schema = profile_schema(self.subject)
-        keys, *columns = zip(*self.values, strict=True) if self.values else [()] * (len(schema) - 1)
+    def end(self) -> int:
+        """Notes that the rows so far are whole transactions; returns how many there are."""
+        self._num_whole = self._num_packed + len(self._rows)
+        return self._num_whole
+
+    def take(self) -> pa.RecordBatch:
+        """Returns the rows of whole transactions, of `profile_schema`, and lets go of them."""
+        self._pack()
+        rows = pa.concat_batches(self._packed)
+        whole, rest = rows.slice(0, self._num_whole), rows.slice(self._num_whole)
+        self._packed, self._num_packed, self._num_whole = [rest], rest.num_rows, 0
+        return whole
+
+    def _pack(self) -> None:
+        schema = profile_schema(self._subject)
+        keys, *columns = zip(*self._rows, strict=True) if self._rows else [()] * (len(schema) - 1)
         arrays = [_column(values, field.type) for values, field in zip(columns, [*schema][2:], strict=True)]
-        return pa.RecordBatch.from_arrays(
-            [_column(keys, pa.int64()), pa.array(self.times_ms, pa.int64()), *arrays], schema=schema
-        )
+        arrays = [_column(keys, pa.int64()), pa.array(self._times_ms, pa.int64()), *arrays]
+        self._packed.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        self._num_packed += len(self._rows)
+        self._rows, self._times_ms = [], []
 
 
 def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
@@ -163,12 +183,15 @@ class Decoder:
         """Rows that `take` would return."""
 
     def take(self) -> dict[Subject, pa.RecordBatch]:
-        """Returns the rows since the last time, of those subjects that have any."""
-        rows: dict[Subject, pa.RecordBatch] = {one.subject: one.to_arrow() for one in self._rows.values() if one.values}
-        for subject in rows:
-            self._rows[subject] = ProfileRows(subject)
+        """Returns the rows of the transactions that have ended since the last time, of those subjects that have any."""
+        if not self.num_rows:
+            return {}
+        taken: dict[Subject, pa.RecordBatch] = {}
+        for subject, rows in self._rows.items():
+            if (batch := rows.take()).num_rows:
+                taken[subject] = batch
         self.num_rows = 0
-        return rows
+        return taken
 
     def feed(self, message: bytes) -> None:
         """Takes in one message.
@@ -187,6 +210,7 @@ class Decoder:
         elif kind == _COMMIT:
             self.position = int.from_bytes(message[10:18])
             self.is_open = False
+            self.num_rows = sum([rows.end() for rows in self._rows.values()])
         elif kind == _RELATION:
             self._relation(message)
         elif kind == _TRUNCATE:
@@ -222,7 +246,6 @@ class Decoder:
             self.num_set_aside += 1
             return
         self._rows[subject].add(row, self._time_ms)
-        self.num_rows += 1
 
     def _relation(self, message: bytes) -> None:
         number = int.from_bytes(message[1:5])

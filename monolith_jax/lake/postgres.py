@@ -60,21 +60,22 @@ class PostgresConfig:
     to be used again."""
     publication: str = "monolith_jax"
     """Publication of both tables, made when there is none."""
-    snapshot_ms: int = 0
-    """Time of the rows that are there at the start: of their last change the server knows none. 0: they hold since ever, as
-    Flink CDC has it."""
+    snapshot_ms: int = -1
+    """Time of the rows that are there at the start: of their last change the server knows none. -1: that of the start, by the
+    server's clock, so that all changes are later, and what the lake may have of before is earlier. 0: they hold since ever."""
     max_rows: int = 10_000
-    """Rows of one `ProfileChanges`, about."""
+    """Rows of one `ProfileChanges`, about: transactions are whole, however large they are."""
     ignore_truncate: bool = False
     """TRUNCATE, which does not say whose profiles are gone, does nothing. False: it is an error."""
 
 
 @dataclass(frozen=True)
 class ProfileChanges:
-    """Some changes, in order."""
+    """Whole transactions, in the order of their commits."""
 
     position: int
-    """Up to here (LSN) everything is in these changes and those before. `START`: not all rows of the start have come."""
+    """Up to here (LSN) everything is in these changes and those before, and nothing of what is behind. `START`: not all rows of
+    the start have come."""
     rows: dict[Subject, pa.RecordBatch] = field(default_factory=dict)
     """Of each subject that has any, columns as in `profile_schema`."""
 
@@ -269,6 +270,10 @@ class ProfileReader:
     def _snapshot_rows(self, slot: tuple[Any, ...] | None) -> Iterator[ProfileChanges]:
         """Yields what is in the tables, and last an empty one with the position of the slot."""
         with self._query.cursor() as cursor:
+            cursor.execute(
+                "SELECT floor(extract(epoch FROM clock_timestamp()) * 1000), txid_snapshot_xmax(txid_current_snapshot())"
+            )
+            now_ms, running = map(int, cursor.fetchone())
             if slot is not None and slot[2]:
                 cursor.execute("SELECT pg_drop_replication_slot(%s)", (self._config.slot,))
                 slot = None
@@ -279,16 +284,19 @@ class ProfileReader:
                 cursor.execute("SET TRANSACTION SNAPSHOT %s", (exported,))
                 position = _number_of(point)
             else:
-                # One was killed before it had all. What has changed since is told by the slot again, deletions too.
+                # One was killed before it had all. What has changed since is told by the slot again, deletions too. As when a
+                # slot is made, those are waited for that run: they may have the time of their commit, and not be seen yet.
+                while cursor.execute("SELECT txid_snapshot_xmin(txid_current_snapshot())") or cursor.fetchone()[0] < running:
+                    time.sleep(0.01)
                 cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                 position = int(slot[1])
             for table in self._tables:
-                yield from self._rows_of(table)
+                yield from self._rows_of(table, now_ms if self._config.snapshot_ms < 0 else self._config.snapshot_ms)
             cursor.execute("COMMIT")
         self._position = position
         yield ProfileChanges(position)
 
-    def _rows_of(self, table: ProfileTable) -> Iterator[ProfileChanges]:
+    def _rows_of(self, table: ProfileTable, time_ms: int) -> Iterator[ProfileChanges]:
         names = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in table.columns)
         query = sql.SQL("SELECT {} FROM {}").format(names, sql.Identifier(table.schema, table.name))
         with self._query.cursor() as cursor:
@@ -302,8 +310,9 @@ class ProfileReader:
                     if row[0] is None:
                         self._set_aside += 1
                     else:
-                        rows.add(row, self._config.snapshot_ms)
-                yield ProfileChanges(START, {table.subject: rows.to_arrow()})
+                        rows.add(row, time_ms)
+                if rows.end():
+                    yield ProfileChanges(START, {table.subject: rows.take()})
             cursor.execute("CLOSE profiles")
 
     def _start_stream(self) -> None:
@@ -315,13 +324,17 @@ class ProfileReader:
     def _read(self, until: float) -> ProfileChanges:
         decoder, stream = self._decoder, self._stream
         assert decoder is not None
-        while decoder.num_rows < self._config.max_rows:
+        while True:
             message = stream.read_message()
             if message is not None:
                 decoder.feed(message.payload)
-                if decoder.is_open or decoder.num_rows or time.monotonic() < until:
+                if decoder.is_open:
                     continue
-            if not decoder.is_open:
+                if decoder.num_rows >= self._config.max_rows:
+                    break
+                if decoder.num_rows or time.monotonic() < until:
+                    continue
+            elif not decoder.is_open:
                 # All before this is told: what the server wrote since is of other tables. It need not be kept, either.
                 decoder.position = max(decoder.position, stream.wal_end)
                 if decoder.num_rows:

@@ -22,6 +22,8 @@ from monolith_jax.lake.warehouse import WarehouseConfig
 
 WRITER = "profiles"
 WAIT_S = 0.02
+IDLE_BYTES = 2**24
+"""When other tables have written so much, an epoch without rows tells how far the lake is, so that it need not be kept."""
 
 
 class Profiles:
@@ -40,6 +42,7 @@ class Profiles:
             self._first = next(iter(self._writers.values()))
             last = self._first.last
             self.epoch, self.position = last.epoch, last.told.get("end", START)
+            self._told = self.position
             if any(one.last.epoch < last.epoch for one in self._writers.values()):
                 self._make_again(last.told["begin"], last.told["end"])
             self._reader = opened.enter_context(closing(ProfileReader(config, self.position)))
@@ -84,12 +87,12 @@ class Profiles:
             elif found and found[-1].position != START:
                 break  # Nothing more for now: a change is seen the sooner.
         number = sum(one.num_rows for one in found)
-        if not number:
-            if self.position > begin:
-                self._reader.confirm(self.position)
+        # No position is confirmed that the lake does not tell: after a restart changes before it would be asked for.
+        if not number and self.position - self._told < IDLE_BYTES:
             return 0
         self.epoch += 1
         self._write(found, self.epoch, {"begin": begin, "end": self.position})
+        self._told = self.position
         self._reader.confirm(self.position)
         return number
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,12 @@ def test_the_lake_comes_to_hold_what_the_tables_hold(database: Database, identit
 
 def test_rows_at_the_start_have_the_time_that_is_set_and_changes_that_of_their_commit(database: Database) -> None:
     database.run("INSERT INTO user_profiles VALUES ('x', 1, 'de', 'de', 30), ('x', 2, NULL, NULL, NULL)")
+    for _ in range(2):  # the second time there is a slot
+        before_ms = time.time_ns() // 1_000_000
+        reader = ProfileReader(database.config())
+        changes = reader.poll(5)
+        assert {0 <= time_ms - before_ms < 1000 for time_ms in changes.rows["user"].column("profile_ms").to_pylist()} == {True}
+        reader.close()
     reader = ProfileReader(database.config(snapshot_ms=77))
     changes = reader.poll(5)
     assert changes.position == START
@@ -104,6 +111,30 @@ def test_rows_at_the_start_have_the_time_that_is_set_and_changes_that_of_their_c
     database.run("DELETE FROM user_profiles WHERE user_id = 1")
     (row,) = reader.poll(5).rows["user"].to_pylist()
     assert [*row.values()][2:] == [None, None, None] and row["user_id"] == 1 and row["profile_ms"] >= before_ms
+
+
+def test_transactions_come_whole_and_not_with_what_is_behind(database: Database) -> None:
+    reader = ProfileReader(database.config(max_rows=1))
+    position = read_until_quiet(reader, Lake(), 0.05)
+    insert = "INSERT INTO user_profiles SELECT 'x', i, 'de', 'de', 0 FROM generate_series(%s, %s) i"
+    database.run(insert, 1, 20_000)
+    database.run("BEGIN; UPDATE user_profiles SET age = 1 WHERE user_id <= 3; INSERT INTO video_profiles VALUES (1); COMMIT")
+    database.run(insert, 20_001, 20_001)
+    found = []
+    while len(found) < 3:
+        changes = reader.poll(0.001)  # too short for the large one
+        assert changes.position >= position and (changes.num_rows or not changes.rows)
+        if changes.num_rows:
+            found.append((changes.num_rows, [*changes.rows], changes.position))
+        position = changes.position
+    assert [rows for rows, *_ in found] == [20_000, 4, 1]
+    assert [subjects for _, subjects, _ in found] == [["user"], ["user", "video"], ["user"]]
+    # Whoever starts behind one gets the next one, and nothing twice.
+    reader.close()
+    for (_, _, behind), (number, *_) in pairwise(found):
+        again = ProfileReader(database.config(max_rows=1), behind)
+        assert again.poll(5).num_rows == number
+        again.close()
 
 
 def test_a_long_value_that_was_not_touched_is_there(database: Database) -> None:

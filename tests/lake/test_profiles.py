@@ -1,6 +1,7 @@
 """From PostgreSQL to the lake: features follow the tables, and a crash neither loses nor doubles a change."""
 
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("pypaimon")
 
 from launch.bench.postgres_server import PostgresServer
+from monolith_jax.lake import profiles as profiles_module
 from monolith_jax.lake.commits import TableWriter
 from monolith_jax.lake.profiles import Profiles
 from tests.lake.lake_of import Lake, make_lake
@@ -60,6 +62,25 @@ def test_features_follow_the_tables(tmp_path: Path, database: Database) -> None:
     assert [(row["user_id"], row["country"]) for row in log] == [(1, "de"), (1, "fr"), (2, "at"), (2, None)]
     assert all(row["event_time_ms"] == row["profile_ms"] for row in log)
     assert bring_in(database, lake) == 0
+
+
+def test_what_other_tables_write_is_passed_over_and_need_not_be_kept(
+    tmp_path: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake = make_lake(tmp_path)
+    database.run("INSERT INTO user_profiles VALUES ('x', 1, 'de', 'de', 30)")
+    bring_in(database, lake)
+    for idle_bytes, epochs in ((2**40, 0), (1, 1)):
+        monkeypatch.setattr(profiles_module, "IDLE_BYTES", idle_bytes)
+        with closing(Profiles(database.config(), lake.warehouse)) as profiles:
+            epoch, position = profiles.epoch, profiles.position
+            database.run("INSERT INTO other SELECT generate_series(1, 1000)")
+            until = time.monotonic() + 10
+            while profiles.position == position and time.monotonic() < until:
+                assert profiles.step(0.1) == 0
+            assert profiles.position > position and profiles.epoch == epoch + epochs
+    database.run("UPDATE user_profiles SET country = 'fr'")
+    assert bring_in(database, lake) == 1 and users(lake) == {1: ("fr", "de", 30)}
 
 
 def test_a_crash_at_any_commit_loses_and_doubles_nothing(
