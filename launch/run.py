@@ -268,7 +268,8 @@ def _tell_committed(console: Console, publisher: Publisher | None, committed: Co
         publisher.schedule.want_base()
     # Not into metrics.jsonl: when a snapshot is whole depends on the clock, and a run that goes on must write the same file.
     console.print(
-        f"saved step {committed.step:,}: {committed.num_bytes / 1e6:,.1f} MB on disk, whole after {committed.seconds:.1f} s",
+        f"saved step {committed.step:,}: {committed.num_bytes / 1e6:,.1f} MB on disk, whole after {committed.seconds:.1f} s"
+        + committed.mirrored,
         highlight=False,
     )
 
@@ -299,7 +300,7 @@ def _begin(
         if publisher:
             publisher.set_state(restored.extras.get("publisher"))
         log.last_snapshot = f"step {step}"
-        console.print(f"going on from the snapshot of step {step:,}", highlight=False)
+        console.print(f"going on from the snapshot of step {step:,}{snapshots.origin}", highlight=False)
         return parts.tiers.split(restored.state)
     if not warm_start:
         return parts.state

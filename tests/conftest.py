@@ -1,11 +1,13 @@
 """Runs the tests on eight CPU devices with strict dtype promotion, here and in every process that a test starts."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from launch.bench import hdfs_server
 from launch.bench import s3_server as s3
 from launch.bench.kafka_broker import REQUIRED, Broker, missing, shared_broker
 
@@ -72,3 +74,16 @@ def s3_server(require_s3: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     folder = tmp_path_factory.getbasetemp()
     with s3.shared_s3_server(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def hdfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hdfs_server.HdfsServer]:
+    """Returns an HDFS, or skips where none can be started or its client is not installed; fails there where one is required."""
+    why = "" if importlib.util.find_spec("hdfs_native") else "no HDFS: hdfs-native is not installed (extra hdfs)"
+    if why := why or hdfs_server.missing():
+        assert not os.environ.get(hdfs_server.REQUIRED), why
+        pytest.skip(why)
+    server = hdfs_server.HdfsServer(tmp_path_factory.mktemp("hdfs"))
+    server.start()
+    yield server
+    server.kill()

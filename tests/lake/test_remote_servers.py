@@ -2,13 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from launch.bench import hdfs_server
 from launch.bench.hdfs_server import HdfsServer
 from launch.bench.s3_server import S3Server
 from monolith_jax.stream.columns import ColumnsConfig, ColumnsSource
@@ -28,18 +26,6 @@ def put(url: str, folder: Path) -> None:
                 where.create_dir(os.path.dirname(name))
             with where.open_output_stream(name, compression=None) as stream:
                 stream.write(path.read_bytes())
-
-
-@pytest.fixture(scope="module")
-def hdfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HdfsServer]:
-    pytest.importorskip("hdfs_native")
-    if why := hdfs_server.missing():
-        assert not os.environ.get(hdfs_server.REQUIRED), why
-        pytest.skip(why)
-    server = HdfsServer(tmp_path_factory.mktemp("hdfs"))
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture
@@ -66,7 +52,7 @@ each_server = pytest.mark.parametrize("url", ["s3", "hdfs", "webhdfs"], indirect
 @each_server
 @pytest.mark.parametrize("ending", [".parquet", ".csv", ".csv.gz"])
 def test_all_is_as_with_local_files(url: str, ending: str, tmp_path: Path) -> None:
-    for fields in ({}, {"part": (0.3, 0.9), "epochs": 2}):
+    for fields in ({"chunk_rows": 16}, {"part": (0.3, 0.9), "epochs": 2, "chunk_rows": 25}):
         here = source(f"{tmp_path}/here/*/*{ending}", **fields)
         there = source(f"**/*{ending}", folder=url, **fields)
         chunks = assert_resumes(there)

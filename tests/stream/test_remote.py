@@ -133,6 +133,31 @@ def test_a_short_answer_is_no_end_of_file(bucket: Path, monkeypatch: pytest.Monk
         stream.read()
 
 
+def test_a_file_is_read_ahead_in_blocks(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = np.random.default_rng(0).bytes(50_001)
+    (bucket / "a.csv").write_bytes(data)
+    fetched, read = list[tuple[int, int]](), remote._WholeFile.read
+
+    def counted(self: Any, size: int = -1, /) -> bytes:
+        fetched.append((self.tell(), size))
+        return read(self, size)
+
+    monkeypatch.setattr(remote._WholeFile, "read", counted)
+    monkeypatch.setattr(remote, "_FIRST_BLOCK_BYTES", 100)
+    monkeypatch.setattr(remote, "_BLOCK_BYTES", 1600)
+    monkeypatch.setattr(remote, "BUFFER_BYTES", 10)
+    with RemotePath(f"{URLS}/a.csv").open() as stream:
+        assert stream.read(50) == data[:50]
+        assert fetched == [(0, 100)], "a header takes one block"
+        assert stream.read(60) == data[50:110]
+        stream.seek(45_000)
+        assert stream.read() == data[45_000:]
+        for place in np.random.default_rng(1).integers(0, 60_000, 50).tolist():
+            assert stream.seek(place) == place == stream.tell()
+            assert stream.read(place % 3000) == data[place : place + place % 3000]
+    assert (45_000, 100) in fetched and max(size for _, size in fetched) == 1600
+
+
 def test_an_object_whose_name_has_magic_is_found(bucket: Path) -> None:
     (bucket / "a[1]#%20 ?.csv").write_text("user_id\n5\n")
     assert rows_of(list(source(f"{URLS}/a[1]#%20 ?.csv").read({}))) == [{"user_id": 5, "event_time_ms": 0}]
