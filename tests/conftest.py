@@ -1,5 +1,6 @@
 """Runs the tests on eight CPU devices with strict dtype promotion, here and in every process that a test starts."""
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -33,6 +34,15 @@ def _eight_devices() -> None:
     import jax
 
     assert len(jax.devices()) == 8
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets features of the lake count from their very time on, for tests that say when by the millisecond."""
+    from monolith_jax.lake.tables import GROUPS
+
+    for subject, groups in GROUPS.items():
+        monkeypatch.setitem(GROUPS, subject, tuple(dataclasses.replace(group, known_ms=0) for group in groups))
 
 
 @pytest.fixture(scope="session")

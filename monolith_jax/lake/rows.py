@@ -58,7 +58,7 @@ class Encoded(NamedTuple):
     entry_groups: np.ndarray
     """int64 [E]"""
     times_ms: np.ndarray
-    """int64 [N, G]"""
+    """int64 [N, G], from when on each group counts: its time, and `ColumnGroup.known_ms`."""
     words: np.ndarray
     """int64 [N, W]"""
     without_id: int
@@ -81,7 +81,7 @@ class Seen(NamedTuple):
     there: np.ndarray
     """bool [N, G], whether the group has a row that counts."""
     times_ms: np.ndarray
-    """int64 [N, G], since when, where there is one."""
+    """int64 [N, G], from when on it counts, where there is one."""
     words: np.ndarray
     """int64 [N, W]"""
 
@@ -165,7 +165,7 @@ class FeatureRows:
         present = [at for at, group in enumerate(self.groups) if group.time_column in names]
         for at in present:
             array = _cast(batch, self.groups[at].time_column, pa.int64())
-            is_set[:, at], times[:, at] = valid_mask(array) & has_id, _flat(array)
+            is_set[:, at], times[:, at] = valid_mask(array) & has_id, _flat(array) + self.groups[at].known_ms
         for place in self.places:
             if place.group in present:
                 array = _cast(batch, place.name, place.type)
@@ -227,7 +227,8 @@ class FeatureRows:
             elif found is None:
                 arrays.append(pa.array(seen.known))
             else:
-                arrays.append(pa.array(seen.times_ms[:, found], mask=~seen.there[:, found]))
+                times_ms = seen.times_ms[:, found] - self.groups[found].known_ms
+                arrays.append(pa.array(times_ms, mask=~seen.there[:, found]))
         return pa.RecordBatch.from_arrays(arrays, names)
 
     def _read(self, place: Place, words: np.ndarray) -> pa.Array:

@@ -47,12 +47,14 @@ def test_what_was_served_is_what_was_there() -> None:
     assert agreement.metrics()["video_checked"] == 72
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_change_that_the_server_had_not_seen_is_no_mismatch() -> None:
     agreement = Agreement("video")
     agreement.check(logged(served(CHANGES[:2]), [1, 2, 3], 50), state_of(CHANGES))
     assert counts(agreement) == (12, 0, 2, 0), "the counts of 1 are newer, and those of 2 are there"
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_version_that_only_the_server_has_is_unknown() -> None:
     agreement = Agreement("video")
     impressions = logged(served(CHANGES[:3]), [1, 2, 3], 30)
@@ -65,6 +67,7 @@ def test_a_version_that_only_the_server_has_is_unknown() -> None:
     assert counts(agreement) == (28, 0, 0, 4), "it is stale here and pushed out there"
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize(
     ("column", "values"),
     [
@@ -89,6 +92,7 @@ def test_a_value_that_differs_is_a_mismatch_and_is_kept(column: str, values: pa.
     assert kept.found == impressions.column(column)[kept.id - 1].as_py() and kept.logged == values[kept.id - 1].as_py()
 
 
+@pytest.mark.usefixtures("at_once")
 def test_only_what_is_logged_is_compared() -> None:
     agreement = Agreement("video")
     impressions = logged(served(CHANGES), [1, 2, 3], 50)
@@ -127,6 +131,7 @@ def random_log(subject: Subject, number: int, rng: np.random.Generator) -> pa.Re
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("blocks", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_server_online_and_history_agree(blocks: int) -> None:
     # 100 blocks: a million lookups of rows.

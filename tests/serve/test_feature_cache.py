@@ -20,6 +20,7 @@ def counts(ids: np.ndarray, time_ms: int, value: int) -> pa.RecordBatch:
     return pa.record_batch({"video_id": ids, "counts_1d_ms": np.full(ids.size, time_ms), **columns})
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_request_sees_what_was_before_it() -> None:
     cache = FeatureCache(CONFIG)
     oracles: dict[Subject, Oracle] = {"user": Oracle("user"), "video": Oracle("video")}
@@ -90,6 +91,7 @@ class Reader:
         return found
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_thread_follows_a_reader_past_its_errors() -> None:
     cache = FeatureCache(CONFIG)
     reader = Reader()
