@@ -6,7 +6,8 @@ may run alone or with others in one process, is killed at any moment and goes on
 * `ingest`: from the log, `events`, what users did last and how often videos were watched;
 * `examples`: from the log, `examples`, joined as training joins them;
 * `profiles`: from PostgreSQL, the profiles of users and videos;
-* `tidy`: brings small files together, and removes what is old.
+* `tidy`: brings small files together, and removes what is old;
+* `agreement`: checks that impressions were served with the features that history has for them.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ if TYPE_CHECKING:
     from monolith_jax.lake.history import LakeConfig
 
 EXAMPLE = "python -m launch.lake ingest examples --gin_file=configs/train_lake.gin --workdir=checkpoints/lake --until_end"
-JOBS = ("ingest", "examples", "profiles", "tidy")
+JOBS = ("ingest", "examples", "profiles", "tidy", "agreement")
 COMMANDS = (*JOBS, "show", "tag")
 FLAGS = (
     *("--gin_file", "--workdir", "--until_end", "--commit_s", "--out_of_order_s", "--max_videos", "--partitions"),
     *("--postgres", "--every_s", "--retention_s", "--name", "--help"),
 )
 _WHAT = (
-    "Writes the lake of an experiment (LakeConfig) from its log: ingest, examples, profiles and tidy are jobs, of which one or "
-    "several run in this process until ctrl-C or SIGTERM; all go on where the tables end. On a local disk they may run as "
-    "processes of their own; in an object store, one process writes a table. show tells what the tables hold, and tag keeps "
-    "them as they are now under a name (LakeConfig.as_of)."
+    "Writes the lake of an experiment (LakeConfig) from its log: ingest, examples, profiles, tidy and agreement are jobs, of "
+    "which one or several run in this process until ctrl-C or SIGTERM; all go on where the tables end. On a local disk they "
+    "may run as processes of their own; in an object store, one process writes a table. show tells what the tables hold, and "
+    "tag keeps them as they are now under a name (LakeConfig.as_of)."
 )
 _USAGE = "--workdir=FOLDER [--until_end] [...] JOB [JOB ...]"
 _EPOCH_BYTES, _EPOCH_ROWS = 64 << 20, 1 << 20
@@ -117,7 +118,7 @@ def _run(asked: argparse.Namespace, lake: LakeConfig) -> None:
     if asked.jobs == ["tag"]:
         return tag(lake, asked.name)
     stop, failed = threading.Event(), []
-    of_jobs = {"ingest": _ingest, "examples": _examples, "profiles": _profiles, "tidy": _tidy}
+    of_jobs = {"ingest": _ingest, "examples": _examples, "profiles": _profiles, "tidy": _tidy, "agreement": _agreement}
     with _stopped_by_signals(stop):
         threads = [_started(of_jobs[name], asked, lake, stop, failed) for name in asked.jobs]
         for thread in threads:
@@ -213,6 +214,21 @@ def _tidy(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event) ->
             )
         if asked.until_end or stop.wait(asked.every_s):
             return
+
+
+def _agreement(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event) -> None:
+    from monolith_jax.lake.agreeing import Agreeing
+
+    topic = lake.log.impressions if lake.log else "impressions"
+    agreeing, line, told = Agreeing(lake.warehouse, topic, asked.max_videos), _Line("agreement", "impressions"), 0
+    while not stop.wait(asked.commit_s):
+        line.told(agreeing.step(), 0, agreeing.metrics())
+        for found in [one for agreement in agreeing.agreements.values() for one in agreement.mismatches][told:]:
+            print(f"agreement: {found}", file=sys.stderr, flush=True)
+            told += 1
+        if asked.until_end:
+            break
+    line.end()
 
 
 def show(lake: LakeConfig) -> None:

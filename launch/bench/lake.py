@@ -258,11 +258,11 @@ def _agreement(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 states[subject].apply(batch)
                 if subject == "user":
                     newest = max(newest, max(batch.column("event_time_ms").to_pylist(), default=0))
-        times = np.full(each, newest + 1)
+        times = np.full(each, newest)
         ids = {"user": rng.integers(0, 220_000, each), "video": (rng.random(each) ** 3 * 55_000).astype(np.int64)}
         asked_of.append(pa.record_batch({"user_id": ids["user"], "video_id": ids["video"], "event_time_ms": times}))
         online.append([states[one].as_of(ids[one], times) for one in ("user", "video")])
-        served.append([cache.as_of(one, ids[one], newest + 1) for one in ("user", "video")])
+        served.append([cache.as_of(one, ids[one], newest) for one in ("user", "video")])
     columns = {one: states[one].columns for one in ("user", "video")}
     history = FeatureHistory(warehouse, (*columns["user"], *columns["video"]), 400_000)
     mismatches = checked = 0

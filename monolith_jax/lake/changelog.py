@@ -48,7 +48,7 @@ class Changelog:
             raise ValueError(
                 f"the table {name!r} has no column {', '.join(unknown)}; there: {', '.join(self.table.field_names)}"
             )
-        self._name, self._columns = name, list(columns)
+        self._config, self._name, self._columns = config, name, list(columns)
         self._manager = self.table.snapshot_manager()
         self.snapshot = self.newest() if snapshot is None else snapshot
         self._begins = self.snapshot
@@ -81,7 +81,9 @@ class Changelog:
             )
         from pypaimon.read.native_plan import native_plan  # pyright: ignore[reportMissingImports]
 
-        # A column that was added since is only known to a table that is opened now.
+        if self._manager.get_snapshot_by_id(newest).schema_id != self.table.table_schema.id:
+            # Columns that were added since are only known to a table that is opened now.
+            self.table = open_table(self._config, self._name)
         plan = native_plan(
             self.table,
             predicate=None,
