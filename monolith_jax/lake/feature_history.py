@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from monolith_jax.lake.agreement import Agreement, Mismatch
 from monolith_jax.lake.as_of import as_of_join
 from monolith_jax.lake.changelog import Moment, read_at
-from monolith_jax.lake.tables import GROUPS, Subject, features_log_schema
+from monolith_jax.lake.tables import GROUPS, Subject, features_log_schema, key_of
 from monolith_jax.lake.versions import FeatureState
 from monolith_jax.lake.warehouse import WarehouseConfig, open_table
 
@@ -39,11 +39,11 @@ class _Walk:
         self.until_ms: int | None = None
         if position and position["until_ms"] is not None:
             self.until_ms = int(position["until_ms"])
-            known = self.read(None, self.until_ms)
-            before = pc.less(known.column("event_time_ms"), position["seen_ms"])  # pyright: ignore[reportAttributeAccessIssue]
-            for batch in known.filter(before).sort_by("event_time_ms").to_batches(_REBUILD_ROWS):
-                self.state.apply(batch)
-            self.rest = known.filter(pc.invert(before)).to_batches()  # pyright: ignore[reportAttributeAccessIssue]
+            # As far as the walk had come: up to an example of that time, whoever's.
+            nobody = pa.record_batch({key_of(subject): [0], "event_time_ms": [position["seen_ms"]]})
+            known = self.read(None, self.until_ms).sort_by("event_time_ms")
+            for batch in known.to_batches(_REBUILD_ROWS):
+                self.rest.append(as_of_join(nobody, batch, self.state).rest)
         self.seen_ms = position["seen_ms"] if position else None
 
     @property

@@ -269,6 +269,17 @@ class FeatureRows:
             self.texts_refused = int(state["texts_refused"][0])
 
 
+def column_types() -> dict[str, pa.DataType]:
+    """Returns the columns of all subjects that `FeatureRows.decode` returns, with their types."""
+    types: dict[str, pa.DataType] = {}
+    for subject, groups in GROUPS.items():
+        for group in groups:
+            types[f"{subject}_{group.time_column}"] = pa.int64()
+            types |= {f"{subject}_{name}": kind for name, kind in group.columns}
+        types[f"{subject}_known"] = pa.bool_()
+    return types
+
+
 def _cast(batch: pa.RecordBatch, name: str, kind: pa.DataType) -> pa.Array:
     if name not in batch.schema.names:
         raise ValueError(f"a row of features needs the column {name!r}; columns there: {', '.join(batch.schema.names)}")

@@ -11,30 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from monolith_jax.features import (
-    BucketFeatureConfig,
-    CrossFeatureConfig,
-    DenseFeatureConfig,
-    FeatureConfig,
-    IdFeatureConfig,
-    TimeFeatureConfig,
-    column_ids,
-    crossed,
-)
+from monolith_jax.feature_columns import columns_of
+from monolith_jax.features import CrossFeatureConfig, FeatureConfig, IdFeatureConfig, column_ids, crossed
 from monolith_jax.types import GroupIds
-
-
-def columns_of(feature: FeatureConfig) -> tuple[str, ...]:
-    """Returns the columns that a feature reads."""
-    match feature:
-        case IdFeatureConfig():
-            return (feature.column, feature.weight_column) if feature.weight_column else (feature.column,)
-        case CrossFeatureConfig():
-            return feature.columns
-        case TimeFeatureConfig():
-            return ("event_time_ms",)
-        case BucketFeatureConfig() | DenseFeatureConfig():
-            return (feature.column,)
 
 
 class Crosses:

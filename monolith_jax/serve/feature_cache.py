@@ -33,15 +33,17 @@ class FeatureCacheConfig:
     """How much is kept of the lake's features."""
 
     max_users: int = 100_000
-    """Users; beyond, those of whom nothing came for long leave. Costs 390 bytes each."""
+    """Users; beyond, those of whom nothing came for long leave. Costs 680 bytes each."""
     max_videos: int = 1_000_000
-    """Videos, likewise. Costs 620 bytes each."""
-    versions: int = 2
-    """Of each group of columns: two, so that a request finds what was before a change that is of its own millisecond."""
+    """Videos, likewise. Costs 590 bytes each."""
+    user_versions: int = 4
+    """Of each group of a user's columns: as many as come within `ColumnGroup.known_ms`, and one that counts by then."""
+    video_versions: int = 2
+    """The same of a video: counts come once in a minute."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if a field is out of range."""
-        if min(self.max_users, self.max_videos, self.versions) < 1:
+        if min(self.max_users, self.max_videos, self.user_versions, self.video_versions) < 1:
             raise ValueError(f"FeatureCacheConfig: all must be at least 1, got {self}")
 
 
@@ -51,14 +53,14 @@ class FeatureCache:
     def __init__(self, config: FeatureCacheConfig) -> None:
         """Knows nothing yet."""
         self.config = config
-        of_subject: dict[Subject, int] = {"user": config.max_users, "video": config.max_videos}
         self._states: dict[Subject, FeatureState] = {
-            name: FeatureState(name, rows, config.versions) for name, rows in of_subject.items()
+            "user": FeatureState("user", config.max_users, config.user_versions),
+            "video": FeatureState("video", config.max_videos, config.video_versions),
         }
-        self._locks = {name: threading.Lock() for name in of_subject}
+        self._locks = {name: threading.Lock() for name in self._states}
         self._closed, self._thread = threading.Event(), None
         self.faults, self.last_fault, self.has_ended = 0, "", False
-        self.latest_ms: dict[Subject, int] = dict.fromkeys(of_subject, 0)
+        self.latest_ms: dict[Subject, int] = dict.fromkeys(self._states, 0)
         """The latest time of a change of each."""
 
     def columns(self, subject: Subject) -> tuple[str, ...]:
@@ -172,5 +174,5 @@ class FeatureCache:
 
 def feature_cache_bytes(config: FeatureCacheConfig) -> int:
     """Returns the bytes of a full cache, but for its texts."""
-    users, videos = (config.max_users, config.versions), (config.max_videos, config.versions)
-    return state_bytes("user", *users) + state_bytes("video", *videos)
+    of_users = state_bytes("user", config.max_users, config.user_versions)
+    return of_users + state_bytes("video", config.max_videos, config.video_versions)

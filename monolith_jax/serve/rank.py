@@ -16,10 +16,11 @@ import jax
 import numpy as np
 import pyarrow as pa
 
+from monolith_jax.feature_columns import columns_of
 from monolith_jax.features import DenseFeatureConfig, FeatureLayout, Features, featurize, restricted
 from monolith_jax.models.candidates import Prepared, SideInputs, Split, candidate_logits, prepare, split
 from monolith_jax.models.losses import scores
-from monolith_jax.serve.crosses import Crosses, columns_of
+from monolith_jax.serve.crosses import Crosses
 from monolith_jax.serve.padding import checked_sizes, no_features, padded, part_sizes
 from monolith_jax.serve.served_model import ServedModel
 from monolith_jax.types import GroupIds

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from monolith_jax.feature_columns import columns_of
 from monolith_jax.serve.catalogue import CatalogueConfig
-from monolith_jax.serve.crosses import columns_of
 from monolith_jax.serve.encode import Encoder
 from monolith_jax.serve.feature_cache import FeatureCache
 from monolith_jax.serve.rank import Ranker

@@ -54,3 +54,20 @@ def test_what_was_logged_is_replaced_and_compared(tmp_path: Path) -> None:
     assert (mismatch.id, mismatch.time_ms, mismatch.since_ms, mismatch.logged, mismatch.found) == (1, 35, 30, 77, 3)
     again = FeatureHistory(lake.warehouse, COLUMNS, 100, json.loads(json.dumps(history.position)))
     assert again.join(examples_of([41])).column("user_age").to_pylist() == [4]
+
+
+def test_a_walk_goes_on_from_any_position_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    lake, rng = make_lake(tmp_path), np.random.default_rng(0)
+    # More changes within the time in which they do not count yet than there are versions.
+    times = np.sort(rng.integers(0, 20_000, 300)).tolist()
+    write(lake, [Change(1, 1, time, (number, 1, 2, [number])) for number, time in enumerate(times)])
+    columns = ("user_last_video_id", "user_last_tag_id", "user_activity_ms", "user_age")
+    whole, places, expected = FeatureHistory(lake.warehouse, columns, 100), [], []
+    for first in range(0, 25_000, 2500):
+        places.append(json.loads(json.dumps(whole.position)))
+        expected.append(whole.join(examples_of(sorted(rng.integers(first, first + 2500, 20).tolist()))))
+    assert whole.metrics()["user/too_old"] == 0
+    assert len({row["user_last_video_id"] for one in expected for row in one.to_pylist()}) > 80
+    for place, wanted in zip(places, expected, strict=True):
+        again = FeatureHistory(lake.warehouse, columns, 100, place)
+        assert again.join(wanted.select(["event_time_ms", "user_id"])).equals(wanted)
