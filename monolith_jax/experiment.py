@@ -30,7 +30,9 @@ from monolith_jax.features import (
 )
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.threads import MapperConfig
+from monolith_jax.lake.counters import WindowCountsConfig
 from monolith_jax.lake.history import LakeConfig
+from monolith_jax.lake.jobs import LakeJobsConfig, PostgresConfig, TidyConfig
 from monolith_jax.lake.warehouse import WarehouseConfig
 from monolith_jax.mesh import MeshConfig
 from monolith_jax.models.dcn import DCNConfig
@@ -70,7 +72,7 @@ SourceConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfi
 
 CONFIGS: tuple[type, ...] = (
     *(SyntheticConfig, KuaiRandConfig, MovieLensConfig, ColumnsConfig, LogConfig, JoinerConfig),
-    *(LakeConfig, WarehouseConfig),
+    *(LakeConfig, WarehouseConfig, LakeJobsConfig, WindowCountsConfig, PostgresConfig, TidyConfig),
     *(HistoryConfig, CountersConfig),
     *(IdFeatureConfig, CrossFeatureConfig, BucketFeatureConfig, TimeFeatureConfig, DenseFeatureConfig),
     *(TableConfig, AdmissionConfig, MapperConfig, OptimizerConfig),

@@ -1,10 +1,10 @@
 """A run's newest snapshots in another place, an object store say: a machine that is lost takes no run with it.
 
 In: a run folder with a snapshot that is whole, and a path or URL (`s3://`, `hdfs://`, `webhdfs://`: see `stream.remote`). Out:
-`snapshots/<step>/` there with the same files; what is beside it in the run folder, metrics and the cuts of a live stream, under
-its own names; and, last of all, `manifests/<step>.json`, which names every file. A snapshot without a readable manifest is not
-there: whatever is cut short, by a kill or by the network, is never taken. The files beside the snapshots only grow, and a run
-that goes on cuts them to the lengths that its snapshot knows, so one copy serves all snapshots.
+`snapshots/<step>/` there with the same files; what is beside it in the run folder, metrics and the cuts of a live stream, as
+`beside/<name>/<size>-<time>`; and, last of all, `manifests/<step>.json`, which names every file. A snapshot without a readable
+manifest is not there, and no file is written twice: whatever is cut short, by a kill or by the network, is never taken. A file
+beside the snapshots may be longer than its snapshot knows; a run that goes on cuts it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class Mirror:
             keep: Snapshots kept in the mirror.
         """
         self.place, self._folder, self._run, self._keep = place.rstrip("/"), folder, folder.parent, keep
-        self._known: dict[str, tuple[int, int]] = {}
         self.origin = ""
         """What was fetched, for people; empty: nothing."""
         self.behind = ""
@@ -80,9 +79,11 @@ class Mirror:
         snapshot = self._folder / str(step)
         self._remove_file(f"manifests/{step}.json")
         names = sorted(str(path.relative_to(self._run)) for path in snapshot.rglob("*") if path.is_file())
-        sums = dict(zip(names, self._each(self._put_file, names), strict=True))
-        beside = dict(zip(grown := self._beside(), self._each(self._put_grown, grown), strict=True))
-        manifest = {"step": step, "files": sums, "beside": {name: size for name, size in beside.items() if size is not None}}
+        files = dict(zip(names, self._each(lambda name: self._put_file(name, name), names), strict=True))
+        before = self._manifest(max(self.steps(), default=-1)) or {"beside": {}}
+        names = self._beside()
+        beside = dict(zip(names, self._each(lambda name: self._put_beside(name, before["beside"]), names), strict=True))
+        manifest = {"step": step, "files": files, "beside": {name: put for name, put in beside.items() if put}}
         with self._writing(f"manifests/{step}.json") as stream:
             stream.write(json.dumps(manifest).encode())
         self._prune(step)
@@ -113,8 +114,9 @@ class Mirror:
         shutil.rmtree(draft, ignore_errors=True)
         try:
             self._each(lambda name: self._get(name, draft / name, *manifest["files"][name]), manifest["files"])
-            self._each(lambda name: self._get(name, draft / name, manifest["beside"][name], ""), manifest["beside"])
-            for name in manifest["beside"]:
+            beside = manifest["beside"]
+            self._each(lambda name: self._get(beside[name][0], draft / name, *beside[name][1:]), beside)
+            for name in beside:
                 (self._run / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(draft / name, self._run / name)
             folder.mkdir(exist_ok=True)
@@ -136,24 +138,23 @@ class Mirror:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(work, names))
 
-    def _put_file(self, name: str) -> tuple[int, str]:
-        """Copies a file; returns its size and checksum."""
+    def _put_file(self, name: str, to: str, most_bytes: int | None = None) -> tuple[int, str]:
+        """Copies a file, or its first bytes; returns its size and checksum."""
         told, size = xxhash.xxh3_64(), 0
-        with (self._run / name).open("rb") as file, self._writing(name) as stream:
-            while piece := file.read(_PIECE_BYTES):
+        with (self._run / name).open("rb") as file, self._writing(to) as stream:
+            while piece := file.read(_PIECE_BYTES if most_bytes is None else min(_PIECE_BYTES, most_bytes - size)):
                 stream.write(piece)
                 told.update(piece)
                 size += len(piece)
         return size, told.hexdigest()
 
-    def _put_grown(self, name: str) -> int | None:
-        """Copies a file that may be growing, unless it has not since; returns its size there, None if it has gone."""
+    def _put_beside(self, name: str, before: dict[str, Any]) -> list[Any] | None:
+        """Copies a file that may be growing, if it has; returns where it is, size and checksum; None if it has gone."""
         try:
             stat = (self._run / name).stat()
-            if self._known.get(name) != (stat.st_size, stat.st_mtime_ns):
-                size, _ = self._put_file(name)
-                self._known[name] = (size, stat.st_mtime_ns)
-            return self._known[name][0]
+            to = f"beside/{name}/{stat.st_size}-{stat.st_mtime_ns}"
+            known = before.get(name)
+            return known if known and known[0] == to else [to, *self._put_file(name, to, stat.st_size)]
         except FileNotFoundError:
             return None
 
@@ -163,7 +164,7 @@ class Mirror:
         return self._files.open_output_stream(f"{self._at}/{name}", compression=None)
 
     def _get(self, name: str, to: Path, size: int, checksum: str) -> None:
-        """Copies a file back; one that grows may have grown since its size was told."""
+        """Copies a file back."""
         told, got = xxhash.xxh3_64(), 0
         to.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -176,7 +177,7 @@ class Mirror:
                 os.fsync(file.fileno())
         except FileNotFoundError as error:
             raise ValueError(f"{self.place}/{name} is missing; its snapshot cannot be fetched") from error
-        if got < size or (checksum and (got, told.hexdigest()) != (size, checksum)):
+        if (got, told.hexdigest()) != (size, checksum):
             raise ValueError(f"{self.place}/{name} is damaged: {got} bytes of {size}; its snapshot cannot be fetched")
 
     def _manifest(self, step: int) -> dict[str, Any] | None:
@@ -201,6 +202,10 @@ class Mirror:
         for name, _ in self._listed("manifests"):
             if name not in {f"{step}.json" for step in kept}:
                 self._remove_file(f"manifests/{name}")
+        used = {put[0] for step in kept for put in (self._manifest(step) or {"beside": {}})["beside"].values()}
+        for one in self._files.get_file_info(fs.FileSelector(f"{self._at}/beside", allow_not_found=True, recursive=True)):
+            if one.is_file and one.path.removeprefix(f"{self._at}/") not in used:
+                self._remove_file(one.path.removeprefix(f"{self._at}/"))
         for name, is_folder in self._listed(self._folder.name):
             if is_folder and name not in map(str, kept):
                 with contextlib.suppress(FileNotFoundError):  # what some servers say of a folder that was emptied

@@ -318,14 +318,14 @@ class Snapshots:
 
         Raises:
             Exception: Whatever the background write met.
-            OSError: The last snapshot did not come into the mirror.
+            ValueError: The last snapshot did not come into the mirror.
         """
         try:
             self._join()
         finally:
             self._manager.close()
         if self._mirror and self._mirror.behind:
-            raise OSError(self._mirror.behind)
+            raise ValueError(self._mirror.behind)
 
 
 def _save_tree(tree: Any) -> ocp.args.PyTreeSave:

@@ -107,9 +107,12 @@ class Killed(BaseException):
 def test_what_is_cut_short_is_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, place = tmp_path / "run", str(tmp_path / "mirror")
     snapshots = opened(run, place, keep=1)
+    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "same").write_text("same")
     save(snapshots, 1)
     snapshots.close()
     snapshots = Snapshots(SnapshotConfig(keep=9), run / "snapshots")
+    (run / "metrics.jsonl").write_text("{}\n{}\n")
     save(snapshots, 2)
     snapshots.close()
     writing, removing, left = Mirror._writing, Mirror._remove_file, 0
@@ -143,10 +146,12 @@ def test_what_is_cut_short_is_never_taken(tmp_path: Path, monkeypatch: pytest.Mo
         assert found.latest() in (1, 2), moment
         assert_is(found.restore(found.latest() or 0, make_state(0), IDENTITY), found.latest() or 0)
         found.close()
+        assert (other / "metrics.jsonl").read_text() == "{}\n" * (found.latest() or 0) and (other / "same").exists()
     assert moment > 10
     left = 10**9
     assert Mirror(place, run / "snapshots", 1).steps() == [2]
     assert os.listdir(tmp_path / "mirror" / "snapshots") == ["2"]
+    assert sum(path.is_file() for path in (tmp_path / "mirror" / "beside").rglob("*")) == 2
 
 
 def test_a_fetch_that_is_cut_short_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +203,7 @@ def test_a_place_that_cannot_be_reached_stops_no_training(tmp_path: Path) -> Non
     place.write_text("a file")
     save(snapshots, 1, 2)
     assert all(f"; NOT in {place}, the next one may be: " in one.mirrored for one in told)
-    with pytest.raises(OSError, match=r"the snapshot of step 2 is in .*run/snapshots, but not in .*mirror: "):
+    with pytest.raises(ValueError, match=r"the snapshot of step 2 is in .*run/snapshots, but not in .*mirror: "):
         snapshots.close()
     place.unlink()
     snapshots = opened(tmp_path / "run", str(place), told)

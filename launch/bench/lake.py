@@ -181,7 +181,8 @@ def _merged(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from monolith_jax.lake.changelog import Changelog
     from monolith_jax.lake.commits import TableWriter
-    from monolith_jax.lake.tidy import TidyConfig, compact
+    from monolith_jax.lake.jobs import TidyConfig
+    from monolith_jax.lake.tidy import compact
 
     _, warehouse = _lake(folder)
     rng = np.random.default_rng(0)

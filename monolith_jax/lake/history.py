@@ -23,6 +23,7 @@ from monolith_jax.lake.commits import told_of
 from monolith_jax.lake.cut_files import hand_over
 from monolith_jax.lake.examples import WRITER
 from monolith_jax.lake.feature_history import FeatureHistory
+from monolith_jax.lake.jobs import LakeJobsConfig
 from monolith_jax.lake.warehouse import EXAMPLES_FIRST, WarehouseConfig, open_table
 from monolith_jax.stream.log_source import LogConfig, LogSource
 from monolith_jax.types import Chunk, Position
@@ -52,6 +53,9 @@ class LakeConfig:
     """Users, and videos, whose features are held for that: those that changed last. About half a kilobyte each."""
     log: LogConfig | None = None
     """Where the stream goes on when history is read; None: it ends there."""
+
+    jobs: LakeJobsConfig = field(default_factory=LakeJobsConfig)
+    """How `launch.lake` writes the tables; training does not look at it."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if the fields do not go together."""

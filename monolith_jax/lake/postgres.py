@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from monolith_jax.lake.jobs import PostgresConfig
 from monolith_jax.lake.pgoutput import UNCHANGED, Decoder, ProfileRows, ProfileTable, Row, identity_missing, profile_of
 from monolith_jax.lake.tables import Subject, key_of
 
@@ -39,34 +40,6 @@ _PAUSE_S = 0.1
 # Not there, starting, ending, out of connections; a slot that the server thinks is still read by one who was killed.
 _PASSING = ("08", "57P", "53")
 _IN_USE = "55006"
-
-
-@dataclass(frozen=True)
-class PostgresConfig:
-    """Where profiles are."""
-
-    dsn: str
-    """Address, as libpq takes it: `host=... user=... dbname=...`. The user has REPLICATION, and may read the tables."""
-    user_table: str = "user_profiles"
-    """Table of users, `name` or `schema.name`. Empty: none."""
-    video_table: str = "video_profiles"
-    """Table of videos. Empty: none."""
-    user_columns: tuple[tuple[str, str], ...] = ()
-    """(column of the features, column of the table), where the names differ; the key among them."""
-    video_columns: tuple[tuple[str, str], ...] = ()
-    """Likewise, of videos."""
-    slot: str = "monolith_jax"
-    """Replication slot, made when it is needed. While nobody reads it, the server keeps what is written: drop it if it is not
-    to be used again."""
-    publication: str = "monolith_jax"
-    """Publication of both tables, made when there is none."""
-    snapshot_ms: int = -1
-    """Time of the rows that are there at the start: of their last change the server knows none. -1: that of the start, by the
-    server's clock, so that all changes are later, and what the lake may have of before is earlier. 0: they hold since ever."""
-    max_rows: int = 10_000
-    """Rows of one `ProfileChanges`, about: transactions are whole, however large they are."""
-    ignore_truncate: bool = False
-    """TRUNCATE, which does not say whose profiles are gone, does nothing. False: it is an error."""
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,11 @@ class RemotePath:
         return _hadoop(scheme, authority, os.environ.get("HADOOP_USER_NAME", "")), "/" + path.rstrip("/")
 
     def _info(self) -> fs.FileInfo:
-        where, path = self.filesystem()
-        return where.get_file_info(path)
+        try:
+            where, path = self.filesystem()
+            return where.get_file_info(path)
+        except OSError as error:
+            raise ValueError(f"{self.url}: cannot be looked up: {error}") from error
 
     def children(self) -> list[tuple[RemotePath, bool]]:
         """Returns what is in the folder, by name, and whether each is a folder; nothing where there is no folder."""

@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,8 @@ pytest.importorskip("pypaimon")
 
 from monolith_jax.lake.changelog import Changelog, Moment, read_at
 from monolith_jax.lake.commits import TableWriter, last_commit
-from monolith_jax.lake.tidy import TidyConfig, compact, expire, tidy_table
+from monolith_jax.lake.jobs import TidyConfig
+from monolith_jax.lake.tidy import compact, expire, tidy_table
 from monolith_jax.lake.versions import FeatureState
 from monolith_jax.lake.warehouse import add_columns, open_table
 from tests.lake.lake_of import Lake, make_lake, sorted_rows
@@ -18,7 +20,7 @@ from tests.stream.event_log import World, make_world
 AT_ONCE = TidyConfig(retention_s=0.0, keep=1, orphan_s=0.0)
 
 
-def upsert(lake: Lake, writer: str, epoch: int, rows: list[dict], name: str = "user_features") -> None:
+def upsert(lake: Lake, writer: str, epoch: int, rows: list[dict[str, Any]], name: str = "user_features") -> None:
     import pyarrow as pa
 
     with closing(TableWriter(lake.warehouse, name, writer)) as one:
@@ -26,7 +28,7 @@ def upsert(lake: Lake, writer: str, epoch: int, rows: list[dict], name: str = "u
         one.commit(epoch, {"epoch": epoch})
 
 
-def user(number: int, time_ms: int, country: str | None) -> dict:
+def user(number: int, time_ms: int, country: str | None) -> dict[str, Any]:
     return {"user_id": number, "profile_ms": time_ms, "country": country}
 
 
@@ -139,7 +141,7 @@ def test_compaction_of_appended_rows_keeps_their_order_and_what_comes_meanwhile(
 
         batches = tidy._batches
 
-        def slow(*arguments):  # type: ignore[no-untyped-def]
+        def slow(*arguments: Any) -> Any:
             found = list(batches(*arguments))
             feed.send_world(World(world.impressions[1500:], rest, {}))
             lake.examples()

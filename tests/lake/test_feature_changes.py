@@ -12,7 +12,8 @@ pytest.importorskip("pypaimon")
 from monolith_jax.lake.changelog import Changelog
 from monolith_jax.lake.commits import TableWriter
 from monolith_jax.lake.feature_changes import FeatureChanges, Following
-from monolith_jax.lake.tidy import TidyConfig, expire
+from monolith_jax.lake.jobs import TidyConfig
+from monolith_jax.lake.tidy import expire
 from tests.lake.lake_of import Lake, make_lake
 
 AT_ONCE = TidyConfig(retention_s=0.0, keep=1, orphan_s=0.0)

@@ -40,6 +40,7 @@ def test_a_snapshot_comes_back(place: str, tmp_path: Path) -> None:
     test_mirror.check_round_trip(tmp_path / "run", place)
 
 
+@pytest.mark.slow
 def test_a_snapshot_comes_back_from_hdfs(hdfs: HdfsServer, tmp_path: Path) -> None:
     for url in (hdfs.url, hdfs.web_url):
         run = tmp_path / url.partition(":")[0]

@@ -108,6 +108,8 @@ def test_a_server_that_dies_is_no_end_of_the_file(tmp_path: Path, monkeypatch: p
             with pytest.raises((OSError, ValueError)) as raised:
                 list(chunks)
             assert "a" + ending in str(raised.value)
+        with pytest.raises(ValueError, match=re.escape(f"{url}/a.csv: cannot be looked up: ")):
+            list(one[".csv"].read({}))
         server.start()
         for ending, of in one.items():
             again = rows_of(list(of.read(first[ending].position)))
