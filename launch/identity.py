@@ -29,7 +29,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         del table["memory"], table["device_rows"]
     # Nor does where a log or a lake is reached, or how fast it is read.
     if isinstance(experiment.source, LakeConfig):
-        del plain["source"]["warehouse"], plain["source"]["jobs"]
+        del plain["source"]["warehouse"], plain["source"]["jobs"], plain["source"]["follow"]
         if plain["source"]["log"]:
             plain["source"]["log"] = _lasting(plain["source"]["log"])
     elif isinstance(experiment.source, LogConfig):

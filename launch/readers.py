@@ -31,7 +31,7 @@ from monolith_jax.types import Source
 
 def log_of(source: SourceConfig) -> LogConfig | None:
     """Returns the log that a source is, or that it goes on with; None: it ends by itself."""
-    return source.log if isinstance(source, LakeConfig) else source if isinstance(source, LogConfig) else None
+    return source.live if isinstance(source, LakeConfig) else source if isinstance(source, LogConfig) else None
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -52,7 +52,7 @@ def open_source(config: SourceConfig) -> Source:
         case LogConfig():
             raise ValueError(f"the log {config.url} has no end: it is read by training alone")
         case LakeConfig():
-            return LakeSource(dataclasses.replace(config, log=None), Path(), 1)
+            return LakeSource(dataclasses.replace(config, follow=False), Path(), 1)
 
 
 def num_examples(config: SourceConfig) -> int | None:

@@ -52,7 +52,10 @@ class LakeConfig:
     joined_rows: int = 1_000_000
     """Users, and videos, whose features are held for that: those that changed last. About half a kilobyte each."""
     log: LogConfig | None = None
-    """Where the stream goes on when history is read; None: it ends there."""
+    """The log that the examples are of; None: it is not to be read."""
+    follow: bool = True
+    """Whether the stream goes on with the log when history is read, at the very event where that ends. A run that was of history
+    alone may go on with it later."""
 
     jobs: LakeJobsConfig = field(default_factory=LakeJobsConfig)
     """How `launch.lake` writes the tables; training does not look at it."""
@@ -61,11 +64,16 @@ class LakeConfig:
         """Raises ValueError if the fields do not go together."""
         if self.begin:
             _time_ms(self.begin, "begin")
-        if self.joined and self.log:
+        if self.joined and self.live:
             raise ValueError(
-                "LakeConfig.joined is for history alone, and log is set: online, an impression comes with the features that it "
-                "was shown by; let the server log them (ServingConfig.features)"
+                "LakeConfig.joined is for history alone: online, an impression comes with the features that it was shown by, "
+                "which the server logs (ServingConfig.features). Set LakeConfig.follow to False, or leave joined out"
             )
+
+    @property
+    def live(self) -> LogConfig | None:
+        """The log that the stream goes on with; None: it ends with history."""
+        return self.log if self.follow else None
 
 
 def _time_ms(text: str, field: str) -> int:
@@ -172,7 +180,7 @@ class LakeSource:
     @property
     def num_examples(self) -> int | None:
         """Examples of history, where nothing is left out and no log follows."""
-        if self.config.log or self.config.begin:
+        if self.config.live or self.config.begin:
             return None
         table = open_table(self.config.warehouse, "examples")
         parts = told_at(table, moment_of(table, self.config.as_of)).get("parts", {})
@@ -190,7 +198,7 @@ class LakeSource:
             moment = Moment(*at["moment"]) if "moment" in at else moment_of(table, self.config.as_of)
             parts = self._parts(told_at(table, moment))
             yield from self._history(table, moment, parts, at)
-            if self.config.log is None:
+            if self.config.live is None:
                 return
             if len(parts) > 1:
                 raise ValueError(
@@ -199,8 +207,8 @@ class LakeSource:
                 )
             (told,) = parts.items() if parts else ((self.index, None),)
             at = {"log": hand_over(table, told[0], told[1], self.folder) if told[1] else {}}
-        assert self.config.log is not None
-        log = LogSource(self.config.log, self.folder, self.batch_rows, self.index, self.number, self.max_lag_s)
+        assert self.config.live is not None
+        log = LogSource(self.config.live, self.folder, self.batch_rows, self.index, self.number, self.max_lag_s)
         for chunk in log.read(at["log"]):
             yield _placed(chunk, {"log": dict(chunk.position)})
 

@@ -195,6 +195,8 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
         lake.examples(2)
     with pytest.raises(ValueError, match="joined is for history alone"):
         dataclasses.replace(late.config, joined=("user_country",), log=lake.log())
+    alone = dataclasses.replace(late.config, joined=("user_country",), log=lake.log(), follow=False)
+    assert alone.live is None
     with pytest.raises(ValueError, match="no table"):
         chunks_of(LakeSource(dataclasses.replace(late.config, warehouse=_elsewhere(lake)), tmp_path, 32))
 
