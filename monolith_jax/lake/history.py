@@ -54,8 +54,8 @@ class LakeConfig:
     log: LogConfig | None = None
     """The log that the examples are of; None: it is not to be read."""
     follow: bool = True
-    """Whether the stream goes on with the log when history is read, at the very event where that ends. A run that was of history
-    alone may go on with it later."""
+    """Whether the stream goes on with the log when history is read, at the very event where that ends. A run that was of
+    history alone may go on with it later."""
 
     jobs: LakeJobsConfig = field(default_factory=LakeJobsConfig)
     """How `launch.lake` writes the tables; training does not look at it."""
