@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import tarfile
@@ -110,8 +109,8 @@ def rendered(files: Sequence[str | Path], variables: Mapping[str, str]) -> str:
     Raises:
         KeyError: There is nothing that stands for a variable.
     """
-    texts = [(HERE / file).read_text() for file in files]
-    return "\n".join(string.Template(text).substitute(variables) for text in texts)
+    text = "\n".join((HERE / file).read_text() for file in files)
+    return re.sub(r"\$\{(\w+)\}", lambda found: variables[found[1]], text)
 
 
 class Cluster:

@@ -1,6 +1,6 @@
 -- Where everything comes from: the log in Kafka (format json), and profiles in PostgreSQL by change data capture.
 -- ${KAFKA}: servers. ${OUT_OF_ORDER_S}: what comes later than this, in event time, is late for windows. ${IDLE_S}: a partition that is
--- silent so long holds back no window; 0: it always does. ${POSTGRES_*}: host, port, user, password, database.
+-- silent so long holds back no window; 0: it always does. POSTGRES_HOST and so on: the database.
 
 CREATE TEMPORARY TABLE impressions (
   event_time_ms BIGINT,
@@ -80,7 +80,7 @@ CREATE TEMPORARY TABLE video_profiles (
   video_id BIGINT NOT NULL,
   author_id BIGINT,
   sound_id BIGINT,
-  tag_id ARRAY<BIGINT>,
+  tag_id STRING,  -- bigint[] in PostgreSQL: the connector knows no arrays, and gives one as text: [1, 2]
   duration_ms BIGINT,
   quality DOUBLE,
   changed TIMESTAMP_LTZ(3) NOT NULL METADATA FROM 'op_ts' VIRTUAL,
@@ -115,7 +115,8 @@ WHERE kind <> '-U';
 
 CREATE TEMPORARY VIEW video_profile_changes AS
 SELECT
-  video_id, author_id, sound_id, tag_id, duration_ms, quality, kind,
+  video_id, author_id, sound_id, CAST(JSON_QUERY(tag_id, '$' RETURNING ARRAY<STRING>) AS ARRAY<BIGINT>) AS tag_id, duration_ms,
+  quality, kind,
   CASE WHEN changed <= TO_TIMESTAMP_LTZ(0, 3) THEN ${SNAPSHOT_MS}
     ELSE UNIX_TIMESTAMP(DATE_FORMAT(changed, 'yyyy-MM-dd HH:mm:ss')) * 1000 + EXTRACT(MILLISECOND FROM changed) END AS changed_ms
 FROM video_profiles

@@ -29,7 +29,7 @@ WHERE event_time_ms IS NOT NULL AND user_id IS NOT NULL AND video_id IS NOT NULL
 UNION ALL
 SELECT video_id, event_time, CAST(0 AS BIGINT), CAST(1 AS BIGINT), CAST(0 AS BIGINT)
 FROM plays
-WHERE play_ms >= 0.95 * duration_ms AND duration_ms > 0
+WHERE play_ms >= 0.95E0 * duration_ms AND duration_ms > 0
 UNION ALL
 SELECT video_id, event_time, CAST(0 AS BIGINT), CAST(0 AS BIGINT), CAST(1 AS BIGINT)
 FROM actions
@@ -38,21 +38,21 @@ WHERE event_time_ms IS NOT NULL AND user_id IS NOT NULL AND video_id IS NOT NULL
 CREATE TEMPORARY VIEW counts_5m AS
 SELECT
   video_id, UNIX_TIMESTAMP(DATE_FORMAT(window_end, 'yyyy-MM-dd HH:mm:ss')) * 1000 AS end_ms,
-  SUM(is_view) AS views, SUM(is_complete) AS completes, SUM(is_like) AS likes
+  SUM(is_view) AS num_views, SUM(is_complete) AS num_completes, SUM(is_like) AS num_likes
 FROM TABLE(HOP(TABLE counted, DESCRIPTOR(event_time), INTERVAL '1' MINUTE, INTERVAL '5' MINUTE))
 GROUP BY video_id, window_start, window_end;
 
 CREATE TEMPORARY VIEW counts_1h AS
 SELECT
   video_id, UNIX_TIMESTAMP(DATE_FORMAT(window_end, 'yyyy-MM-dd HH:mm:ss')) * 1000 AS end_ms,
-  SUM(is_view) AS views, SUM(is_complete) AS completes, SUM(is_like) AS likes
+  SUM(is_view) AS num_views, SUM(is_complete) AS num_completes, SUM(is_like) AS num_likes
 FROM TABLE(HOP(TABLE counted, DESCRIPTOR(event_time), INTERVAL '5' MINUTE, INTERVAL '1' HOUR))
 GROUP BY video_id, window_start, window_end;
 
 CREATE TEMPORARY VIEW counts_1d AS
 SELECT
   video_id, UNIX_TIMESTAMP(DATE_FORMAT(window_end, 'yyyy-MM-dd HH:mm:ss')) * 1000 AS end_ms,
-  SUM(is_view) AS views, SUM(is_complete) AS completes, SUM(is_like) AS likes
+  SUM(is_view) AS num_views, SUM(is_complete) AS num_completes, SUM(is_like) AS num_likes
 FROM TABLE(HOP(TABLE counted, DESCRIPTOR(event_time), INTERVAL '1' HOUR, INTERVAL '1' DAY))
 GROUP BY video_id, window_start, window_end;
 
@@ -75,7 +75,7 @@ UNION ALL
 SELECT
   end_ms, video_id, CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS ARRAY<BIGINT>),
   CAST(NULL AS BIGINT), CAST(NULL AS DOUBLE),
-  end_ms, views, completes, likes,
+  end_ms, num_views, num_completes, num_likes,
   CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT),
   CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT)
 FROM counts_5m
@@ -84,7 +84,7 @@ SELECT
   end_ms, video_id, CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS ARRAY<BIGINT>),
   CAST(NULL AS BIGINT), CAST(NULL AS DOUBLE),
   CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT),
-  end_ms, views, completes, likes,
+  end_ms, num_views, num_completes, num_likes,
   CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT)
 FROM counts_1h
 UNION ALL
@@ -93,7 +93,7 @@ SELECT
   CAST(NULL AS BIGINT), CAST(NULL AS DOUBLE),
   CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT),
   CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT),
-  end_ms, views, completes, likes
+  end_ms, num_views, num_completes, num_likes
 FROM counts_1d;
 
 EXECUTE STATEMENT SET
