@@ -204,12 +204,11 @@ class Cluster:
             if (self.folder / name / "pid").exists():
                 self.kill(name)
 
-    def sql(self, text: str, resume: str = "", timeout_s: float = 120.0) -> list[str]:
+    def sql(self, text: str, timeout_s: float = 120.0) -> list[str]:
         """Runs SQL as the SQL client does: statement by statement, queries that do not end as jobs of the cluster.
 
         Args:
             text: The statements.
-            resume: Path of a checkpoint that the one job of `text` goes on from.
             timeout_s: So long it may take.
 
         Returns:
@@ -220,8 +219,7 @@ class Cluster:
             subprocess.TimeoutExpired: It took too long.
         """
         script = self.folder / "script.sql"
-        begin = f"SET 'execution.state-recovery.path' = '{resume}';\n" if resume else ""
-        script.write_text(begin + text)
+        script.write_text(text)
         classes = f"{_CLASSES}:{DISTRIBUTION}/opt/*"
         client = [*self._java("client", "400m"), "-cp", classes, "org.apache.flink.table.client.SqlClient"]
         done = subprocess.run(

@@ -16,6 +16,7 @@ from launch.bench.postgres_server import PostgresServer
 from launch.flink.local import Cluster, rendered
 from monolith_jax.lake.warehouse import WarehouseConfig, open_table
 from monolith_jax.stream import formats
+from monolith_jax.stream.events import ACTION, IMPRESSION
 from monolith_jax.stream.log import LogPartition, open_producer
 
 PARTITIONS = 2
@@ -46,10 +47,10 @@ class FlinkLake:
 
     def __init__(self, folder: Path) -> None:
         """Starts what there is but for the jobs."""
-        self.folder = folder
         self.warehouse = WarehouseConfig(path=str(folder / "warehouse"))
         self.jobs: dict[str, str] = {}
-        self.broker, self.postgres, self.cluster = Broker(folder / "kafka"), PostgresServer(folder / "postgres"), Cluster(folder / "flink")
+        self.broker, self.postgres = Broker(folder / "kafka"), PostgresServer(folder / "postgres")
+        self.cluster = Cluster(folder / "flink")
         self.broker.start()
         self.postgres.start()
         self.cluster.start()
@@ -85,11 +86,19 @@ class FlinkLake:
         files = ["tables.sql", "sources.sql", *(f"{job}.sql" for job in jobs)]
         self.jobs |= dict(zip(jobs, self.cluster.sql(rendered(files, self.variables)), strict=True))
 
-    def resume(self, jobs: Sequence[str] = JOBS) -> None:
-        """Begins jobs where their last checkpoints are."""
-        for job in jobs:
-            text = rendered(["tables.sql", "sources.sql", f"{job}.sql"], self.variables)
-            (self.jobs[job],) = self.cluster.sql(text, self.cluster.last_checkpoint(self.jobs[job]))
+    def resume(self) -> None:
+        """Begins the jobs where their last checkpoints are: after the JobManager was killed, which knows of none."""
+        variables = self.variables
+        texts = [rendered(["tables.sql", "sources.sql"], variables)]
+        for job, number in self.jobs.items():
+            texts += [f"SET 'execution.state-recovery.path' = '{self.cluster.last_checkpoint(number)}';"]
+            texts += [rendered([f"{job}.sql"], variables)]
+        self.jobs = dict(zip(self.jobs, self.cluster.sql("\n".join(texts)), strict=True))
+
+    def settled(self) -> None:
+        """Returns when all that was written before is in the lake, if it has been read."""
+        for job in self.jobs.values():
+            self.cluster.checkpointed(self.cluster.checkpointed(job) and job)
 
     def write_postgres(self, text: str, rows: Iterable[Sequence[Any]] = ((),)) -> None:
         """Runs a statement for each row, in one transaction."""
@@ -98,12 +107,13 @@ class FlinkLake:
                 for row in rows:
                     cursor.execute(text, row)
 
-    def produce(self, topic: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+    def produce(self, impressions: Sequence[Mapping[str, Any]], actions: Sequence[Mapping[str, Any]]) -> None:
         """Writes events to the log, by their users, in their order."""
         with closing(open_producer(self.broker.url)) as producer:
-            for row in rows:
-                (payload,) = formats.encode(pa.RecordBatch.from_pylist([dict(row)], schema), "json")
-                producer.append(LogPartition(topic, row["user_id"] % PARTITIONS), payload)
+            for topic, rows, schema in (("impressions", impressions, IMPRESSION), ("actions", actions, ACTION)):
+                payloads = formats.encode(pa.RecordBatch.from_pylist([*rows], schema), "json")
+                for row, payload in zip(rows, payloads, strict=True):
+                    producer.append(LogPartition(topic, row["user_id"] % PARTITIONS), payload)
             producer.flush()
 
     def read(self, name: str) -> list[dict[str, Any]]:
