@@ -61,16 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     asked, overrides = cli.parse_gin(_parser(), argv, FLAGS)
     # Imported late: --help answers at once.
-    from launch.readers import open_source
+    from launch.readers import log_of, open_source
     from monolith_jax.experiment import load
-    from monolith_jax.stream.log_source import LogConfig
 
     try:
         _check(asked)
         pace = _pace(asked)
         source = load(asked.gin_file, overrides).source
-        if isinstance(source, LogConfig):
-            raise ValueError(f"Experiment.source is the log {source.url}; name a config whose source makes examples, or files")
+        if log := log_of(source):
+            raise ValueError(f"Experiment.source is the log {log.url}; name a config whose source makes examples, or files")
         produce(asked, open_source(source), pace)
     except (ValueError, OSError, ImportError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from monolith_jax.experiment import Experiment, SourceConfig
 from monolith_jax.features import FeatureLayout
+from monolith_jax.lake.history import LakeConfig, LakeSource
 from monolith_jax.models.losses import HeadConfig
 from monolith_jax.negatives import NegativeSampler
 from monolith_jax.reader import Memory, Reader
@@ -27,7 +28,12 @@ from monolith_jax.stream.partitions import partition
 from monolith_jax.stream.synthetic import SyntheticConfig, SyntheticSource
 from monolith_jax.types import Source
 
-FileConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfig
+FileConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfig | LakeConfig
+
+
+def log_of(source: SourceConfig) -> LogConfig | None:
+    """Returns the log that a source is, or that it goes on with; None: it ends by itself."""
+    return source.log if isinstance(source, LakeConfig) else source if isinstance(source, LogConfig) else None
 
 
 def open_source(config: FileConfig) -> Source:
@@ -41,11 +47,13 @@ def open_source(config: FileConfig) -> Source:
             return MovieLensSource(config)
         case ColumnsConfig():
             return ColumnsSource(config)
+        case LakeConfig():
+            return LakeSource(dataclasses.replace(config, log=None), Path(), 1)
 
 
 def num_examples(config: SourceConfig) -> int | None:
     """Returns the examples of a stream where that is cheap to know."""
-    return None if isinstance(config, LogConfig) else open_source(config).num_examples
+    return None if isinstance(config, LogConfig) or log_of(config) else open_source(config).num_examples
 
 
 def make_memories(experiment: Experiment) -> list[Memory]:
@@ -59,8 +67,8 @@ def make_memories(experiment: Experiment) -> list[Memory]:
         memories.append(History(experiment.history))
     if experiment.counters:
         memories.append(Counters(experiment.counters))
-    source = experiment.source
-    if memories and isinstance(source, LogConfig) and (source.joiner.emit == "at_once" or source.joiner.late_s):
+    log = log_of(experiment.source)
+    if memories and log and (log.joiner.emit == "at_once" or log.joiner.late_s):
         raise ValueError(
             "Experiment.history and counters go by examples, and with JoinerConfig.emit 'at_once' or late_s an impression is "
             "an example again with each action: they would count it twice, and show the model what it is to predict. Log "
@@ -97,12 +105,15 @@ def make_readers(
     train = experiment.train
     rows = train.batch_size // train.partitions
     column = experiment.history.user_column if experiment.history else "user_id"
-    whole = None if isinstance(config, LogConfig) else open_source(config)
+    whole = None if isinstance(config, LogConfig | LakeConfig) else open_source(config)
     readers = []
     for index, of_partition in zip(partitions, memories, strict=True):
         if isinstance(config, LogConfig):
             folder = stream_folder(workdir, index, suffix)
             source: Source = LogSource(config, folder, rows, index, train.partitions, train.max_lag_s)
+        elif isinstance(config, LakeConfig):
+            folder = stream_folder(workdir, index, suffix)
+            source = LakeSource(config, folder, rows, index, train.partitions, train.max_lag_s)
         else:
             assert whole is not None
             source = partition(whole, index, train.partitions, column)
@@ -117,10 +128,10 @@ def make_readers(
 
 def corrected_heads(experiment: Experiment) -> tuple[HeadConfig, ...]:
     """Returns the heads with the corrections that the joiner makes necessary."""
-    source = experiment.source
-    if not isinstance(source, LogConfig):
+    log = log_of(experiment.source)
+    if log is None:
         return experiment.heads
-    joiner, heads = source.joiner, []
+    joiner, heads = log.joiner, []
     for head in experiment.heads:
         if head.kind == "binary" and joiner.emit == "at_once" and head.label in ACTIONS:
             head = dataclasses.replace(head, early_negatives=True)

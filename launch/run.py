@@ -21,7 +21,7 @@ import jax
 from rich.console import Console
 
 from launch.process import prepare
-from launch.readers import corrected_heads, make_memories, make_readers, num_examples, stream_folder
+from launch.readers import corrected_heads, log_of, make_memories, make_readers, num_examples, stream_folder
 from monolith_jax.evaluate.prequential import Prequential
 from monolith_jax.evaluate.report import closing_table
 from monolith_jax.experiment import Experiment, to_gin
@@ -31,6 +31,7 @@ from monolith_jax.ids.group import GroupMapper, Rule
 from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.messages import everyone
 from monolith_jax.ids.threads import make_threads
+from monolith_jax.lake.history import LakeConfig
 from monolith_jax.mesh import make_mesh, num_devices
 from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.planner import Planner
@@ -64,14 +65,22 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     for table in plain["tables"]:
         # Where rows are kept changes nothing that is learned or saved.
         del table["memory"], table["device_rows"]
-    if isinstance(experiment.source, LogConfig):
-        # Nor does where a log is reached, or how fast it is read.
-        source = plain["source"]
-        del source["joiner"]["memory_mb"]
-        plain["source"] = {name: source[name] for name in ("is", "impressions", "actions", "format", "future_s", "joiner")}
+    # Nor does where a log or a lake is reached, or how fast it is read.
+    if isinstance(experiment.source, LakeConfig):
+        del plain["source"]["warehouse"]
+        if plain["source"]["log"]:
+            plain["source"]["log"] = _lasting(plain["source"]["log"])
+    elif isinstance(experiment.source, LogConfig):
+        plain["source"] = {"is": "LogConfig", **_lasting(plain["source"])}
     train = experiment.train
     numbers = {"batch_size": train.batch_size, "partitions": train.partitions, "seed": train.seed}
     return plain | {"num_shards": experiment.mesh.num_shards, **numbers}
+
+
+def _lasting(log: dict[str, Any]) -> dict[str, Any]:
+    """Returns what of a `LogConfig` the state of a run depends on."""
+    joiner = {name: value for name, value in log["joiner"].items() if name != "memory_mb"}
+    return {name: log[name] for name in ("impressions", "actions", "format", "future_s")} | {"joiner": joiner}
 
 
 def _plain(config: Any) -> Any:
@@ -215,7 +224,7 @@ def _train(
     who = identity(experiment)
 
     def save(state: TrainState, frozen: Mapping[str, Any]) -> None:
-        if isinstance(experiment.source, LogConfig):
+        if log_of(experiment.source):
             for index in parts.partitions:
                 sync(stream_folder(workdir, index))
         extras = log.get_state() | ({"publisher": publisher.get_state()} if publisher else {})

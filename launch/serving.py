@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from launch.readers import open_source
+from launch.readers import log_of, open_source
 from monolith_jax.experiment import Experiment
 from monolith_jax.serve.crosses import table_of
 from monolith_jax.serve.log_tail import LogTail
 from monolith_jax.serve.pipeline import Pipeline
 from monolith_jax.serve.served_model import ServedModel
 from monolith_jax.stream.events import ACTION
-from monolith_jax.stream.log_source import LogConfig
 
 
 def open_pipeline(experiment: Experiment, deltas: Path, retrieval: tuple[Experiment, Path] | None = None) -> Pipeline:
@@ -85,8 +84,8 @@ def replay(pipeline: Pipeline, experiment: Experiment, most: int, tell: Callable
     Returns:
         How many examples or events there were.
     """
-    if isinstance(experiment.source, LogConfig):
-        tail = LogTail(experiment.source, float(most))
+    if log := log_of(experiment.source):
+        tail = LogTail(log, float(most))
         number = pipeline.events.rebuild(tail)
         tail.close()
         return number

@@ -30,6 +30,8 @@ from monolith_jax.features import (
 )
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.threads import MapperConfig
+from monolith_jax.lake.history import LakeConfig
+from monolith_jax.lake.warehouse import WarehouseConfig
 from monolith_jax.mesh import MeshConfig
 from monolith_jax.models.dcn import DCNConfig
 from monolith_jax.models.deepfm import DeepFMConfig
@@ -63,10 +65,11 @@ from monolith_jax.tables.update import OptimizerConfig
 from monolith_jax.tables.wire import WireConfig
 from monolith_jax.train.loop import TrainConfig
 
-SourceConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfig | LogConfig
+SourceConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfig | LogConfig | LakeConfig
 
 CONFIGS: tuple[type, ...] = (
     *(SyntheticConfig, KuaiRandConfig, MovieLensConfig, ColumnsConfig, LogConfig, JoinerConfig),
+    *(LakeConfig, WarehouseConfig),
     *(HistoryConfig, CountersConfig),
     *(IdFeatureConfig, CrossFeatureConfig, BucketFeatureConfig, TimeFeatureConfig, DenseFeatureConfig),
     *(TableConfig, AdmissionConfig, MapperConfig, OptimizerConfig),

@@ -23,14 +23,13 @@ from launch.evaluation.retrieval import intervals, is_positive
 from launch.evaluation.sessions import Asked, replay, tell_anew
 from launch.evaluation.subject import Subject
 from launch.evaluation.written import Row, table, with_interval
-from launch.readers import make_memories, open_source
+from launch.readers import log_of, make_memories, open_source
 from launch.serving import open_pipeline
 from monolith_jax.evaluate import retrieval
 from monolith_jax.reader import Memory
 from monolith_jax.serve.merge import SOURCES
 from monolith_jax.serve.request import Request
 from monolith_jax.stream.history import ids_of
-from monolith_jax.stream.log_source import LogConfig
 
 if TYPE_CHECKING:
     from monolith_jax.experiment import Experiment
@@ -83,7 +82,7 @@ def check(experiment: Experiment, most: int) -> None:
     Raises:
         ValueError: `Experiment.serving` is not set, the training source is a log, or there are to be no requests.
     """
-    if isinstance(experiment.source, LogConfig):
+    if log_of(experiment.source):
         raise ValueError("--feed reads the training source for videos and users, and this one's is a log, which may be gone")
     if experiment.serving is None:
         raise ValueError(

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.readers import FileConfig, make_memories, open_source
+from launch.readers import FileConfig, log_of, make_memories, open_source
 from monolith_jax.packing import unpack
 from monolith_jax.reader import Memory, observe
 from monolith_jax.snapshot import SnapshotConfig, Snapshots, find
 from monolith_jax.stream.batcher import batches
-from monolith_jax.stream.log_source import LogConfig
 from monolith_jax.stream.partitions import partition
 
 if TYPE_CHECKING:
@@ -45,9 +44,9 @@ def test_files(experiment: Experiment) -> FileConfig:
             "from: --gin.Experiment.test_source='@test/ColumnsConfig()' --gin.test/ColumnsConfig.folder=FOLDER "
             "--gin.test/ColumnsConfig.paths=\"('FILE.parquet',)\", or the like of KuaiRandConfig and MovieLensConfig"
         )
-    if isinstance(source, LogConfig):
+    if log_of(source):
         raise ValueError(
-            "Experiment.test_source is a LogConfig, and a log has no end: write the events of a period to files, and name "
+            "Experiment.test_source is a log, and a log has no end: write the events of a period to files, and name "
             "these as --gin.Experiment.test_source='@test/ColumnsConfig()'"
         )
     return source
@@ -101,7 +100,7 @@ def replayed(experiment: Experiment, positions: Sequence[Any]) -> Memories:
 
 
 def _read_to(experiment: Experiment, memories: Sequence[Memory], index: int, number: int, position: Any) -> None:
-    if isinstance(experiment.source, LogConfig):
+    if log_of(experiment.source):
         raise ValueError(
             "histories and counters of an exported folder are made by reading the training source again, and this one's is a "
             "log, which may be gone: give the run folder, whose snapshot has them, as --workdir"
@@ -137,7 +136,7 @@ def first_pass(experiment: Experiment, position: Any, notes: dict[str, str]) -> 
     Raises:
         ValueError: The training source is a log.
     """
-    if isinstance(experiment.source, LogConfig):
+    if log_of(experiment.source):
         raise ValueError("the training source is a log, which may be gone: it cannot be read again")
     notes["training"] = "the whole first pass"
     end, before = _plain(position), _plain({})

@@ -15,10 +15,10 @@ import pyarrow as pa
 from launch.evaluation.held_out import held_out
 from launch.evaluation.subject import Subject
 from launch.evaluation.written import Row, table, with_interval
+from launch.readers import log_of
 from monolith_jax.evaluate import ranking
 from monolith_jax.serve.crosses import table_of
 from monolith_jax.stream.history import ids_of
-from monolith_jax.stream.log_source import LogConfig
 
 if TYPE_CHECKING:
     from monolith_jax.experiment import Experiment
@@ -116,7 +116,7 @@ def _column(subject: Subject, model: ServedModel, examples: pa.RecordBatch, name
 def _activity(subject: Subject) -> dict[int, int]:
     """Returns how many examples of each user the model learned from, as `Subject.training` tells."""
     source = subject.experiment.source
-    if isinstance(source, LogConfig):
+    if log_of(source):
         raise ValueError("segment activity counts the examples of the training source, which a log no longer has")
     parts = [np.zeros(0, np.int64)]
     for examples in subject.training():

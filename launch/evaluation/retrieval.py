@@ -21,7 +21,7 @@ import pyarrow as pa
 from launch.evaluation.held_out import held_out, test_files
 from launch.evaluation.subject import Subject
 from launch.evaluation.written import Row, table, with_interval
-from launch.readers import open_source
+from launch.readers import log_of, open_source
 from monolith_jax.evaluate import bootstrap, retrieval
 from monolith_jax.features import featurize
 from monolith_jax.serve.crosses import columns_of
@@ -29,7 +29,6 @@ from monolith_jax.serve.encode import Encoder
 from monolith_jax.serve.exact import exact_top_k
 from monolith_jax.stream.events import labels
 from monolith_jax.stream.history import ids_of
-from monolith_jax.stream.log_source import LogConfig
 
 if TYPE_CHECKING:
     from monolith_jax.experiment import Experiment
@@ -135,7 +134,7 @@ def check(experiment: Experiment) -> None:
     """
     if experiment.retrieval is None:
         raise ValueError("this run has no two-tower (Experiment.retrieval), which --retrieval judges; ask for --ranking")
-    if isinstance(experiment.source, LogConfig):
+    if log_of(experiment.source):
         raise ValueError("--retrieval reads the training source for its videos, and this one's is a log, which may be gone")
 
 

@@ -93,17 +93,16 @@ def run(point: ShardsPoint, base: Base, folder: Path) -> list[Measured]:
     from launch.points.first_and_rest import FirstAndRest, sizes
     from launch.points.training import check_experiment
     from launch.process import prepare
-    from launch.readers import open_source
+    from launch.readers import log_of, open_source
     from launch.run import assemble
     from monolith_jax.planner import Planner
     from monolith_jax.reader import Reader
     from monolith_jax.stream.batcher import batches
     from monolith_jax.stream.dead_letter import DeadLetters
-    from monolith_jax.stream.log_source import LogConfig
 
     experiment = base.load()
     check_experiment(experiment, "ShardsPoint")
-    if isinstance(experiment.source, LogConfig):
+    if log_of(experiment.source):
         raise ValueError("ShardsPoint reads the first part before the rest: a log has no end, write its examples to files")
     if expiring := [table.name for table in experiment.tables if table.ttl_s]:
         raise ValueError(f"ShardsPoint has copies of rows that stay: set TableConfig.ttl_s of {', '.join(expiring)} to 0")

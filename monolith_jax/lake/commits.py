@@ -1,9 +1,9 @@
 """Writing to a table exactly once.
 
-In: rows, by epoch, and whatever the writer needs to go on from there. Out: one snapshot an epoch, which holds both. An epoch is a
-number that a writer counts; a table tells the last one that it has of a writer. After a crash the writer makes the epoch that is
-missing in some tables again, from the same input, and a table that has it takes nothing (the idea of Flink's two-phase commit
-sinks; the names of writer and epoch are Paimon's commit user and commit identifier).
+In: rows, by epoch, and whatever the writer needs to go on from there. Out: one snapshot an epoch, which holds both. An epoch
+is a number that a writer counts; a table tells the last one that it has of a writer. After a crash the writer makes the epoch
+that is missing in some tables again, from the same input, and a table that has it takes nothing (the idea of Flink's two-phase
+commit sinks; the names of writer and epoch are Paimon's commit user and commit identifier).
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def last_commit(table: Any, writer: str) -> Committed:
         snapshot = manager.get_snapshot_by_id(number)
         if snapshot is None:
             raise ValueError(
-                f"the table {table.identifier} has no snapshot {number} any more, and none behind it is of the writer {writer!r}: "
-                "if it has written here before, nobody knows where it was. Expire by python -m launch.lake tidy, which keeps the "
-                "last one of each writer, or name a new writer"
+                f"the table {table.identifier} has no snapshot {number} any more, and none behind it is of the writer "
+                f"{writer!r}: if it has written here before, nobody knows where it was. Expire by python -m launch.lake tidy, "
+                "which keeps the last one of each writer, or name a new writer"
             )
         if snapshot.commit_user == writer:
             return Committed(snapshot.commit_identifier, told_of(snapshot), snapshot.id)
@@ -106,12 +106,17 @@ class TableWriter:
         Args:
             epoch: Above that of the last commit, or not above it: then what was written is dropped.
             told: JSON-able; `last.told` after a restart.
+
+        Raises:
+            ValueError: Another process writes to the table as the same writer.
         """
         messages = self._write.prepare_commit(epoch)
         if epoch <= self.last.epoch:
             self._commit.abort(messages)
             return
         with writing(self._config, self.name):
+            if last_commit(self.table, self._writer).epoch != self.last.epoch:
+                raise ValueError(f"another process writes {self.name!r} as {self._writer!r}: a job of launch.lake runs once")
             self._commit.commit(messages, epoch, snapshot_properties={TOLD: json.dumps(told, separators=(",", ":"))})
         self.last = Committed(epoch, told, self.last.snapshot)
 

@@ -67,8 +67,8 @@ def hand_over(table: Any, part: int, told: Mapping[str, Any], folder: Path) -> P
         there = log.bounds[1] - rewind
     if there != end - rewind:
         raise ValueError(
-            f"{folder_of(table)} holds {there} of the cuts {rewind} to {end}, from which the stream of partition {part} goes on; "
-            "were files removed? Take an older snapshot of `examples` (LakeConfig.as_of), or begin the log anew"
+            f"{folder_of(table)} holds {there} of the cuts {rewind} to {end}, from which the stream of partition {part} goes "
+            "on; were files removed? Take an older snapshot of `examples` (LakeConfig.as_of), or begin the log anew"
         )
     return position | {"pending": 0}
 

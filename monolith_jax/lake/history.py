@@ -10,7 +10,7 @@ reads what it would have read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class LakeConfig:
     joined: tuple[str, ...] = ()
     """Columns of features that examples are joined with, as they were at the moment of the impression: `user_country`,
     `video_views_1h`, ... In history only: in a log, impressions are logged with the features that they were shown by."""
+    joined_rows: int = 1_000_000
+    """Users, and videos, whose features are held for that: those that changed last. About half a kilobyte each."""
     log: LogConfig | None = None
     """Where the stream goes on when history is read; None: it ends there."""
 
@@ -104,13 +106,47 @@ def told_at(table: Any, moment: Moment) -> dict[str, Any]:
         found = found or manager.get_snapshot_by_id(number)
         if found is None:
             raise ValueError(
-                f"{table.identifier} does not tell any more where its stream was at snapshot {moment.snapshot}: snapshot {number} "
-                "has expired; take a newer one"
+                f"{table.identifier} does not tell any more where its stream was at snapshot {moment.snapshot}: snapshot "
+                f"{number} has expired; take a newer one"
             )
         if found.commit_user == WRITER:
             return told_of(found)
         found = None
     return {}
+
+
+@dataclass
+class _Walk:
+    """Where the reading of one partition of the stream is."""
+
+    rows: int
+    """Examples before this one were read."""
+    time_ms: int
+    """Event time of the last one."""
+    read: list[pa.RecordBatch] = field(default_factory=list)
+    """What was read from the table and not given out."""
+    features: FeatureHistory | None = None
+    before: dict[str, Any] = field(default_factory=dict)
+    """Where the features were before what was read: who goes on from here reads and joins it again."""
+
+    def fill(self, table: pa.Table) -> None:
+        """Takes over what was read from the table."""
+        if self.features is not None:
+            self.before = self.features.position
+            joined = self.features.join(_batch(table))
+            table = pa.Table.from_batches([joined])
+        self.read = table.combine_chunks().to_batches(CHUNK_ROWS)
+
+    def next(self, end: int) -> pa.RecordBatch:
+        """Returns the next examples, and goes on behind them; `end`: how many the partition has."""
+        if not self.read:  # All that there was has been left out.
+            self.rows = min(_end_of_read(self.rows), end)
+            return pa.RecordBatch.from_pylist([])
+        examples = self.read.pop(0)
+        last = examples.column("stream_row")[-1].as_py()
+        self.rows = last + 1 if self.read else min(_end_of_read(last), end)
+        self.time_ms = examples.column("event_time_ms")[-1].as_py()
+        return examples.drop_columns([one.name for one in EXAMPLES_FIRST])
 
 
 @dataclass(frozen=True)
@@ -169,37 +205,38 @@ class LakeSource:
         parts = {int(name): one for name, one in told.get("parts", {}).items()}
         if len(parts) % self.number:
             raise ValueError(
-                f"the lake's examples are of {len(parts)} partitions of the stream, which {self.number} of the run cannot share "
-                "evenly; set TrainConfig.partitions to a divisor"
+                f"the lake's examples are of {len(parts)} partitions of the stream, which {self.number} of the run cannot "
+                "share evenly; set TrainConfig.partitions to a divisor"
             )
         return {part: parts[part] for part in sorted(parts) if part % self.number == self.index}
 
     def _history(
         self, table: Any, moment: Moment, parts: Mapping[int, Mapping[str, Any]], at: Mapping[str, Any]
     ) -> Iterator[Chunk]:
-        """Yields the examples of a snapshot; of several partitions always from the one that is behind in event time."""
-        config = self.config
-        rows = {part: at.get("rows", {}).get(str(part), 0) for part in parts}
-        times = {part: at.get("times", {}).get(str(part), 0) for part in parts}
-        features = FeatureHistory(config.warehouse, config.joined, at.get("features", {})) if config.joined else None
-        read: dict[int, pa.Table] = {}
-        while waiting := [part for part in parts if rows[part] < parts[part]["rows"]]:
-            part = min(waiting, key=lambda one: (times[one], one))
-            if part not in read or not read[part].num_rows:
-                read[part] = self._read(table, moment, part, rows[part])
-            examples = _batch(read[part].slice(0, CHUNK_ROWS))
-            read[part] = read[part].slice(CHUNK_ROWS)
-            last = examples.column("stream_row")[-1].as_py() if examples.num_rows else None
-            behind = read[part].num_rows > 0 and last is not None
-            rows[part] = last + 1 if behind else min(_end_of_read(rows[part]), parts[part]["rows"])
-            if examples.num_rows:
-                times[part] = examples.column("event_time_ms")[-1].as_py()
-            place: dict[str, Any] = {"moment": list(moment)}
-            place["rows"], place["times"] = ({str(one): value for one, value in of.items()} for of in (rows, times))
-            examples = examples.drop_columns([one.name for one in EXAMPLES_FIRST])
-            if features is not None:
-                examples = features.join(examples)
-                place["features"] = features.position
+        """Yields the examples of a moment; of several partitions always from the one that is behind in event time."""
+        walks = {
+            part: _Walk(rows=at.get("rows", {}).get(str(part), 0), time_ms=at.get("times", {}).get(str(part), 0))
+            for part in parts
+        }
+        joined, features = self.config.joined, at.get("features", {})
+        for part, walk in walks.items():
+            if joined:
+                place = features.get(str(part))
+                walk.features = FeatureHistory(self.config.warehouse, joined, self.config.joined_rows, place)
+                walk.before = walk.features.position
+        while waiting := [part for part in parts if walks[part].rows < parts[part]["rows"]]:
+            part = min(waiting, key=lambda one: (walks[one].time_ms, one))
+            walk = walks[part]
+            if not walk.read:
+                walk.fill(self._read(table, moment, part, walk.rows))
+            examples = walk.next(parts[part]["rows"])
+            place = {
+                "moment": list(moment),
+                "rows": {str(one): of.rows for one, of in walks.items()},
+                "times": {str(one): of.time_ms for one, of in walks.items()},
+            }
+            if joined:
+                place["features"] = {str(one): of.before for one, of in walks.items()}
             yield Chunk(examples, (), place)
 
     def _read(self, table: Any, moment: Moment, part: int, begin: int) -> pa.Table:

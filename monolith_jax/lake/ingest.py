@@ -10,16 +10,19 @@ after a crash is made again from the same messages.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from monolith_jax.lake.commits import TableWriter, told_of
+from monolith_jax.lake.counters import WindowCountsConfig
 from monolith_jax.lake.tables import DAY
-from monolith_jax.lake.video_counts import VideoCounts
+from monolith_jax.lake.times import day_of
+from monolith_jax.lake.video_counts import Counted, VideoCounts
 from monolith_jax.lake.warehouse import WarehouseConfig, add_columns
 from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.stream.decoder import Decoder
@@ -27,6 +30,7 @@ from monolith_jax.stream.formats import Schemas
 from monolith_jax.stream.log import LogPartition, Message, open_log
 from monolith_jax.stream.log_source import LogConfig
 from monolith_jax.stream.run_schema import concatenated
+from monolith_jax.types import Rejected
 
 WRITER = "ingest"
 TABLES = ("events", "user_features_log", "video_features_log", "user_features", "video_features")
@@ -42,14 +46,18 @@ class Read(NamedTuple):
     end: Mapping[str, int]
 
 
-def day_of(times_ms: pa.Array) -> pa.Array:
-    """Returns days in UTC, strings such as `2026-11-28`, of Unix times in ms."""
-    days = times_ms.cast(pa.timestamp("ms")).cast(pa.date32(), safe=False).dictionary_encode()
-    return days.dictionary.cast(pa.string()).take(days.indices)
+class Decoded(NamedTuple):
+    """The events of one partition in an epoch."""
+
+    partition: LogPartition
+    events: pa.RecordBatch
+    offsets: np.ndarray
+    """int64 [B], of the message of each."""
 
 
-def events_of(partition: LogPartition, events: pa.RecordBatch, offsets: np.ndarray) -> pa.Table:
+def events_of(decoded: Decoded) -> pa.Table:
     """Returns rows of the table `events`."""
+    partition, events, offsets = decoded
     columns = dict(zip(events.schema.names, events.columns, strict=True))
     number = events.num_rows
     columns["topic"] = pa.DictionaryArray.from_arrays(np.zeros(number, np.int32), [partition.topic]).cast(pa.string())
@@ -87,8 +95,22 @@ def newest_of(changes: pa.Table, key: str, time_column: str) -> pa.Table:
 class Ingest:
     """Brings a log into a lake, epoch by epoch. For one thread."""
 
-    def __init__(self, log: LogConfig, warehouse: WarehouseConfig, dead_letters: DeadLetters) -> None:
+    def __init__(
+        self,
+        log: LogConfig,
+        warehouse: WarehouseConfig,
+        dead_letters: DeadLetters,
+        counts: WindowCountsConfig,
+        out_of_order_s: float,
+    ) -> None:
         """Opens log and tables, and makes up for what a crash left undone.
+
+        Args:
+            log: The log.
+            warehouse: The lake, whose tables are there.
+            dead_letters: Where messages go that are none.
+            counts: How much is counted of videos.
+            out_of_order_s: A window is told of so long after its end, in event time; what comes later is late.
 
         Raises:
             ValueError: There is no such log, topic or table, or the log does not reach back to where the lake ends.
@@ -97,21 +119,30 @@ class Ingest:
         with ExitStack() as opened:
             self._log = opened.enter_context(closing(open_log(log.url, log.options)))
             schemas = opened.enter_context(closing(open_log(log.url, log.options)))
+            formats = (log.format, Schemas(schemas, log.impressions)), (log.format, Schemas(schemas, log.actions))
             self._decoders = {
-                topic: Decoder(kind, topic, log.format, Schemas(schemas, topic), future_s=log.future_s)
-                for kind, topic in (("impression", log.impressions), ("action", log.actions))
+                log.impressions: Decoder("impression", log.impressions, *formats[0], future_s=log.future_s),
+                log.actions: Decoder("action", log.actions, *formats[1], future_s=log.future_s),
             }
             self._writers = {name: opened.enter_context(closing(TableWriter(warehouse, name, WRITER))) for name in TABLES}
             self._partitions = [
                 LogPartition(topic, number) for topic in self._decoders for number in range(self._log.num_partitions(topic))
             ]
-            self.counts = VideoCounts(warehouse)
+            self.counts = VideoCounts(self._writers["events"].table, counts)
+            self._out_of_order_ms = int(1000 * out_of_order_s)
+            self._newest_ms: dict[str, int] = {}
+            self._watermark_ms = 0
+            self._came_s = dict.fromkeys(map(_key, self._partitions), time.monotonic())
             self._go_on()
             self._opened = opened.pop_all()
 
     def close(self) -> None:
         """Lets go of log and tables; what no epoch holds is read again next time."""
         self._opened.close()
+
+    def unread(self) -> int:
+        """Returns how many messages are ahead, asking the log."""
+        return sum(self._log.bounds(one)[1] - self._next[_key(one)] for one in self._partitions)
 
     def _go_on(self) -> None:
         """Takes up where the lake ends: makes the last epoch again where a table lacks it."""
@@ -130,26 +161,30 @@ class Ingest:
                 self._decoders[topic].set_state(state)
             self._dead_letters.set_state(last.told["dead_letters"])
             self.counts.restore(last.epoch, self._since)
-            self._make(Read(last.told["begin"], last.told["end"]), last.epoch)
+            self._newest_ms = dict(last.told["newest_ms"])
+            self._make(Read(last.told["begin"], last.told["end"]), last.epoch, last.told["watermark_ms"])
         for partition in self._partitions:
             self._log.seek(partition, self._next[_key(partition)])
 
-    def _since(self, epoch: int) -> list[tuple[pa.RecordBatch, pa.RecordBatch]]:
-        """Returns the impressions and actions of each epoch behind one, but for the last."""
-        manager, found = self._writers["events"].table.snapshot_manager(), {}
-        number = self._writers["events"].last.snapshot
+    def _since(self, epoch: int) -> Iterator[Counted]:
+        """Yields what was counted in each epoch behind one, but for the last."""
+        events = self._writers["events"]
+        manager, found = events.table.snapshot_manager(), {}
+        number = events.last.snapshot
         while number > 0 and len(found) < self.epoch - epoch:
             snapshot = manager.get_snapshot_by_id(number)
             if snapshot is None:
                 raise ValueError(
-                    f"the counts of videos were saved at epoch {epoch}, and the snapshot {number} of `events`, which tells what "
-                    "was read since, is gone: run python -m launch.lake tidy with a longer retention"
+                    f"the counts of videos were saved at epoch {epoch}, and the snapshot {number} of `events`, which tells "
+                    "what was read since, is gone: run python -m launch.lake tidy with a longer retention"
                 )
             if snapshot.commit_user == WRITER:
                 found[snapshot.commit_identifier] = told_of(snapshot)
             number -= 1
-        epochs = [found[one] for one in sorted(found) if one < self.epoch]
-        return [self._by_kind(self._decoded(self._again(Read(one["begin"], one["end"])))) for one in epochs]
+        for one in sorted(found):
+            if one < self.epoch:
+                decoded, _ = self._decoded(self._again(Read(found[one]["begin"], found[one]["end"])))
+                yield Counted(*self._by_kind(decoded), found[one]["watermark_ms"])
 
     def _again(self, read: Read) -> dict[LogPartition, list[Message]]:
         """Returns the messages that an epoch had read."""
@@ -173,13 +208,38 @@ class Ingest:
             for partition, found in self._log.poll(POLL_MESSAGES, POLL_BYTES, min(WAIT_S, until - now)).items():
                 messages.setdefault(partition, []).extend(found)
                 self._next[_key(partition)] = found[-1].offset + 1
+                self._came_s[_key(partition)] = now
                 size += sum(len(one.payload) for one in found)
         if not messages:
             return 0
-        return self._make(Read(begin, dict(self._next)), self.epoch + 1, messages)
+        return self._make(Read(begin, dict(self._next)), self.epoch + 1, None, messages)
 
-    def _make(self, read: Read, epoch: int, messages: dict[LogPartition, list[Message]] | None = None) -> int:
-        """Writes an epoch to the tables that lack it."""
+    def _note_times(self, decoded: Sequence[Decoded]) -> None:
+        for one in decoded:
+            if one.events.num_rows:
+                newest_ms: int = pc.max(one.events.column("event_time_ms")).as_py()
+                name = _key(one.partition)
+                self._newest_ms[name] = max(self._newest_ms.get(name, newest_ms), newest_ms)
+
+    def _watermark(self) -> int:
+        """Returns how far time has gone, which the clock decides too: partitions that bring nothing are not waited for."""
+        unread, now_s, times = self._log.unread(), time.monotonic(), []
+        for partition in self._partitions:
+            name = _key(partition)
+            if unread.get(partition, 0) or now_s - self._came_s[name] < self._config.idle_s:
+                times.append(self._newest_ms.get(name, 0))
+        slowest_ms = min(times, default=max(self._newest_ms.values(), default=0))
+        return max(slowest_ms - self._out_of_order_ms, self._watermark_ms)
+
+    def _make(
+        self,
+        read: Read,
+        epoch: int,
+        watermark_ms: int | None,
+        messages: dict[LogPartition, list[Message]] | None = None,
+    ) -> int:
+        """Writes an epoch to the tables that lack it; `watermark_ms`: what it was decided to be, None: is decided now."""
+        newest_ms = dict(self._newest_ms)
         told = {
             "begin": read.begin,
             "end": read.end,
@@ -187,34 +247,30 @@ class Ingest:
             "schemas": {topic: decoder.get_state() for topic, decoder in self._decoders.items()},
             "dead_letters": self._dead_letters.get_state(),
         }
-        decoded = self._decoded(self._again(read) if messages is None else messages)
+        decoded, rejected = self._decoded(self._again(read) if messages is None else messages)
+        self._dead_letters.add(rejected)
         impressions, actions = self._by_kind(decoded)
-        counts = self.counts.add(impressions, actions)
-        rows = self._rows(decoded, impressions, counts)
-        for name, writer in self._writers.items():
-            if writer.last.epoch >= epoch:
-                continue
-            for of_table in rows[name]:
-                writer.write(of_table)
-            writer.commit(epoch, told if name == "events" else {})
-        self.counts.saved(epoch)
-        self.epoch = epoch
-        return sum(len(events) for _, events, _ in decoded)
-
-    def _rows(
-        self, decoded: Sequence[tuple[LogPartition, pa.RecordBatch, np.ndarray]], impressions: pa.RecordBatch, counts: pa.Table
-    ) -> dict[str, list[pa.Table]]:
-        events = [events_of(*one) for one in decoded]
-        self._add_columns(events)
+        self._note_times(decoded)
+        self._watermark_ms = self._watermark() if watermark_ms is None else watermark_ms
+        told |= {"watermark_ms": self._watermark_ms, "newest_ms": newest_ms}
+        counts = self.counts.add(Counted(impressions, actions, self._watermark_ms))
         activity = activity_of(impressions)
-        newest = newest_of(activity, "user_id", "activity_ms")
-        return {
-            "events": events,
+        rows = {
+            "events": [events_of(one) for one in decoded],
             "user_features_log": [activity],
             "video_features_log": [counts],
-            "user_features": [newest],
+            "user_features": [newest_of(activity, "user_id", "activity_ms")],
             "video_features": [counts],
         }
+        self._add_columns(rows["events"])
+        for name, writer in self._writers.items():
+            if writer.last.epoch < epoch:
+                for of_table in rows[name]:
+                    writer.write(of_table)
+                writer.commit(epoch, told if name == "events" else {})
+        self.epoch = epoch
+        self.counts.save(epoch)
+        return sum(one.events.num_rows for one in decoded)
 
     def _add_columns(self, events: Sequence[pa.Table]) -> None:
         """Gives `events` the columns of features that impressions were logged with."""
@@ -225,26 +281,22 @@ class Ingest:
             add_columns(self._warehouse, "events", list(missing.values()))
             writer.reopen()
 
-    def _decoded(
-        self, messages: Mapping[LogPartition, Sequence[Message]]
-    ) -> list[tuple[LogPartition, pa.RecordBatch, np.ndarray]]:
-        decoded = []
+    def _decoded(self, messages: Mapping[LogPartition, Sequence[Message]]) -> tuple[list[Decoded], list[Rejected]]:
+        decoded, bad = [], []
         for partition in self._partitions:
             if partition in messages:
                 decoder = self._decoders[partition.topic]
                 events, rejected, offsets = decoder.decode_with_offsets(partition, messages[partition])
-                self._dead_letters.add(rejected)
-                decoded.append((partition, events, offsets))
-        return decoded
+                bad += rejected
+                decoded.append(Decoded(partition, events, offsets))
+        return decoded, bad
 
-    def _by_kind(
-        self, decoded: Sequence[tuple[LogPartition, pa.RecordBatch, np.ndarray]]
-    ) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    def _by_kind(self, decoded: Sequence[Decoded]) -> tuple[pa.RecordBatch, pa.RecordBatch]:
         """Returns the impressions and the actions."""
         of_topics = []
         for topic, decoder in self._decoders.items():
-            batches = [events for partition, events, _ in decoded if partition.topic == topic]
-            of_topics.append(concatenated(batches) if batches else decoder.schema.empty_table().to_batches()[0])
+            batches = [one.events for one in decoded if one.partition.topic == topic and one.events.num_rows]
+            of_topics.append(concatenated(batches) if batches else pa.RecordBatch.from_pylist([], decoder.schema))
         return of_topics[0], of_topics[1]
 
 

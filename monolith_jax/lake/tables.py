@@ -10,16 +10,15 @@ One engine writes a table: either the commands of `launch.lake`, or Flink (`laun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 
-from monolith_jax.stream.events import ACTION, EXAMPLE, IMPRESSION
+from monolith_jax.stream.events import ACTION, IMPRESSION
 
 if TYPE_CHECKING:
-    from pypaimon.table.file_store_table import FileStoreTable  # pyright: ignore[reportMissingImports]
+    pass  # pyright: ignore[reportMissingImports]
 
 Subject = Literal["user", "video"]
 """Whose features: a table and a log of changes each."""

@@ -2,8 +2,8 @@
 
 In: a table that this package writes. Out: the same rows. Safe beside readers and writers, and at any moment of a crash:
 `compact` commits new files and the removal of exactly those that it has read, and fails where another has removed one of them;
-who follows the table sees nothing of it. `expire` removes snapshots that are old, but for those that a tag keeps and the last of
-each writer, and then the files that only they named. What crashed writers have left is removed when it is old enough.
+who follows the table sees nothing of it. `expire` removes snapshots that are old, but for those that a tag keeps and the last
+of each writer, and then the files that only they named. What crashed writers have left is removed when it is old enough.
 """
 
 # pyright: reportMissingImports=false

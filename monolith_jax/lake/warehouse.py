@@ -1,7 +1,7 @@
 """A warehouse: a folder or a bucket that holds the tables of the lake.
 
-In: its address, and options for an object store. Out: Paimon tables, made where they are missing. Reading and writing go through
-Paimon's Rust core, which alone merges columns of several streams by their times.
+In: its address, and options for an object store. Out: Paimon tables, made where they are missing. Reading and writing go
+through Paimon's Rust core, which alone merges columns of several streams by their times.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ _S3 = {
     "s3.region": "fs.s3.region",
 }
 """Options by the names that Java and the Rust core read, and those of the Python side."""
+_COMMITS = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +133,13 @@ def layout_of(name: str) -> tuple[pa.Schema, list[str], list[str], dict[str, str
 def writing(config: WarehouseConfig, name: str) -> Iterator[None]:
     """Keeps other processes from committing to a table meanwhile.
 
-    On a local disk Paimon's Python side looks whether a snapshot is there and then renames its own into place, under a lock of
+    Paimon's Python side looks whether a snapshot is there and then renames its own into place, on a local disk under a lock of
     the process alone: of two processes that do so at once, one would overwrite the other's commit. In an object store there is
-    nothing to lock: there, one process at a time writes a table.
+    nothing to lock: there, one process writes a table (the jobs of `launch.lake` may run in one).
     """
     if not config.is_local:
-        yield
+        with _COMMITS:
+            yield
         return
     folder = Path(config.path) / ".locks"
     folder.mkdir(parents=True, exist_ok=True)

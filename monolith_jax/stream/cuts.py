@@ -114,6 +114,8 @@ def sync(folder: Path) -> None:
         folder: That of a `CutLog`; any process or thread may have it open.
     """
     where = folder / _CUTS.topic / str(_CUTS.number)
+    if not where.exists():
+        return  # The stream has not come to its log yet.
     for path in (*sorted(where.glob("*.log"))[-2:], where):  # A segment that was full long ago is on the disk by now.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
