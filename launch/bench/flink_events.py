@@ -43,7 +43,11 @@ def make_events(number: int, seed: int, begin_ms: int = BEGIN_MS, within_ms: int
             "video_id": rng.randrange(_VIDEOS),
         }
         duration = rng.choice([None, 0, 7000, 10_000, 12_340])
-        told = {"author_id": rng.choice([None, 2**62]), "tag_id": rng.choice([None, [], [1], [1, 2, 3]]), "duration_ms": duration}
+        told = {
+            "author_id": rng.choice([None, 2**62]),
+            "tag_id": rng.choice([None, [], [1], [1, 2, 3]]),
+            "duration_ms": duration,
+        }
         impressions.append(seen | told)
         complete = round((duration or 5000) * COMPLETE_RATIO)
         for _ in range(rng.randrange(3)):  # a player may tell twice
@@ -66,21 +70,9 @@ def last_events(time_ms: int) -> tuple[list[Event], list[Event]]:
 
 def counts_of(impressions: Sequence[Event], actions: Sequence[Event], watermark_ms: int) -> Counts:
     """Returns the counts of all windows that a watermark has made fire."""
-    durations: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for one in impressions:
-        if one["request_id"] is not None:
-            known = durations.setdefault((one["request_id"], one["video_id"]), [])
-            known.append((one["event_time_ms"], one["duration_ms"] or 0))
     counted = [(one, "views") for one in impressions]
-    for one in actions:
-        if one["action"] == "like":
-            counted.append((one, "likes"))
-        if one["action"] == "play" and one["request_id"] is not None:
-            found = durations.get((one["request_id"], one["video_id"]), [])
-            since = one["event_time_ms"]
-            duration = max([length for at, length in found if 0 <= since - at <= PLAY_INTERVAL_MS], default=0)
-            if duration and one["value"] >= COMPLETE_RATIO * duration:
-                counted.append((one, "completes"))
+    counted += [(one, "likes") for one in actions if one["action"] == "like"]
+    counted += [(one, "completes") for one in _completes(impressions, actions)]
     cells: Counter[tuple[str, int, int, str]] = Counter()
     for one, what in counted:
         for window in WINDOWS:
@@ -89,6 +81,23 @@ def counts_of(impressions: Sequence[Event], actions: Sequence[Event], watermark_
                 if end - 1 <= watermark_ms:
                     cells[window.name, one["video_id"], end, what] += 1
     return {key: tuple(cells[*key, what] for what in COUNTED) for key in {cell[:3] for cell in cells}}
+
+
+def _completes(impressions: Sequence[Event], actions: Sequence[Event]) -> list[Event]:
+    """Returns the plays that are complete by the duration of their impression."""
+    durations: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for one in impressions:
+        known = durations.setdefault((one["request_id"], one["video_id"]), [])
+        known.append((one["event_time_ms"], one["duration_ms"] or 0))
+    found = []
+    for one in actions:
+        if one["action"] == "play" and one["request_id"] is not None:
+            of_it = durations.get((one["request_id"], one["video_id"]), [])
+            since = one["event_time_ms"]
+            duration = max([length for at, length in of_it if 0 <= since - at <= PLAY_INTERVAL_MS], default=0)
+            if duration and one["value"] >= COMPLETE_RATIO * duration:
+                found.append(one)
+    return found
 
 
 def counts_in(rows: Sequence[Mapping[str, Any]]) -> Counts:
