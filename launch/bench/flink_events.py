@@ -24,7 +24,9 @@ LAST_VIDEO = 999
 _USERS, _VIDEOS = 20, 15
 
 
-def make_events(number: int, seed: int, begin_ms: int = BEGIN_MS, within_ms: int = 4 * 3_600_000) -> tuple[list, list]:
+def make_events(
+    number: int, seed: int, begin_ms: int = BEGIN_MS, within_ms: int = 4 * 3_600_000, first_request: int = 0
+) -> tuple[list[Event], list[Event]]:
     """Returns impressions and actions, each in the order of their times. No user sees two videos at one time.
 
     Args:
@@ -32,10 +34,12 @@ def make_events(number: int, seed: int, begin_ms: int = BEGIN_MS, within_ms: int
         seed: Of the random numbers.
         begin_ms: No event is before it.
         within_ms: So long impressions come.
+        first_request: The request of the first one.
     """
     rng = random.Random(seed)
-    impressions, actions = [], []
-    for request, at in enumerate(sorted(rng.sample(range(within_ms), number))):
+    impressions: list[Event] = []
+    actions: list[Event] = []
+    for request, at in enumerate(sorted(rng.sample(range(within_ms), number)), first_request):
         seen: dict[str, Any] = {
             "event_time_ms": begin_ms + at,
             "request_id": rng.choice([None, request, request, request, request]),
@@ -64,8 +68,8 @@ def make_events(number: int, seed: int, begin_ms: int = BEGIN_MS, within_ms: int
 
 def last_events(time_ms: int) -> tuple[list[Event], list[Event]]:
     """Returns an impression and an action for each partition, which tell that it is so late; nothing counts them yet."""
-    seen = [{"event_time_ms": time_ms, "user_id": user, "video_id": LAST_VIDEO} for user in range(2)]
-    return [*seen], [{**one, "action": "dwell", "value": 1} for one in seen]
+    seen = [{"event_time_ms": time_ms, "request_id": None, "user_id": user, "video_id": LAST_VIDEO} for user in range(2)]
+    return [{**one, "duration_ms": None} for one in seen], [{**one, "action": "dwell", "value": 1} for one in seen]
 
 
 def counts_of(impressions: Sequence[Event], actions: Sequence[Event], watermark_ms: int) -> Counts:

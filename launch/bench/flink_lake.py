@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -49,6 +50,7 @@ class FlinkLake:
         """Starts what there is but for the jobs."""
         self.warehouse = WarehouseConfig(path=str(folder / "warehouse"))
         self.jobs: dict[str, str] = {}
+        self._checkpoints: dict[str, str] = {}
         self.broker, self.postgres = Broker(folder / "kafka"), PostgresServer(folder / "postgres")
         self.cluster = Cluster(folder / "flink")
         self.broker.start()
@@ -91,7 +93,10 @@ class FlinkLake:
         variables = self.variables
         texts = [rendered(["tables.sql", "sources.sql"], variables)]
         for job, number in self.jobs.items():
-            texts += [f"SET 'execution.state-recovery.path' = '{self.cluster.last_checkpoint(number)}';"]
+            # One that was killed before its first checkpoint begins again where it began.
+            with contextlib.suppress(FileNotFoundError):
+                self._checkpoints[job] = self.cluster.last_checkpoint(number)
+            texts += [f"SET 'execution.state-recovery.path' = '{self._checkpoints[job]}';"]
             texts += [rendered([f"{job}.sql"], variables)]
         self.jobs = dict(zip(self.jobs, self.cluster.sql("\n".join(texts)), strict=True))
 

@@ -1,0 +1,191 @@
+"""How soon a change in PostgreSQL is in the lake by Flink, and what is lost or doubled when Flink's processes are killed.
+
+Apache Kafka, PostgreSQL and a Flink cluster run on this machine; events and profiles come all the while. At random moments the
+TaskManager, the JobManager or both get SIGKILL and are started again: the jobs go on from their last checkpoints. In the end
+`events`, the logs of features and the counts of windows are compared with what was written to the log and the database.
+
+    python -m launch.bench.flink [--kills 20] [--seed 0] [--folder FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.bench import kafka_broker, postgres_server
+from launch.bench.flink_events import BEGIN_MS, OUT_OF_ORDER_MS, Event, counts_in, counts_of, last_events, make_events
+from launch.bench.flink_lake import FlinkLake, until
+from launch.flink import local
+from monolith_jax.lake.changelog import Changelog
+
+_CHUNK_MS, _CHUNK_EVENTS, _PAUSE_S = 60_000, 20, 0.25
+_DAY_MS = 86_400_000
+_USER = 1
+WHAT = (("taskmanager",), ("jobmanager",), ("taskmanager", "jobmanager"))
+
+
+class Traffic(threading.Thread):
+    """Writes events to the log and changes to the database until it is told to stop."""
+
+    def __init__(self, lake: FlinkLake, seed: int) -> None:
+        """Writes nothing yet."""
+        super().__init__(daemon=True)
+        self._lake, self._seed, self._ending = lake, seed, threading.Event()
+        self.impressions: list[Event] = []
+        self.actions: list[Event] = []
+        self.num_changes = 0
+
+    def run(self) -> None:
+        """Writes a minute of events at a time."""
+        chunk, waiting = 0, []
+        while not self._ending.is_set():
+            begin_ms = BEGIN_MS + chunk * _CHUNK_MS
+            impressions, actions = make_events(_CHUNK_EVENTS, self._seed + chunk, begin_ms, _CHUNK_MS, chunk * _CHUNK_EVENTS)
+            # Those that are later than the next minute's wait for it: the log is in the order of times.
+            actions = sorted([*waiting, *actions], key=lambda one: one["event_time_ms"])
+            due = [one for one in actions if one["event_time_ms"] < begin_ms + _CHUNK_MS]
+            waiting = actions[len(due) :]
+            self._write(impressions, due)
+            self._lake.write_postgres(f"UPDATE user_profiles SET age = {self.num_changes + 1} WHERE user_id = {_USER}")
+            self.num_changes += 1
+            chunk += 1
+            self._ending.wait(_PAUSE_S)
+        self._write([], waiting)
+
+    def _write(self, impressions: list[Event], actions: list[Event]) -> None:
+        self._lake.produce(impressions, actions)
+        self.impressions += impressions
+        self.actions += actions
+
+    def end(self) -> int:
+        """Stops it, writes the last events, and returns the watermark that they make."""
+        self._ending.set()
+        self.join()
+        last_ms = max(one["event_time_ms"] for one in [*self.impressions, *self.actions]) + 2 * _DAY_MS
+        self._write(*last_events(last_ms))
+        return last_ms - OUT_OF_ORDER_MS
+
+
+def latencies(lake: FlinkLake, number: int, rng: random.Random) -> list[float]:
+    """Returns seconds from a change in PostgreSQL to its row at a follower of `user_features`."""
+    follower, found = Changelog(lake.warehouse, "user_features"), []
+    for age in range(1000, 1000 + number):
+        time.sleep(rng.random())
+        lake.write_postgres(f"UPDATE user_profiles SET age = {age} WHERE user_id = {_USER}")
+        begin = time.monotonic()
+        until(lambda wanted=age: any(row["age"] == wanted for row in follower.poll().rows.to_pylist()))
+        found.append(time.monotonic() - begin)
+    return found
+
+
+def kill(lake: FlinkLake, names: Sequence[str]) -> None:
+    """Kills processes, and starts them and the jobs again."""
+    for name in names:
+        lake.cluster.kill(name)
+    if "jobmanager" in names:
+        lake.cluster.start_jobmanager()
+    if "taskmanager" in names:
+        lake.cluster.start_taskmanager()
+    if "jobmanager" in names:
+        lake.resume()
+
+
+def faults(lake: FlinkLake, traffic: Traffic, watermark_ms: int, since_ms: int) -> list[str]:
+    """Returns what is lost, doubled or wrong in the lake, once it has had the time to follow."""
+    expected = counts_of(traffic.impressions, traffic.actions, watermark_ms)
+    wrong = []
+    try:
+        until(lambda: len(counts_in(lake.read("video_features_log"))) >= len(expected), 120)
+        if counts_in(lake.read("video_features_log")) != expected:
+            wrong.append("counts of windows are wrong")
+    except (AssertionError, ValueError) as fault:
+        wrong.append(f"counts of windows: {fault}")
+    lake.settled()
+    events, log = lake.read("events"), lake.read("user_features_log")
+    for topic, rows in (("impressions", traffic.impressions), ("actions", traffic.actions)):
+        told = Counter(_row(one) for one in events if one["topic"] == topic)
+        wrong += _differences(topic, Counter(_row(one) for one in rows), told)
+    places = Counter((one["topic"], one["log_partition"], one["log_offset"]) for one in events)
+    wrong += [f"{place} is there {often} times" for place, often in places.items() if often > 1]
+    shown = Counter((one["user_id"], one["activity_ms"]) for one in log if one["activity_ms"] is not None)
+    wrong += _differences("activity", Counter((one["user_id"], one["event_time_ms"]) for one in traffic.impressions), shown)
+    ages = [one for one in log if one["user_id"] == _USER and (one["profile_ms"] or 0) > since_ms]
+    ages.sort(key=lambda one: one["profile_ms"])
+    if [one["age"] for one in ages] != [*range(1, traffic.num_changes + 1)]:
+        wrong.append(f"changes of the profile: {len(ages)} of {traffic.num_changes}, or out of order")
+    (user,) = (one for one in lake.read("user_features") if one["user_id"] == _USER)
+    if user["age"] != traffic.num_changes:
+        wrong.append(f"the profile is that of change {user['age']} of {traffic.num_changes}")
+    return wrong
+
+
+def _row(event: Event) -> tuple[Any, ...]:
+    names = ("event_time_ms", "user_id", "video_id", "request_id", "duration_ms", "action", "value")
+    return tuple(event.get(name) for name in names)
+
+
+def _differences(what: str, wanted: Counter[Any], found: Counter[Any]) -> list[str]:
+    lost, doubled = (wanted - found).total(), (found - wanted).total()
+    return [f"{what}: {lost} lost, {doubled} too many"] if lost or doubled else []
+
+
+def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Returns the figures."""
+    rng = random.Random(seed)
+    lake = FlinkLake(folder)
+    try:
+        lake.write_postgres(f"INSERT INTO user_profiles VALUES ({_USER}, 'de', 'en', 0)")
+        lake.submit()
+        until(lambda: lake.read("user_features"))
+        waited = latencies(lake, 20, rng)
+        print(
+            f"PostgreSQL to a follower of user_features: median {statistics.median(waited):.2f} s, longest {max(waited):.2f} s"
+        )
+        since_ms = int(time.time() * 1000)
+        traffic, began = Traffic(lake, seed), time.monotonic()
+        traffic.start()
+        done: Counter[str] = Counter()
+        for _ in range(kills):
+            time.sleep(rng.uniform(0.5, 6))
+            names = rng.choice(WHAT)
+            kill(lake, names)
+            done[" and ".join(names)] += 1
+            print(f"{time.monotonic() - began:6.1f} s  killed {' and '.join(names)}", flush=True)
+        wrong = faults(lake, traffic, traffic.end(), since_ms)
+        number = len(traffic.impressions) + len(traffic.actions)
+        print(f"{number} events, {traffic.num_changes} changes of a profile; {wrong or 'all right'}")
+    finally:
+        lake.stop()
+    return {
+        "postgres_to_follower_s": round(statistics.median(waited), 2),
+        "postgres_to_follower_max_s": round(max(waited), 2),
+        "kills": dict(done),
+        "events": number,
+        "faults": wrong,
+    }
+
+
+def main() -> None:
+    """Runs it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args()
+    if why := local.missing() or kafka_broker.missing() or postgres_server.missing():
+        raise SystemExit(why)
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(run(arguments.folder or Path(folder), arguments.kills, arguments.seed)))
+
+
+if __name__ == "__main__":
+    main()
