@@ -4,11 +4,12 @@ In: SQL files and what stands for their variables. Out: jobs that run, on one Jo
 127.0.0.1 only. Flink's own distribution comes as a Python package, connectors come by Maven; both are fetched once.
 Kafka, PostgreSQL and the warehouse are others' business: see README.md here.
 
-    python -m launch.flink.local FOLDER tables.sql sources.sql events.sql KAFKA=127.0.0.1:9092 WAREHOUSE=/lake ...
+    python -m launch.flink.local FOLDER tables.sql sources.sql events.sql --set KAFKA=127.0.0.1:9092 --set WAREHOUSE=/lake ...
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -294,3 +295,30 @@ class Cluster:
             time.sleep(0.1)
         log = self.folder / "log" / f"{name}.log"
         raise RuntimeError(f"the {name} did not start: {log.read_text()[-2000:] if log.exists() else ''}")
+
+
+def main() -> None:
+    """Runs the jobs of SQL files until it is interrupted."""
+    parser = argparse.ArgumentParser(description="Runs SQL files on a Flink cluster of this machine until it is interrupted.")
+    parser.add_argument("folder", type=Path, help="for the cluster: its logs, its checkpoints")
+    parser.add_argument("files", nargs="+", help="SQL; a name without a folder is one of launch/flink")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="what stands for ${NAME} in them")
+    arguments = parser.parse_args()
+    if why := missing():
+        raise SystemExit(why)
+    cluster = Cluster(arguments.folder)
+    try:
+        cluster.start()
+        variables = dict(one.split("=", 1) for one in arguments.set)
+        jobs = cluster.sql(rendered(arguments.files, variables))
+        print(f"jobs {', '.join(jobs)}: http://127.0.0.1:{cluster.port}", flush=True)
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        cluster.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from monolith_jax.lake.tables import WINDOWS
 from monolith_jax.lake.warehouse import TABLES, WarehouseConfig, make_tables, open_table
 from monolith_jax.stream.events import ACTION, IMPRESSION
 from monolith_jax.stream.log import LogPartition, open_producer
+from tests.lake import flink_rows
 
 DAY_MS = 86_400_000
 
@@ -50,7 +52,7 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlinkLake]:
         one.stop()
 
 
-def by_key(rows: list[dict[str, Any]], key: str) -> dict[int, dict[str, Any]]:
+def by_key(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, Mapping[str, Any]]:
     """Returns rows by their key; fails if one is there twice."""
     found = {row[key]: row for row in rows}
     assert len(found) == len(rows)
@@ -150,3 +152,57 @@ def test_events_and_counts(lake: FlinkLake) -> None:
     rows = {name: batch.to_pylist() for name, batch in ours.advance(last_ms - OUT_OF_ORDER_MS).items()}
     columns = {f"counts_{window.name}_ms": None for window in WINDOWS}
     assert counts_in([columns | row for batch in rows.values() for row in batch]) == expected
+
+
+def _setting(name: str, value: str) -> str:
+    return f"SET '{name}' = '{value}';\n"
+
+
+def test_either_engine_reads_what_the_other_wrote(lake: FlinkLake, tmp_path: Path) -> None:
+    """Also what both wrote, one after the other, and what Flink compacted; a follower merges the same from the snapshots."""
+    folders = {catalog: WarehouseConfig(path=str(tmp_path / catalog)) for catalog in ("ours", "theirs")}
+    head = _setting("execution.runtime-mode", "batch") + _setting("table.dml-sync", "true")
+    head += _setting("restart-strategy.type", "none")
+    compact = ""
+    for catalog, config in folders.items():
+        head += f"CREATE CATALOG {catalog} WITH ('type' = 'paimon', 'warehouse' = '{config.path}');\n"
+        compact += f"USE CATALOG {catalog};\n"
+        compact += "".join(
+            f"CALL sys.compact(`table` => 'lake.{name}', compact_strategy => 'full');\n" for name in flink_rows.SCHEMAS
+        )
+    tables = local.rendered(["tables.sql"], lake.variables).replace("paimon.", "theirs.")
+
+    def reads(label: str) -> str:
+        return "".join(flink_rows.read_sql(one, tmp_path / f"{one}_{label}") for one in folders)
+
+    def check_ours(steps: int) -> None:
+        expected = flink_rows.expected_of(steps)
+        for catalog, config in folders.items():
+            for name, rows in expected.items():
+                assert flink_rows.in_order(Changelog(config, name).whole().to_pylist()) == rows, (catalog, name)
+            followed = Changelog(config, "user_features", 0).poll().rows.to_pylist()
+            assert flink_rows.merged(followed) == expected["user_features"], catalog
+
+    def check_theirs(steps: int, label: str) -> None:
+        for catalog in folders:
+            found = flink_rows.rows_in(tmp_path / f"{catalog}_{label}")
+            assert found == flink_rows.expected_of(steps), (catalog, label)
+
+    make_tables(folders["ours"])
+    for step in (0, 1):
+        flink_rows.write(folders["ours"], step)
+    write = "".join(flink_rows.insert_sql("theirs", step) for step in (0, 1))
+    lake.cluster.sql(head + tables[tables.index("CREATE DATABASE") :] + write + reads("first"))
+    check_ours(2)
+    check_theirs(2, "first")
+    lake.cluster.sql(head + compact + reads("compacted"))
+    check_ours(2)
+    check_theirs(2, "compacted")
+    for config in folders.values():
+        flink_rows.write(config, 2)
+    check_ours(3)
+    write = "".join(flink_rows.insert_sql(one, 3) for one in folders)
+    lake.cluster.sql(head + reads("both") + write + compact + reads("last"))
+    check_theirs(3, "both")
+    check_ours(4)
+    check_theirs(4, "last")
