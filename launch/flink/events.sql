@@ -7,10 +7,10 @@ SELECT
   DATE_FORMAT(event_time, 'yyyy-MM-dd'), topic, log_partition, log_offset, event_time_ms, request_id, user_id, video_id,
   author_id, sound_id, tag_id, duration_ms, CAST(NULL AS STRING), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT)
 FROM impressions
-WHERE event_time_ms IS NOT NULL AND user_id IS NOT NULL AND video_id IS NOT NULL
+WHERE is_event
 UNION ALL
 SELECT
   DATE_FORMAT(event_time, 'yyyy-MM-dd'), topic, log_partition, log_offset, event_time_ms, request_id, user_id, video_id,
   CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS ARRAY<BIGINT>), CAST(NULL AS BIGINT), action, `value`, event_id
 FROM actions
-WHERE event_time_ms IS NOT NULL AND user_id IS NOT NULL AND video_id IS NOT NULL AND action IS NOT NULL;
+WHERE is_event;

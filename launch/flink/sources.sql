@@ -1,6 +1,6 @@
 -- Where everything comes from: the log in Kafka (format json), and profiles in PostgreSQL by change data capture.
--- ${KAFKA}: servers. ${OUT_OF_ORDER_S}: what comes later than this, in event time, is late for windows. ${IDLE_S}: a partition that is
--- silent so long holds back no window; 0: it always does. POSTGRES_HOST and so on: the database.
+-- ${KAFKA}: servers. ${OUT_OF_ORDER_S}: what comes later than this, in event time, is late for windows; at most 99. ${IDLE_S}: a
+-- partition that is silent so long holds back no window; 0: it always does. POSTGRES_HOST and so on: the database.
 
 CREATE TEMPORARY TABLE impressions (
   event_time_ms BIGINT,
@@ -14,8 +14,16 @@ CREATE TEMPORARY TABLE impressions (
   topic STRING NOT NULL METADATA VIRTUAL,
   log_partition INT NOT NULL METADATA FROM 'partition' VIRTUAL,
   log_offset BIGINT NOT NULL METADATA FROM 'offset' VIRTUAL,
-  -- A message that is no event has no time: 0 moves no watermark.
-  event_time AS TO_TIMESTAMP_LTZ(COALESCE(event_time_ms, 0), 3),
+  sent TIMESTAMP_LTZ(3) NOT NULL METADATA FROM 'timestamp' VIRTUAL,
+  -- One whose clock is an hour ahead would close every window: it is left out, as one without time, user or video is.
+  is_event AS (
+    user_id IS NOT NULL AND video_id IS NOT NULL
+    AND event_time_ms BETWEEN 0 AND 4102444800000 AND TO_TIMESTAMP_LTZ(event_time_ms, 3) <= sent + INTERVAL '1' HOUR
+  ) IS TRUE,
+  -- What is left out moves no watermark.
+  event_time AS CASE
+    WHEN event_time_ms BETWEEN 0 AND 4102444800000 AND TO_TIMESTAMP_LTZ(event_time_ms, 3) <= sent + INTERVAL '1' HOUR
+    THEN TO_TIMESTAMP_LTZ(event_time_ms, 3) ELSE TO_TIMESTAMP_LTZ(0, 3) END,
   WATERMARK FOR event_time AS event_time - INTERVAL '${OUT_OF_ORDER_S}' SECOND
 ) WITH (
   'connector' = 'kafka',
@@ -38,7 +46,14 @@ CREATE TEMPORARY TABLE actions (
   topic STRING NOT NULL METADATA VIRTUAL,
   log_partition INT NOT NULL METADATA FROM 'partition' VIRTUAL,
   log_offset BIGINT NOT NULL METADATA FROM 'offset' VIRTUAL,
-  event_time AS TO_TIMESTAMP_LTZ(COALESCE(event_time_ms, 0), 3),
+  sent TIMESTAMP_LTZ(3) NOT NULL METADATA FROM 'timestamp' VIRTUAL,
+  is_event AS (
+    user_id IS NOT NULL AND video_id IS NOT NULL AND action IS NOT NULL
+    AND event_time_ms BETWEEN 0 AND 4102444800000 AND TO_TIMESTAMP_LTZ(event_time_ms, 3) <= sent + INTERVAL '1' HOUR
+  ) IS TRUE,
+  event_time AS CASE
+    WHEN event_time_ms BETWEEN 0 AND 4102444800000 AND TO_TIMESTAMP_LTZ(event_time_ms, 3) <= sent + INTERVAL '1' HOUR
+    THEN TO_TIMESTAMP_LTZ(event_time_ms, 3) ELSE TO_TIMESTAMP_LTZ(0, 3) END,
   WATERMARK FOR event_time AS event_time - INTERVAL '${OUT_OF_ORDER_S}' SECOND
 ) WITH (
   'connector' = 'kafka',

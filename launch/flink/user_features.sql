@@ -16,7 +16,7 @@ SELECT
   event_time_ms, user_id, CAST(NULL AS BIGINT), CAST(NULL AS STRING), CAST(NULL AS STRING), CAST(NULL AS BIGINT),
   event_time_ms, video_id, author_id, duration_ms, tag_id
 FROM impressions
-WHERE event_time_ms IS NOT NULL AND user_id IS NOT NULL AND video_id IS NOT NULL;
+WHERE is_event;
 
 EXECUTE STATEMENT SET
 BEGIN

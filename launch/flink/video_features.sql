@@ -14,18 +14,18 @@ SELECT
 FROM (
   SELECT request_id, video_id, event_time, duration_ms, CAST(NULL AS BIGINT) AS play_ms
   FROM impressions
-  WHERE event_time_ms IS NOT NULL AND user_id IS NOT NULL AND video_id IS NOT NULL AND request_id IS NOT NULL
+  WHERE is_event AND request_id IS NOT NULL
   UNION ALL
   SELECT request_id, video_id, event_time, CAST(NULL AS BIGINT), `value`
   FROM actions
-  WHERE event_time_ms IS NOT NULL AND user_id IS NOT NULL AND video_id IS NOT NULL AND request_id IS NOT NULL
+  WHERE is_event AND request_id IS NOT NULL
     AND action = 'play'
 );
 
 CREATE TEMPORARY VIEW counted AS
 SELECT video_id, event_time, CAST(1 AS BIGINT) AS is_view, CAST(0 AS BIGINT) AS is_complete, CAST(0 AS BIGINT) AS is_like
 FROM impressions
-WHERE event_time_ms IS NOT NULL AND user_id IS NOT NULL AND video_id IS NOT NULL
+WHERE is_event
 UNION ALL
 SELECT video_id, event_time, CAST(0 AS BIGINT), CAST(1 AS BIGINT), CAST(0 AS BIGINT)
 FROM plays
@@ -33,7 +33,7 @@ WHERE play_ms >= 0.95E0 * duration_ms AND duration_ms > 0
 UNION ALL
 SELECT video_id, event_time, CAST(0 AS BIGINT), CAST(0 AS BIGINT), CAST(1 AS BIGINT)
 FROM actions
-WHERE event_time_ms IS NOT NULL AND user_id IS NOT NULL AND video_id IS NOT NULL AND action = 'like';
+WHERE is_event AND action = 'like';
 
 CREATE TEMPORARY VIEW counts_5m AS
 SELECT

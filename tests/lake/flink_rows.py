@@ -92,27 +92,31 @@ def _literal(value: Any, kind: pa.DataType) -> str:
     return f"CAST({text} AS {_TYPES[kind]})"
 
 
-def insert_sql(catalog: str, step: int) -> str:
-    """Returns the statements by which Flink writes a step."""
-    statements = []
+def _at_once(inserts: Sequence[str]) -> str:
+    return "EXECUTE STATEMENT SET\nBEGIN\n" + "".join(f"{one};\n" for one in inserts) + "END;\n"
+
+
+def insert_sql(catalogs: Sequence[str], step: int) -> str:
+    """Returns the statement by which Flink writes a step. Its rows have no order: no step has two for one user and group."""
+    inserts = []
     for name, rows in (("events", events_of_step(step)), ("user_features", STEPS[step])):
         values = [[_literal(full(row, name)[field.name], field.type) for field in SCHEMAS[name]] for row in rows]
         selects = " UNION ALL ".join(f"SELECT {', '.join(row)}" for row in values)
-        # Rows of one statement have no order: no step has two of one user.
-        statements.append(f"INSERT INTO {catalog}.lake.{name} {selects};\n")
-    return "".join(statements)
+        inserts += [f"INSERT INTO {catalog}.lake.{name} {selects}" for catalog in catalogs]
+    return _at_once(inserts)
 
 
-def read_sql(catalog: str, folder: Path) -> str:
-    """Returns the statements by which Flink writes what it reads to JSON files of a folder."""
-    statements = []
-    for name, schema in SCHEMAS.items():
-        columns = ", ".join(f"`{field.name}` {_TYPES[field.type]}" for field in schema)
-        out, path = f"{catalog}_{folder.name}_{name}", folder / name
-        connector = f"'connector' = 'filesystem', 'path' = '{path}', 'format' = 'json'"
-        statements.append(f"CREATE TEMPORARY TABLE {out} ({columns}) WITH ({connector});\n")
-        statements.append(f"INSERT INTO {out} SELECT * FROM {catalog}.lake.{name};\n")
-    return "".join(statements)
+def read_sql(folders: Mapping[str, Path]) -> str:
+    """Returns the statements by which Flink writes what it reads, by catalog, to JSON files of folders."""
+    tables, inserts = "", []
+    for catalog, folder in folders.items():
+        for name, schema in SCHEMAS.items():
+            columns = ", ".join(f"`{field.name}` {_TYPES[field.type]}" for field in schema)
+            out, path = f"{folder.name}_{name}", folder / name
+            connector = f"'connector' = 'filesystem', 'path' = '{path}', 'format' = 'json'"
+            tables += f"CREATE TEMPORARY TABLE {out} ({columns}) WITH ({connector});\n"
+            inserts.append(f"INSERT INTO {out} SELECT * FROM {catalog}.lake.{name}")
+    return tables + _at_once(inserts)
 
 
 def rows_in(folder: Path) -> dict[str, list[dict[str, Any]]]:

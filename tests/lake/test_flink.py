@@ -29,6 +29,17 @@ from monolith_jax.stream.log import LogPartition, open_producer
 from tests.lake import flink_rows
 
 DAY_MS = 86_400_000
+NO_EVENTS = (
+    b"",
+    b"no event",
+    b"[]",
+    b'{"user_id": 1}',
+    b'{"event_time_ms": "x", "user_id": 1, "video_id": 1, "action": "like"}',
+    b'{"event_time_ms": 1700000000000, "user_id": 1, "action": "like"}',
+    # Of clocks that would close all windows.
+    b'{"event_time_ms": 4000000000000, "user_id": 1, "video_id": 1, "action": "like"}',
+    b'{"event_time_ms": 9000000000000000000, "user_id": 1, "video_id": 1, "action": "like"}',
+)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +127,7 @@ def test_events_and_counts(lake: FlinkLake) -> None:
     last_ms = impressions[-1]["event_time_ms"] + 2 * DAY_MS
     with closing(open_producer(lake.broker.url)) as producer:
         for topic in ("impressions", "actions"):
-            for payload in (b"", b"no event", b'{"user_id": 1}', b'{"event_time_ms": "x", "user_id": 1, "video_id": 1}', b"[]"):
+            for payload in NO_EVENTS:
                 producer.append(LogPartition(topic, 0), payload)
         producer.flush()
     last = last_events(last_ms)
@@ -173,7 +184,7 @@ def test_either_engine_reads_what_the_other_wrote(lake: FlinkLake, tmp_path: Pat
     tables = local.rendered(["tables.sql"], lake.variables).replace("paimon.", "theirs.")
 
     def reads(label: str) -> str:
-        return "".join(flink_rows.read_sql(one, tmp_path / f"{one}_{label}") for one in folders)
+        return flink_rows.read_sql({one: tmp_path / f"{one}_{label}" for one in folders})
 
     def check_ours(steps: int) -> None:
         expected = flink_rows.expected_of(steps)
@@ -191,7 +202,7 @@ def test_either_engine_reads_what_the_other_wrote(lake: FlinkLake, tmp_path: Pat
     make_tables(folders["ours"])
     for step in (0, 1):
         flink_rows.write(folders["ours"], step)
-    write = "".join(flink_rows.insert_sql("theirs", step) for step in (0, 1))
+    write = "".join(flink_rows.insert_sql(["theirs"], step) for step in (0, 1))
     lake.cluster.sql(head + tables[tables.index("CREATE DATABASE") :] + write + reads("first"))
     check_ours(2)
     check_theirs(2, "first")
@@ -201,7 +212,7 @@ def test_either_engine_reads_what_the_other_wrote(lake: FlinkLake, tmp_path: Pat
     for config in folders.values():
         flink_rows.write(config, 2)
     check_ours(3)
-    write = "".join(flink_rows.insert_sql(one, 3) for one in folders)
+    write = flink_rows.insert_sql([*folders], 3)
     lake.cluster.sql(head + reads("both") + write + compact + reads("last"))
     check_theirs(3, "both")
     check_ours(4)
