@@ -92,6 +92,26 @@ def _literal(value: Any, kind: pa.DataType) -> str:
     return f"CAST({text} AS {_TYPES[kind]})"
 
 
+def head_sql(folders: Mapping[str, WarehouseConfig]) -> str:
+    """Returns the statements that come first: each insert is waited for, and fails for good; warehouses by their catalogs."""
+    settings = {"execution.runtime-mode": "batch", "table.dml-sync": "true", "restart-strategy.type": "none"}
+    text = "".join(f"SET '{name}' = '{value}';\n" for name, value in settings.items())
+    for catalog, config in folders.items():
+        text += f"CREATE CATALOG {catalog} WITH ('type' = 'paimon', 'warehouse' = '{config.path}');\n"
+    return text
+
+
+def compact_sql(catalogs: Sequence[str], *names: str) -> str:
+    """Returns the statements by which Flink makes one file of many."""
+    text = ""
+    for catalog in catalogs:
+        text += f"USE CATALOG {catalog};\n"
+        for name in names:
+            how = "compact_strategy => 'full', options => 'compaction.min.file-num=2'"
+            text += f"CALL sys.compact(`table` => 'lake.{name}', {how});\n"
+    return text
+
+
 def _at_once(inserts: Sequence[str]) -> str:
     return "EXECUTE STATEMENT SET\nBEGIN\n" + "".join(f"{one};\n" for one in inserts) + "END;\n"
 

@@ -165,34 +165,24 @@ def test_events_and_counts(lake: FlinkLake) -> None:
     assert counts_in([columns | row for batch in rows.values() for row in batch]) == expected
 
 
-def _setting(name: str, value: str) -> str:
-    return f"SET '{name}' = '{value}';\n"
+def _check_ours(folders: Mapping[str, WarehouseConfig], steps: int) -> None:
+    """Checks what our readers find after so many steps."""
+    expected = flink_rows.expected_of(steps)
+    for catalog, config in folders.items():
+        for name, rows in expected.items():
+            assert flink_rows.in_order(Changelog(config, name).whole().to_pylist()) == rows, (catalog, name)
+        followed = Changelog(config, "user_features", 0).poll().rows.to_pylist()
+        assert flink_rows.merged(followed) == expected["user_features"], catalog
 
 
 def test_either_engine_reads_what_the_other_wrote(lake: FlinkLake, tmp_path: Path) -> None:
     """Also what both wrote, one after the other, and what Flink compacted; a follower merges the same from the snapshots."""
     folders = {catalog: WarehouseConfig(path=str(tmp_path / catalog)) for catalog in ("ours", "theirs")}
-    head = _setting("execution.runtime-mode", "batch") + _setting("table.dml-sync", "true")
-    head += _setting("restart-strategy.type", "none")
-    compact = ""
-    for catalog, config in folders.items():
-        head += f"CREATE CATALOG {catalog} WITH ('type' = 'paimon', 'warehouse' = '{config.path}');\n"
-        compact += f"USE CATALOG {catalog};\n"
-        compact += "".join(
-            f"CALL sys.compact(`table` => 'lake.{name}', compact_strategy => 'full');\n" for name in flink_rows.SCHEMAS
-        )
+    head, names = flink_rows.head_sql(folders), list(folders)
     tables = local.rendered(["tables.sql"], lake.variables).replace("paimon.", "theirs.")
 
     def reads(label: str) -> str:
         return flink_rows.read_sql({one: tmp_path / f"{one}_{label}" for one in folders})
-
-    def check_ours(steps: int) -> None:
-        expected = flink_rows.expected_of(steps)
-        for catalog, config in folders.items():
-            for name, rows in expected.items():
-                assert flink_rows.in_order(Changelog(config, name).whole().to_pylist()) == rows, (catalog, name)
-            followed = Changelog(config, "user_features", 0).poll().rows.to_pylist()
-            assert flink_rows.merged(followed) == expected["user_features"], catalog
 
     def check_theirs(steps: int, label: str) -> None:
         for catalog in folders:
@@ -204,16 +194,19 @@ def test_either_engine_reads_what_the_other_wrote(lake: FlinkLake, tmp_path: Pat
         flink_rows.write(folders["ours"], step)
     write = "".join(flink_rows.insert_sql(["theirs"], step) for step in (0, 1))
     lake.cluster.sql(head + tables[tables.index("CREATE DATABASE") :] + write + reads("first"))
-    check_ours(2)
+    _check_ours(folders, 2)
     check_theirs(2, "first")
-    lake.cluster.sql(head + compact + reads("compacted"))
-    check_ours(2)
+    lake.cluster.sql(head + flink_rows.compact_sql(names, "user_features") + reads("compacted"))
+    _check_ours(folders, 2)
     check_theirs(2, "compacted")
     for config in folders.values():
         flink_rows.write(config, 2)
-    check_ours(3)
-    write = flink_rows.insert_sql([*folders], 3)
-    lake.cluster.sql(head + reads("both") + write + compact + reads("last"))
+    _check_ours(folders, 3)
+    write = flink_rows.insert_sql(names, 3)
+    lake.cluster.sql(head + reads("both") + write + flink_rows.compact_sql(names, "user_features", "events") + reads("last"))
     check_theirs(3, "both")
-    check_ours(4)
+    _check_ours(folders, 4)
     check_theirs(4, "last")
+    for config in folders.values():
+        for name in ("events", "user_features"):
+            assert Changelog(config, name).table.snapshot_manager().get_latest_snapshot().commit_kind == "COMPACT"
