@@ -1,10 +1,10 @@
-"""How soon a change in PostgreSQL is in the lake by Flink, and what is lost or doubled when Flink's processes are killed.
+"""How soon and how fast Flink brings changes and events to the lake, and what is lost or doubled when its processes are killed.
 
 Apache Kafka, PostgreSQL and a Flink cluster run on this machine; events and profiles come all the while. At random moments the
 TaskManager, the JobManager or both get SIGKILL and are started again: the jobs go on from their last checkpoints. In the end
 `events`, the logs of features and the counts of windows are compared with what was written to the log and the database.
 
-    python -m launch.bench.flink [--kills 20] [--seed 0] [--folder FOLDER]
+    python -m launch.bench.flink [--kills 20] [--events 100000] [--seed 0] [--folder FOLDER]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from launch.flink import local
 from monolith_jax.lake.changelog import Changelog
 
 _CHUNK_MS, _CHUNK_EVENTS, _PAUSE_S = 60_000, 20, 0.25
-_DAY_MS = 86_400_000
+_HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
 _USER = 1
 WHAT = (("taskmanager",), ("jobmanager",), ("taskmanager", "jobmanager"))
 
@@ -54,14 +54,15 @@ class Traffic(threading.Thread):
             actions = sorted([*waiting, *actions], key=lambda one: one["event_time_ms"])
             due = [one for one in actions if one["event_time_ms"] < begin_ms + _CHUNK_MS]
             waiting = actions[len(due) :]
-            self._write(impressions, due)
+            self.write(impressions, due)
             self._lake.write_postgres(f"UPDATE user_profiles SET age = {self.num_changes + 1} WHERE user_id = {_USER}")
             self.num_changes += 1
             chunk += 1
             self._ending.wait(_PAUSE_S)
-        self._write([], waiting)
+        self.write([], waiting)
 
-    def _write(self, impressions: list[Event], actions: list[Event]) -> None:
+    def write(self, impressions: list[Event], actions: list[Event]) -> None:
+        """Writes events."""
         self._lake.produce(impressions, actions)
         self.impressions += impressions
         self.actions += actions
@@ -71,8 +72,25 @@ class Traffic(threading.Thread):
         self._ending.set()
         self.join()
         last_ms = max(one["event_time_ms"] for one in [*self.impressions, *self.actions]) + 2 * _DAY_MS
-        self._write(*last_events(last_ms))
+        self.write(*last_events(last_ms))
         return last_ms - OUT_OF_ORDER_MS
+
+
+def throughput(lake: FlinkLake, traffic: Traffic, number: int, seed: int) -> float:
+    """Writes events from before those of the traffic, and returns how many a second come to `events` and the features."""
+    begin_ms = BEGIN_MS - 3 * _HOUR_MS
+    impressions, actions = make_events(number, seed, begin_ms, _HOUR_MS, 10**8)
+    began = time.monotonic()
+    traffic.write(impressions, actions)
+    total = len(impressions) + len(actions)
+    until(lambda: lake.num_rows("events") >= total and lake.num_rows("user_features_log") >= len(impressions), 300)
+    return total / (time.monotonic() - began)
+
+
+def peak_mb(pid: int) -> int:
+    """Returns the most memory that a process has had."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) // 1024
 
 
 def latencies(lake: FlinkLake, number: int, rng: random.Random) -> list[float]:
@@ -138,7 +156,7 @@ def _differences(what: str, wanted: Counter[Any], found: Counter[Any]) -> list[s
     return [f"{what}: {lost} lost, {doubled} too many"] if lost or doubled else []
 
 
-def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+def run(folder: Path, kills: int, num_events: int, seed: int) -> dict[str, Any]:
     """Returns the figures."""
     rng = random.Random(seed)
     lake = FlinkLake(folder)
@@ -151,7 +169,11 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             f"PostgreSQL to a follower of user_features: median {statistics.median(waited):.2f} s, longest {max(waited):.2f} s"
         )
         since_ms = int(time.time() * 1000)
-        traffic, began = Traffic(lake, seed), time.monotonic()
+        traffic = Traffic(lake, seed)
+        rate = throughput(lake, traffic, num_events // 2, seed)
+        memory = {name: peak_mb(lake.cluster.pid(name)) for name in ("jobmanager", "taskmanager")}
+        print(f"Kafka to events and features, three jobs: {rate:,.0f} events/s; memory so far, MB: {memory}", flush=True)
+        began = time.monotonic()
         traffic.start()
         done: Counter[str] = Counter()
         for _ in range(kills):
@@ -168,6 +190,8 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     return {
         "postgres_to_follower_s": round(statistics.median(waited), 2),
         "postgres_to_follower_max_s": round(max(waited), 2),
+        "events_per_s": round(rate),
+        "peak_mb": memory,
         "kills": dict(done),
         "events": number,
         "faults": wrong,
@@ -178,13 +202,14 @@ def main() -> None:
     """Runs it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--events", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     if why := local.missing() or kafka_broker.missing() or postgres_server.missing():
         raise SystemExit(why)
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(run(arguments.folder or Path(folder), arguments.kills, arguments.seed)))
+        print(json.dumps(run(arguments.folder or Path(folder), arguments.kills, arguments.events, arguments.seed)))
 
 
 if __name__ == "__main__":

@@ -127,3 +127,8 @@ class FlinkLake:
         builder = open_table(self.warehouse, name).new_read_builder()
         splits = builder.new_scan().plan().splits()
         return builder.new_read().to_arrow(splits).to_pylist() if splits else []
+
+    def num_rows(self, name: str) -> int:
+        """Returns how many rows an append table has."""
+        snapshot = open_table(self.warehouse, name).snapshot_manager().get_latest_snapshot()
+        return snapshot.total_record_count if snapshot else 0
