@@ -28,7 +28,7 @@ from launch.flink import local
 from monolith_jax.lake.changelog import Changelog
 
 _CHUNK_MS, _CHUNK_EVENTS, _PAUSE_S = 60_000, 20, 0.25
-_HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
+HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 _USER = 1
 WHAT = (("taskmanager",), ("jobmanager",), ("taskmanager", "jobmanager"))
 
@@ -40,8 +40,6 @@ class Traffic(threading.Thread):
         """Writes nothing yet."""
         super().__init__(daemon=True)
         self._lake, self._seed, self._ending = lake, seed, threading.Event()
-        self.impressions: list[Event] = []
-        self.actions: list[Event] = []
         self.num_changes = 0
 
     def run(self) -> None:
@@ -54,34 +52,32 @@ class Traffic(threading.Thread):
             actions = sorted([*waiting, *actions], key=lambda one: one["event_time_ms"])
             due = [one for one in actions if one["event_time_ms"] < begin_ms + _CHUNK_MS]
             waiting = actions[len(due) :]
-            self.write(impressions, due)
+            self._lake.produce(impressions, due)
             self._lake.write_postgres(f"UPDATE user_profiles SET age = {self.num_changes + 1} WHERE user_id = {_USER}")
             self.num_changes += 1
             chunk += 1
             self._ending.wait(_PAUSE_S)
-        self.write([], waiting)
+        self._lake.produce([], waiting)
 
-    def write(self, impressions: list[Event], actions: list[Event]) -> None:
-        """Writes events."""
-        self._lake.produce(impressions, actions)
-        self.impressions += impressions
-        self.actions += actions
-
-    def end(self) -> int:
-        """Stops it, writes the last events, and returns the watermark that they make."""
+    def end(self) -> None:
+        """Stops it."""
         self._ending.set()
         self.join()
-        last_ms = max(one["event_time_ms"] for one in [*self.impressions, *self.actions]) + 2 * _DAY_MS
-        self.write(*last_events(last_ms))
-        return last_ms - OUT_OF_ORDER_MS
 
 
-def throughput(lake: FlinkLake, traffic: Traffic, number: int, seed: int) -> float:
+def write_last(lake: FlinkLake) -> int:
+    """Writes events that make all windows fire, and returns the watermark."""
+    last_ms = max(one["event_time_ms"] for one in [*lake.impressions, *lake.actions]) + 2 * DAY_MS
+    lake.produce(*last_events(last_ms))
+    return last_ms - OUT_OF_ORDER_MS
+
+
+def throughput(lake: FlinkLake, number: int, seed: int) -> float:
     """Writes events from before those of the traffic, and returns how many a second come to `events` and the features."""
-    begin_ms = BEGIN_MS - 3 * _HOUR_MS
-    impressions, actions = make_events(number, seed, begin_ms, _HOUR_MS, 10**8)
+    begin_ms = BEGIN_MS - 3 * HOUR_MS
+    impressions, actions = make_events(number, seed, begin_ms, HOUR_MS, 10**8)
     began = time.monotonic()
-    traffic.write(impressions, actions)
+    lake.produce(impressions, actions)
     total = len(impressions) + len(actions)
     until(lambda: lake.num_rows("events") >= total and lake.num_rows("user_features_log") >= len(impressions), 300)
     return total / (time.monotonic() - began)
@@ -117,9 +113,9 @@ def kill(lake: FlinkLake, names: Sequence[str]) -> None:
         lake.resume()
 
 
-def faults(lake: FlinkLake, traffic: Traffic, watermark_ms: int, since_ms: int) -> list[str]:
-    """Returns what is lost, doubled or wrong in the lake, once it has had the time to follow."""
-    expected = counts_of(traffic.impressions, traffic.actions, watermark_ms)
+def event_faults(lake: FlinkLake, watermark_ms: int) -> list[str]:
+    """Returns what is lost, doubled or wrong of the events and of what is counted, once the lake has had the time to follow."""
+    expected = counts_of(lake.impressions, lake.actions, watermark_ms)
     wrong = []
     try:
         until(lambda: len(counts_in(lake.read("video_features_log"))) >= len(expected), 120)
@@ -129,20 +125,26 @@ def faults(lake: FlinkLake, traffic: Traffic, watermark_ms: int, since_ms: int) 
         wrong.append(f"counts of windows: {fault}")
     lake.settled()
     events, log = lake.read("events"), lake.read("user_features_log")
-    for topic, rows in (("impressions", traffic.impressions), ("actions", traffic.actions)):
+    for topic, rows in (("impressions", lake.impressions), ("actions", lake.actions)):
         told = Counter(_row(one) for one in events if one["topic"] == topic)
         wrong += _differences(topic, Counter(_row(one) for one in rows), told)
     places = Counter((one["topic"], one["log_partition"], one["log_offset"]) for one in events)
     wrong += [f"{place} is there {often} times" for place, often in places.items() if often > 1]
     shown = Counter((one["user_id"], one["activity_ms"]) for one in log if one["activity_ms"] is not None)
-    wrong += _differences("activity", Counter((one["user_id"], one["event_time_ms"]) for one in traffic.impressions), shown)
+    wrong += _differences("activity", Counter((one["user_id"], one["event_time_ms"]) for one in lake.impressions), shown)
+    return wrong
+
+
+def profile_faults(lake: FlinkLake, num_changes: int, since_ms: int) -> list[str]:
+    """Returns what is wrong with the changes of the profile, which are later than a time."""
+    wrong, log = [], lake.read("user_features_log")
     ages = [one for one in log if one["user_id"] == _USER and (one["profile_ms"] or 0) > since_ms]
     ages.sort(key=lambda one: one["profile_ms"])
-    if [one["age"] for one in ages] != [*range(1, traffic.num_changes + 1)]:
-        wrong.append(f"changes of the profile: {len(ages)} of {traffic.num_changes}, or out of order")
+    if [one["age"] for one in ages] != [*range(1, num_changes + 1)]:
+        wrong.append(f"changes of the profile: {len(ages)} of {num_changes}, or out of order")
     (user,) = (one for one in lake.read("user_features") if one["user_id"] == _USER)
-    if user["age"] != traffic.num_changes:
-        wrong.append(f"the profile is that of change {user['age']} of {traffic.num_changes}")
+    if user["age"] != num_changes:
+        wrong.append(f"the profile is that of change {user['age']} of {num_changes}")
     return wrong
 
 
@@ -170,7 +172,7 @@ def run(folder: Path, kills: int, num_events: int, seed: int) -> dict[str, Any]:
         )
         since_ms = int(time.time() * 1000)
         traffic = Traffic(lake, seed)
-        rate = throughput(lake, traffic, num_events // 2, seed)
+        rate = throughput(lake, num_events // 2, seed)
         memory = {name: peak_mb(lake.cluster.pid(name)) for name in ("jobmanager", "taskmanager")}
         print(f"Kafka to events and features, three jobs: {rate:,.0f} events/s; memory so far, MB: {memory}", flush=True)
         began = time.monotonic()
@@ -182,8 +184,9 @@ def run(folder: Path, kills: int, num_events: int, seed: int) -> dict[str, Any]:
             kill(lake, names)
             done[" and ".join(names)] += 1
             print(f"{time.monotonic() - began:6.1f} s  killed {' and '.join(names)}", flush=True)
-        wrong = faults(lake, traffic, traffic.end(), since_ms)
-        number = len(traffic.impressions) + len(traffic.actions)
+        traffic.end()
+        wrong = event_faults(lake, write_last(lake)) + profile_faults(lake, traffic.num_changes, since_ms)
+        number = len(lake.impressions) + len(lake.actions)
         print(f"{number} events, {traffic.num_changes} changes of a profile; {wrong or 'all right'}")
     finally:
         lake.stop()

@@ -50,6 +50,8 @@ class FlinkLake:
         """Starts what there is but for the jobs."""
         self.warehouse = WarehouseConfig(path=str(folder / "warehouse"))
         self.jobs: dict[str, str] = {}
+        self.impressions: list[Mapping[str, Any]] = []
+        self.actions: list[Mapping[str, Any]] = []
         self._checkpoints: dict[str, str] = {}
         self.broker, self.postgres = Broker(folder / "kafka"), PostgresServer(folder / "postgres")
         self.cluster = Cluster(folder / "flink")
@@ -114,13 +116,15 @@ class FlinkLake:
                     cursor.execute(text, row)
 
     def produce(self, impressions: Sequence[Mapping[str, Any]], actions: Sequence[Mapping[str, Any]]) -> None:
-        """Writes events to the log, by their users, in their order."""
+        """Writes events to the log, by their users, in their order; they are kept in `impressions` and `actions`."""
         with closing(open_producer(self.broker.url)) as producer:
             for topic, rows, schema in (("impressions", impressions, IMPRESSION), ("actions", actions, ACTION)):
                 payloads = formats.encode(pa.RecordBatch.from_pylist([*rows], schema), "json")
                 for row, payload in zip(rows, payloads, strict=True):
                     producer.append(LogPartition(topic, row["user_id"] % PARTITIONS), payload)
             producer.flush()
+        self.impressions += impressions
+        self.actions += actions
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """Returns the rows of a table, as pypaimon and its Rust core read them."""

@@ -98,7 +98,7 @@ def _fetch_jars() -> str:
     shutil.rmtree(new, ignore_errors=True)
     # Each of them holds what it needs: what Maven would add is there twice, or is in the distribution.
     command = ["mvn", "-q", "-B", "-f", str(HERE / "pom.xml"), "dependency:copy-dependencies"]
-    if fault := _run([*command, f"-DoutputDirectory={new}", "-DexcludeTransitive=true"]):
+    if fault := _run([*command, "-Plocal", f"-DoutputDirectory={new}", "-DexcludeTransitive=true"]):
         return f"no Flink: Maven cannot fetch the connectors: {fault}"
     new.rename(JARS)
     return ""

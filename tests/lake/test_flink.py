@@ -17,7 +17,8 @@ pytest.importorskip("pypaimon")
 pytest.importorskip("psycopg2")
 
 from launch.bench import kafka_broker, postgres_server
-from launch.bench.flink_events import OUT_OF_ORDER_MS, counts_in, counts_of, last_events, make_events
+from launch.bench.flink import DAY_MS, HOUR_MS, event_faults, kill, write_last
+from launch.bench.flink_events import BEGIN_MS, OUT_OF_ORDER_MS, counts_in, counts_of, last_events, make_events
 from launch.bench.flink_lake import FlinkLake, until
 from launch.flink import local
 from monolith_jax.lake.changelog import Changelog
@@ -28,7 +29,6 @@ from monolith_jax.stream.events import ACTION, IMPRESSION
 from monolith_jax.stream.log import LogPartition, open_producer
 from tests.lake import flink_rows
 
-DAY_MS = 86_400_000
 NO_EVENTS = (
     b"",
     b"no event",
@@ -163,6 +163,17 @@ def test_events_and_counts(lake: FlinkLake) -> None:
     rows = {name: batch.to_pylist() for name, batch in ours.advance(last_ms - OUT_OF_ORDER_MS).items()}
     columns = {f"counts_{window.name}_ms": None for window in WINDOWS}
     assert counts_in([columns | row for batch in rows.values() for row in batch]) == expected
+
+
+def test_jobs_go_on_after_kills(lake: FlinkLake) -> None:
+    """Nothing is lost or doubled when both processes are killed while events come; `launch.bench.flink` does so 20 times."""
+    begin_ms = 1 + max((one["event_time_ms"] for one in [*lake.impressions, *lake.actions]), default=BEGIN_MS)
+    impressions, actions = make_events(300, 2, begin_ms, HOUR_MS, 10**6)
+    lake.produce(impressions[:150], actions[:150])
+    time.sleep(random.random())
+    kill(lake, ("taskmanager", "jobmanager"))
+    lake.produce(impressions[150:], actions[150:])
+    assert not event_faults(lake, write_last(lake))
 
 
 def _check_ours(folders: Mapping[str, WarehouseConfig], steps: int) -> None:
