@@ -104,7 +104,7 @@ def _step(steps: Sequence[int], wanted: int | None, folder: Path) -> int:
 
 
 def _check_same(experiment: Experiment, who: Mapping[str, Any], config: Path, step: int) -> None:
-    from launch.run import identity
+    from launch.identity import identity
     from monolith_jax.snapshot import differences
     from monolith_jax.train.grow import can_grow
 
@@ -115,7 +115,7 @@ def _check_same(experiment: Experiment, who: Mapping[str, Any], config: Path, st
 
 def _check_output(output: Path, who: Mapping[str, Any]) -> None:
     """Refuses a folder that is something else than an export of the same model."""
-    from launch.run import identity
+    from launch.identity import identity
     from monolith_jax.experiment import load
     from monolith_jax.snapshot import differences
     from monolith_jax.train.grow import can_grow

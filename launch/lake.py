@@ -6,12 +6,14 @@ may run alone or with others in one process, is killed at any moment and goes on
 * `ingest`: from the log, `events`, what users did last and how often videos were watched;
 * `examples`: from the log, `examples`, joined as training joins them;
 * `profiles`: from PostgreSQL, the profiles of users and videos;
-* `tidy`: brings small files together, and removes what is old.
+* `tidy`: brings small files together, and removes what is old;
+* `agreement`: checks that impressions were served with the features that history has for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 import sys
 import threading
@@ -25,19 +27,17 @@ from launch import cli
 
 if TYPE_CHECKING:
     from monolith_jax.lake.history import LakeConfig
+    from monolith_jax.lake.jobs import LakeJobsConfig
 
 EXAMPLE = "python -m launch.lake ingest examples --gin_file=configs/train_lake.gin --workdir=checkpoints/lake --until_end"
-JOBS = ("ingest", "examples", "profiles", "tidy")
+JOBS = ("ingest", "examples", "profiles", "tidy", "agreement")
 COMMANDS = (*JOBS, "show", "tag")
-FLAGS = (
-    *("--gin_file", "--workdir", "--until_end", "--commit_s", "--out_of_order_s", "--max_videos", "--partitions"),
-    *("--postgres", "--every_s", "--retention_s", "--name", "--help"),
-)
+FLAGS = ("--gin_file", "--workdir", "--until_end", "--postgres", "--name", "--help")
 _WHAT = (
-    "Writes the lake of an experiment (LakeConfig) from its log: ingest, examples, profiles and tidy are jobs, of which one or "
-    "several run in this process until ctrl-C or SIGTERM; all go on where the tables end. On a local disk they may run as "
-    "processes of their own; in an object store, one process writes a table. show tells what the tables hold, and tag keeps "
-    "them as they are now under a name (LakeConfig.as_of)."
+    "Writes the lake of an experiment (LakeConfig) from its log: ingest, examples, profiles, tidy and agreement are jobs, of "
+    "which one or several run in this process until ctrl-C or SIGTERM; all go on where the tables end. On a local disk they "
+    "may run as processes of their own; in an object store, one process writes a table. show tells what the tables hold, and "
+    "tag keeps them as they are now under a name (LakeConfig.as_of)."
 )
 _USAGE = "--workdir=FOLDER [--until_end] [...] JOB [JOB ...]"
 _EPOCH_BYTES, _EPOCH_ROWS = 64 << 20, 1 << 20
@@ -51,20 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         "--workdir", type=Path, metavar="FOLDER", help="for what was set aside and what the joiner spills; jobs need one"
     )
     parser.add_argument("--until_end", action="store_true", help="ends where log and tables end now; tidy tidies once")
-    parser.add_argument("--commit_s", type=float, default=1.0, metavar="S", help="time between two commits (%(default)s)")
-    parser.add_argument(
-        "--partitions", type=int, default=1, metavar="N", help="examples: as TrainConfig.partitions (%(default)s)"
-    )
-    ingest = parser.add_argument_group("ingest")
-    of_windows = "windows of counts close so long after their end in event time; what comes later is late (%(default)s)"
-    ingest.add_argument("--out_of_order_s", type=float, default=5.0, metavar="S", help=of_windows)
-    ingest.add_argument("--max_videos", type=int, default=1_000_000, metavar="N", help="videos that are counted (%(default)s)")
-    others = parser.add_argument_group("profiles, tidy, tag")
-    others.add_argument("--postgres", metavar="DSN", help="where the profiles are, such as 'host=127.0.0.1 dbname=app'")
-    others.add_argument("--every_s", type=float, default=60.0, metavar="S", help="time between two rounds (%(default)s)")
-    kept = "snapshots that are younger stay (%(default)s)"
-    others.add_argument("--retention_s", type=float, default=86400.0, metavar="S", help=kept)
-    others.add_argument("--name", metavar="NAME", help="of the tag")
+    parser.add_argument("--postgres", metavar="DSN", help="profiles: over PostgresConfig.dsn, 'host=127.0.0.1 dbname=app'")
+    parser.add_argument("--name", metavar="NAME", help="tag: what it is called")
     return parser
 
 
@@ -76,11 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from monolith_jax.lake.history import LakeConfig
 
     try:
-        source = load(asked.gin_file, overrides).source
+        experiment = load(asked.gin_file, overrides)
+        source = experiment.source
         if not isinstance(source, LakeConfig):
             raise ValueError(
                 f"Experiment.source is a {type(source).__name__}; expected a LakeConfig, as configs/train_lake.gin has"
             )
+        asked.partitions = experiment.train.partitions
+        if asked.postgres:
+            source = dataclasses.replace(source, jobs=_with_postgres(source.jobs, asked.postgres))
         _check(asked, source)
         _run(asked, source)
     except (ValueError, OSError, ImportError) as error:
@@ -99,13 +91,20 @@ def _check(asked: argparse.Namespace, lake: LakeConfig) -> None:
         )
     if jobs & {"ingest", "examples"} and asked.workdir is None:
         raise ValueError("--workdir is missing: a folder for what is set aside, and for what the joiner spills")
-    if "profiles" in jobs and not asked.postgres:
-        raise ValueError("--postgres is missing: where the tables user_profiles and video_profiles are")
+    if "profiles" in jobs and lake.jobs.postgres is None:
+        raise ValueError(
+            "nobody says where the tables user_profiles and video_profiles are: give --postgres='host=... dbname=...', or "
+            "--gin.LakeJobsConfig.postgres=@PostgresConfig()"
+        )
     if "tag" in jobs and not asked.name:
         raise ValueError("--name is missing: what the tag is called")
-    for name in ("commit_s", "every_s", "max_videos", "partitions"):
-        if not getattr(asked, name) > 0:
-            raise ValueError(f"--{name} must be above 0, got {getattr(asked, name)}")
+
+
+def _with_postgres(jobs: LakeJobsConfig, dsn: str) -> LakeJobsConfig:
+    from monolith_jax.lake.jobs import PostgresConfig
+
+    postgres = dataclasses.replace(jobs.postgres, dsn=dsn) if jobs.postgres else PostgresConfig(dsn=dsn)
+    return dataclasses.replace(jobs, postgres=postgres)
 
 
 def _run(asked: argparse.Namespace, lake: LakeConfig) -> None:
@@ -117,7 +116,7 @@ def _run(asked: argparse.Namespace, lake: LakeConfig) -> None:
     if asked.jobs == ["tag"]:
         return tag(lake, asked.name)
     stop, failed = threading.Event(), []
-    of_jobs = {"ingest": _ingest, "examples": _examples, "profiles": _profiles, "tidy": _tidy}
+    of_jobs = {"ingest": _ingest, "examples": _examples, "profiles": _profiles, "tidy": _tidy, "agreement": _agreement}
     with _stopped_by_signals(stop):
         threads = [_started(of_jobs[name], asked, lake, stop, failed) for name in asked.jobs]
         for thread in threads:
@@ -143,16 +142,15 @@ def _started(
 
 
 def _ingest(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event) -> None:
-    from monolith_jax.lake.counters import WindowCountsConfig
     from monolith_jax.lake.ingest import Ingest
     from monolith_jax.stream.dead_letter import DeadLetters
 
     assert lake.log is not None
-    letters, counts = DeadLetters(asked.workdir / "dead_letters.ingest.jsonl"), WindowCountsConfig(max_videos=asked.max_videos)
-    ingest, line = Ingest(lake.log, lake.warehouse, letters, counts, asked.out_of_order_s), _Line("ingest", "events")
+    letters, jobs = DeadLetters(asked.workdir / "dead_letters.ingest.jsonl"), lake.jobs
+    ingest, line = Ingest(lake.log, lake.warehouse, letters, jobs.counts, jobs.out_of_order_s), _Line("ingest", "events")
     try:
         while not stop.is_set():
-            number = ingest.step(asked.commit_s, _EPOCH_BYTES)
+            number = ingest.step(lake.jobs.commit_s, _EPOCH_BYTES)
             line.told(number, ingest.epoch, {"messages behind": ingest.unread(), **ingest.counts.metrics(), **letters.counts})
             if asked.until_end and not number and not ingest.unread():
                 break
@@ -162,8 +160,6 @@ def _ingest(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event) 
 
 
 def _examples(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event) -> None:
-    import dataclasses
-
     from monolith_jax.lake.examples import Examples
     from monolith_jax.stream.dead_letter import DeadLetters
 
@@ -174,20 +170,20 @@ def _examples(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event
     line = _Line("examples", "examples")
     try:
         while not stop.is_set() and not examples.ended:
-            line.told(examples.step(asked.commit_s, _EPOCH_ROWS), examples.epoch, letters.counts)
+            line.told(examples.step(lake.jobs.commit_s, _EPOCH_ROWS), examples.epoch, letters.counts)
     finally:
         examples.close()
         line.end()
 
 
 def _profiles(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event) -> None:
-    from monolith_jax.lake.postgres import PostgresConfig
     from monolith_jax.lake.profiles import Profiles
 
-    profiles, line = Profiles(PostgresConfig(dsn=asked.postgres), lake.warehouse), _Line("profiles", "changes")
+    assert lake.jobs.postgres is not None
+    profiles, line = Profiles(lake.jobs.postgres, lake.warehouse), _Line("profiles", "changes")
     try:
         while not stop.is_set():
-            number = profiles.step(min(asked.commit_s, 0.2))
+            number = profiles.step(min(lake.jobs.commit_s, 0.2))
             line.told(number, profiles.epoch, profiles.set_aside)
             if asked.until_end and not number:
                 break
@@ -197,22 +193,36 @@ def _profiles(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event
 
 
 def _tidy(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event) -> None:
-    from monolith_jax.lake.tidy import TidyConfig, tidy_table
+    from monolith_jax.lake.tidy import tidy_table
     from monolith_jax.lake.warehouse import TABLES
 
-    config = TidyConfig(retention_s=asked.retention_s)
     while True:
         for name in TABLES:
             if stop.is_set():
                 return
-            done = tidy_table(lake.warehouse, name, config)
+            done = tidy_table(lake.warehouse, name, lake.jobs.tidy)
             print(
                 f"tidy {name}: {done.files_before} files to {done.files_after}, {done.snapshots_expired} snapshots expired, "
                 f"{done.files_removed} files removed",
                 flush=True,
             )
-        if asked.until_end or stop.wait(asked.every_s):
+        if asked.until_end or stop.wait(lake.jobs.tidy_every_s):
             return
+
+
+def _agreement(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event) -> None:
+    from monolith_jax.lake.agreeing import Agreeing
+
+    topic = lake.log.impressions if lake.log else "impressions"
+    agreeing, line, told = Agreeing(lake.warehouse, topic, lake.jobs.agreement_rows), _Line("agreement", "impressions"), 0
+    while not stop.wait(lake.jobs.commit_s):
+        line.told(agreeing.step(), 0, agreeing.metrics())
+        for found in [one for agreement in agreeing.agreements.values() for one in agreement.mismatches][told:]:
+            print(f"agreement: {found}", file=sys.stderr, flush=True)
+            told += 1
+        if asked.until_end:
+            break
+    line.end()
 
 
 def show(lake: LakeConfig) -> None:

@@ -28,16 +28,18 @@ from monolith_jax.stream.partitions import partition
 from monolith_jax.stream.synthetic import SyntheticConfig, SyntheticSource
 from monolith_jax.types import Source
 
-FileConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfig | LakeConfig
-
 
 def log_of(source: SourceConfig) -> LogConfig | None:
     """Returns the log that a source is, or that it goes on with; None: it ends by itself."""
     return source.log if isinstance(source, LakeConfig) else source if isinstance(source, LogConfig) else None
 
 
-def open_source(config: FileConfig) -> Source:
-    """Returns the whole stream of a config."""
+def open_source(config: SourceConfig) -> Source:
+    """Returns the whole stream of a config; of one that goes on with a log, what comes before.
+
+    Raises:
+        ValueError: It is a log, which has no end.
+    """
     match config:
         case SyntheticConfig():
             return SyntheticSource(config)
@@ -47,6 +49,8 @@ def open_source(config: FileConfig) -> Source:
             return MovieLensSource(config)
         case ColumnsConfig():
             return ColumnsSource(config)
+        case LogConfig():
+            raise ValueError(f"the log {config.url} has no end: it is read by training alone")
         case LakeConfig():
             return LakeSource(dataclasses.replace(config, log=None), Path(), 1)
 

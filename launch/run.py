@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from launch.identity import identity
 from launch.process import prepare
 from launch.readers import corrected_heads, log_of, make_memories, make_readers, num_examples, stream_folder
 from monolith_jax.evaluate.prequential import Prequential
@@ -31,7 +32,6 @@ from monolith_jax.ids.group import GroupMapper, Rule
 from monolith_jax.ids.mapper import Mapper
 from monolith_jax.ids.messages import everyone
 from monolith_jax.ids.threads import make_threads
-from monolith_jax.lake.history import LakeConfig
 from monolith_jax.mesh import make_mesh, num_devices
 from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.planner import Planner
@@ -39,7 +39,6 @@ from monolith_jax.reader import Memory, Reader
 from monolith_jax.snapshot import Committed, SnapshotConfig, Snapshots, find
 from monolith_jax.stream.cuts import sync
 from monolith_jax.stream.dead_letter import set_aside
-from monolith_jax.stream.log_source import LogConfig
 from monolith_jax.sync.publisher import Publisher
 from monolith_jax.tables.table import TableConfig, make_tier
 from monolith_jax.train.grow import can_grow, restore_grown
@@ -49,42 +48,6 @@ from monolith_jax.train.state import Model, TrainState, first_state, make_model
 from monolith_jax.train.step import make_predict_step, make_train_step
 from monolith_jax.train.tiers import Tiers
 from monolith_jax.train.warm_start import take_over
-
-
-def identity(experiment: Experiment) -> dict[str, Any]:
-    """Returns the configs that a run's state depends on; a snapshot of others is refused."""
-    parts = ("source", "history", "counters", "features", "tables", "model", "heads", "dense_optimizer", "prequential")
-    plain: dict[str, Any] = {}
-    for name in parts:
-        value = getattr(experiment, name)
-        plain[name] = [_plain(part) for part in value] if isinstance(value, tuple) else _plain(value)
-    if experiment.retrieval:
-        plain["retrieval"] = _plain(experiment.retrieval)
-    if not plain["source"].get("content_dim", 1):
-        del plain["source"]["content_dim"]  # Nor is a column that is not there; snapshots from before it was known go on.
-    for table in plain["tables"]:
-        # Where rows are kept changes nothing that is learned or saved.
-        del table["memory"], table["device_rows"]
-    # Nor does where a log or a lake is reached, or how fast it is read.
-    if isinstance(experiment.source, LakeConfig):
-        del plain["source"]["warehouse"]
-        if plain["source"]["log"]:
-            plain["source"]["log"] = _lasting(plain["source"]["log"])
-    elif isinstance(experiment.source, LogConfig):
-        plain["source"] = {"is": "LogConfig", **_lasting(plain["source"])}
-    train = experiment.train
-    numbers = {"batch_size": train.batch_size, "partitions": train.partitions, "seed": train.seed}
-    return plain | {"num_shards": experiment.mesh.num_shards, **numbers}
-
-
-def _lasting(log: dict[str, Any]) -> dict[str, Any]:
-    """Returns what of a `LogConfig` the state of a run depends on."""
-    joiner = {name: value for name, value in log["joiner"].items() if name != "memory_mb"}
-    return {name: log[name] for name in ("impressions", "actions", "format", "future_s")} | {"joiner": joiner}
-
-
-def _plain(config: Any) -> Any:
-    return None if config is None else {"is": type(config).__name__, **dataclasses.asdict(config)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +231,8 @@ def _tell_committed(console: Console, publisher: Publisher | None, committed: Co
         publisher.schedule.want_base()
     # Not into metrics.jsonl: when a snapshot is whole depends on the clock, and a run that goes on must write the same file.
     console.print(
-        f"saved step {committed.step:,}: {committed.num_bytes / 1e6:,.1f} MB on disk, whole after {committed.seconds:.1f} s",
+        f"saved step {committed.step:,}: {committed.num_bytes / 1e6:,.1f} MB on disk, whole after {committed.seconds:.1f} s"
+        + committed.mirrored,
         highlight=False,
     )
 
@@ -299,7 +263,7 @@ def _begin(
         if publisher:
             publisher.set_state(restored.extras.get("publisher"))
         log.last_snapshot = f"step {step}"
-        console.print(f"going on from the snapshot of step {step:,}", highlight=False)
+        console.print(f"going on from the snapshot of step {step:,}{snapshots.origin}", highlight=False)
         return parts.tiers.split(restored.state)
     if not warm_start:
         return parts.state

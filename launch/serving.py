@@ -14,7 +14,10 @@ import pyarrow as pa
 
 from launch.readers import log_of, open_source
 from monolith_jax.experiment import Experiment
+from monolith_jax.lake.feature_changes import FeatureChanges
+from monolith_jax.lake.history import LakeConfig
 from monolith_jax.serve.crosses import table_of
+from monolith_jax.serve.feature_cache import FeatureCache
 from monolith_jax.serve.log_tail import LogTail
 from monolith_jax.serve.pipeline import Pipeline
 from monolith_jax.serve.served_model import ServedModel
@@ -40,10 +43,27 @@ def open_pipeline(experiment: Experiment, deltas: Path, retrieval: tuple[Experim
     _check_history(experiment)
     both = (experiment, deltas) if experiment.retrieval and retrieval is None else retrieval
     ranker = _served(experiment, deltas) if experiment.model else None
-    if both is None:
-        return Pipeline(experiment.serving, ranker, None)
-    two_tower = ranker if ranker and both[0] is experiment else _served(*both)
-    return Pipeline(experiment.serving, ranker, two_tower)
+    two_tower = None
+    if both is not None:
+        two_tower = ranker if ranker and both[0] is experiment else _served(*both)
+    pipeline = Pipeline(experiment.serving, ranker, two_tower)
+    if pipeline.features:
+        _follow_lake(pipeline.features, experiment)
+    return pipeline
+
+
+def _follow_lake(features: FeatureCache, experiment: Experiment) -> None:
+    """Fills the cache with what the lake holds, and keeps it up with what changes."""
+    if not isinstance(experiment.source, LakeConfig):
+        raise ValueError(
+            f"ServingConfig.features is set, and Experiment.source is a {type(experiment.source).__name__}: features are in a "
+            "lake; let the source be a LakeConfig, as configs/train_lake.gin has it, or set ServingConfig.features to None"
+        )
+    changes = FeatureChanges(experiment.source.warehouse)
+    for found in changes.whole():
+        for subject, batch in found:
+            features.observe(subject, batch)
+    features.follow(changes.follow())
 
 
 def _check_history(experiment: Experiment) -> None:

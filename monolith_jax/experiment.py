@@ -30,7 +30,9 @@ from monolith_jax.features import (
 )
 from monolith_jax.ids.admission import AdmissionConfig
 from monolith_jax.ids.threads import MapperConfig
+from monolith_jax.lake.counters import WindowCountsConfig
 from monolith_jax.lake.history import LakeConfig
+from monolith_jax.lake.jobs import LakeJobsConfig, PostgresConfig, TidyConfig
 from monolith_jax.lake.warehouse import WarehouseConfig
 from monolith_jax.mesh import MeshConfig
 from monolith_jax.models.dcn import DCNConfig
@@ -42,6 +44,7 @@ from monolith_jax.models.shared_bottom import SharedBottomConfig
 from monolith_jax.models.towers import ModelConfig
 from monolith_jax.models.two_tower import TwoTowerConfig
 from monolith_jax.serve.catalogue import CatalogueConfig
+from monolith_jax.serve.feature_cache import FeatureCacheConfig
 from monolith_jax.serve.index import IndexConfig
 from monolith_jax.serve.pipeline import ServingConfig
 from monolith_jax.serve.rerank import RerankConfig
@@ -69,15 +72,23 @@ SourceConfig = SyntheticConfig | KuaiRandConfig | MovieLensConfig | ColumnsConfi
 
 CONFIGS: tuple[type, ...] = (
     *(SyntheticConfig, KuaiRandConfig, MovieLensConfig, ColumnsConfig, LogConfig, JoinerConfig),
-    *(LakeConfig, WarehouseConfig),
+    *(LakeConfig, WarehouseConfig, LakeJobsConfig, WindowCountsConfig, PostgresConfig, TidyConfig),
     *(HistoryConfig, CountersConfig),
     *(IdFeatureConfig, CrossFeatureConfig, BucketFeatureConfig, TimeFeatureConfig, DenseFeatureConfig),
     *(TableConfig, AdmissionConfig, MapperConfig, OptimizerConfig),
     *(LinearConfig, FMConfig, DeepFMConfig, DCNConfig, SharedBottomConfig, MMoEConfig),
     *(HeadConfig, TwoTowerConfig),
     *(TrainConfig, SnapshotConfig, PublisherConfig, MeshConfig, WireConfig, PrequentialConfig),
-    *(ServingConfig, CatalogueConfig, IndexConfig, UserStateConfig, SeenConfig, SourcesConfig, TrendingConfig),
-    *(RankConfig, GroupValuesConfig, CalibrationConfig, RerankConfig),
+    *(
+        ServingConfig,
+        CatalogueConfig,
+        IndexConfig,
+        UserStateConfig,
+        SeenConfig,
+        SourcesConfig,
+        TrendingConfig,
+    ),
+    *(FeatureCacheConfig, RankConfig, GroupValuesConfig, CalibrationConfig, RerankConfig),
 )
 """Every dataclass that a file may bind, in the order of `configs/reference.gin`: the order of the data."""
 

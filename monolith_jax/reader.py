@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
+from monolith_jax.feature_columns import with_lake_columns
 from monolith_jax.features import FeatureLayout, Features, featurize
 from monolith_jax.ids.strings import string_ids
 from monolith_jax.negatives import Drawn, NegativeSampler
@@ -159,6 +160,7 @@ class Reader:
         examples = batch.examples
         for memory in self.memories:
             examples = memory.extend(examples)
+        examples = with_lake_columns(examples, layout.features)
         features = featurize(examples, layout)
         drawn = self._negatives.take(examples, features) if self._negatives else None
         observed = observe(examples, label_names, group_column)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import threading
 import time
@@ -24,9 +23,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from monolith_jax.config_differences import differences as differences
 from monolith_jax.host_copy import HostCopies, on_cpu
 from monolith_jax.ids.exchange import Exchange
 from monolith_jax.mesh import OF_PROCESSES, sharding
+from monolith_jax.mirror import open_mirror
 from monolith_jax.packing import pack, unpack
 
 CHUNK_BYTES = 64 * 2**20
@@ -45,6 +46,9 @@ class SnapshotConfig:
     """Steps between snapshots; 0: only at the end of the run, on SIGTERM and at errors of the input."""
     keep: int = 2
     """Snapshots kept; older ones are deleted."""
+    mirror: str = ""
+    """A second place for what a run goes on from: a folder, `s3://bucket/run` or `hdfs://namenode:port/run`. Each snapshot is
+    copied there when it is whole; a run whose own folder holds none goes on from the newest there. Empty: none."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Committed:
     """On disk."""
     seconds: float
     """From the call of `save` on."""
+    mirrored: str = ""
+    """What came of its copy to the mirror, for people; empty: there is no mirror."""
 
 
 class Snapshots:
@@ -92,7 +98,7 @@ class Snapshots:
             exchange: To the other processes that save and restore together; none: this is the only one.
 
         Raises:
-            ValueError: The other processes do not share the folder.
+            ValueError: The other processes do not share the folder; or the mirror is ahead of it, damaged or not to be reached.
         """
         self._folder = folder.absolute()
         self._tell = tell
@@ -100,6 +106,8 @@ class Snapshots:
         self._writer: threading.Thread | None = None
         self._failed: Exception | None = None
         self._exchange = exchange
+        mirrored = config.mirror and not read_only
+        self._mirror = open_mirror(config.mirror, self._folder, config.keep, exchange) if mirrored else None
         processes = ocp.options.MultiprocessingOptions()
         if exchange:
             _share_folder(self._folder, exchange.process_id)
@@ -114,6 +122,11 @@ class Snapshots:
         trees = {name: ocp.PyTreeCheckpointHandler() for name in ("state", "maps", "arrays")}
         handlers = {**trees, "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+
+    @property
+    def origin(self) -> str:
+        """Where the newest snapshot came from, for people; empty: this run's own folder."""
+        return self._mirror.origin if self._mirror else ""
 
     def latest(self) -> int | None:
         """Returns the step of the newest snapshot, None where there is none."""
@@ -167,8 +180,11 @@ class Snapshots:
             try:
                 begun = begin()
                 self._manager.wait_until_finished()
-                if begun and self._tell:
-                    self._tell(Committed(step, folder_bytes(self._folder / str(step)), time.monotonic() - started))
+                seconds = time.monotonic() - started
+                if begun:
+                    mirrored = self._mirror.try_to_put(step) if self._mirror else ""
+                    if self._tell:
+                        self._tell(Committed(step, folder_bytes(self._folder / str(step)), seconds, mirrored))
             except Exception as error:  # Every error is the caller's to see.
                 self._failed = error
 
@@ -302,11 +318,14 @@ class Snapshots:
 
         Raises:
             Exception: Whatever the background write met.
+            ValueError: The last snapshot did not come into the mirror.
         """
         try:
             self._join()
         finally:
             self._manager.close()
+        if self._mirror and self._mirror.behind:
+            raise ValueError(self._mirror.behind)
 
 
 def _save_tree(tree: Any) -> ocp.args.PyTreeSave:
@@ -332,42 +351,6 @@ def _share_folder(folder: Path, process_id: int) -> None:
                 "that all hosts share; pass such a --workdir"
             )
         time.sleep(0.1)
-
-
-def differences(saved: Any, ours: Any, name: str = "") -> list[str]:
-    """Returns a line for each leaf in which two JSON-able trees differ."""
-    saved, ours = json.loads(json.dumps(saved)), json.loads(json.dumps(ours))
-    if isinstance(saved, dict) and isinstance(ours, dict):
-        lines = []
-        for key in [*saved, *(key for key in ours if key not in saved)]:
-            lines += differences(saved.get(key), ours.get(key), f"{name}.{key}" if name else key)
-        return lines
-    if (saved_named := _named(saved)) is not None and (ours_named := _named(ours)) is not None:
-        lines = differences(saved_named, ours_named, name)
-        if set(saved_named) == set(ours_named) and list(saved_named) != list(ours_named):
-            # The order decides which rows and weights are whose.
-            lines.append(f"{name}: {', '.join(saved_named)} in the snapshot, in the order {', '.join(ours_named)} here")
-        return lines
-    if isinstance(saved, list) and isinstance(ours, list) and len(saved) == len(ours):
-        return [
-            line for index, pair in enumerate(zip(saved, ours, strict=True)) for line in differences(*pair, f"{name}[{index}]")
-        ]
-    return [] if saved == ours else [f"{name}: {_short(saved)} in the snapshot, {_short(ours)} here"]
-
-
-def _named(value: Any) -> dict[str, Any] | None:
-    """Returns a list of configs by name, so that one added or left out is told by its name; None for all else."""
-    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        return None
-    names = [part.get("name", part.get("label")) for part in value]
-    if None in names or len(set(names)) != len(names):
-        return None
-    return dict(zip(names, value, strict=True))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def folder_bytes(folder: Path) -> int:

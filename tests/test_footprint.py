@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from launch.identity import identity
 from launch.plan import plan
-from launch.run import Parts, assemble, identity
+from launch.run import Parts, assemble
 from monolith_jax.experiment import Experiment, load
 from monolith_jax.footprint import Footprint, measure, refuse
 from monolith_jax.ids.cuckoo import MapLayout

@@ -17,6 +17,7 @@ OWNERS = {
     "gin": "experiment.py",
     "grain": "stream/batcher.py",
     "orbax": "snapshot.py",
+    "psycopg2": "lake/postgres.py",
     "tensorstore": "snapshot.py",
 }
 FORBIDDEN = {"train": {"serve", "stream", "evaluate"}, "serve": {"train"}, "evaluate": {"train"}}

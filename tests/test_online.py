@@ -16,8 +16,9 @@ from rich.console import Console
 
 from launch.bench import kill
 from launch.bench.kafka_broker import Broker, free_port
+from launch.identity import identity
 from launch.readers import corrected_heads
-from launch.run import assemble, identity, train
+from launch.run import assemble, train
 from monolith_jax.experiment import load
 from tests import test_flow
 from tests.launch.processes import finish, start

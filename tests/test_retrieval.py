@@ -16,8 +16,9 @@ from rich.console import Console
 
 from launch.bench import kill
 from launch.export import export
+from launch.identity import identity
 from launch.plan import plan
-from launch.run import identity, train
+from launch.run import train
 from monolith_jax.experiment import Experiment, load
 from monolith_jax.features import DenseFeatureConfig, IdFeatureConfig
 from monolith_jax.models.mmoe import MMoEConfig

@@ -12,7 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from launch.bench import kill
-from launch.run import identity, train
+from launch.identity import identity
+from launch.run import train
 from monolith_jax.experiment import load
 from tests.launch.test_several import FOUR, train_together
 from tests.test_flow import SMALL, start, wait_for_snapshot

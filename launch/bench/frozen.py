@@ -87,8 +87,9 @@ def go_on(experiment: Any, learned: Path, folder: Path, way: str) -> dict[str, d
     """
     from rich.console import Console
 
+    from launch.identity import identity
     from launch.readers import make_readers
-    from launch.run import assemble, identity
+    from launch.run import assemble
     from monolith_jax.evaluate.prequential import Prequential
     from monolith_jax.planner import Observed, Planner
     from monolith_jax.snapshot import SnapshotConfig, Snapshots

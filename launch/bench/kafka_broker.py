@@ -91,7 +91,7 @@ def end_process(pid: int, how: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, how)
     until = time.monotonic() + 30
-    while _runs(pid):
+    while is_running(pid):
         if time.monotonic() > until:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
@@ -198,7 +198,8 @@ def shared_broker(folder: Path) -> Iterator[Broker]:
                 shutil.rmtree(where)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Returns whether there is such a process, and it has not ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.readers import FileConfig, log_of, make_memories, open_source
+from launch.readers import log_of, make_memories, open_source
 from monolith_jax.packing import unpack
 from monolith_jax.reader import Memory, observe
 from monolith_jax.snapshot import SnapshotConfig, Snapshots, find
@@ -31,7 +31,7 @@ Memories = Sequence[Sequence[Memory]]
 """Of each partition, what it remembers."""
 
 
-def test_files(experiment: Experiment) -> FileConfig:
+def test_files(experiment: Experiment) -> SourceConfig:
     """Returns the held-out source.
 
     Raises:

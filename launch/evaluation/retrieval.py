@@ -23,8 +23,8 @@ from launch.evaluation.subject import Subject
 from launch.evaluation.written import Row, table, with_interval
 from launch.readers import log_of, open_source
 from monolith_jax.evaluate import bootstrap, retrieval
+from monolith_jax.feature_columns import columns_of
 from monolith_jax.features import featurize
-from monolith_jax.serve.crosses import columns_of
 from monolith_jax.serve.encode import Encoder
 from monolith_jax.serve.exact import exact_top_k
 from monolith_jax.stream.events import labels

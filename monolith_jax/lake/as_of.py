@@ -33,7 +33,16 @@ def with_features(examples: pa.RecordBatch, state: FeatureState) -> pa.RecordBat
     Raises:
         ValueError: The examples have no ids or times.
     """
-    return with_columns(examples, state.rows.decode(state.gather(*_asked(examples, state))))
+    return with_columns(examples, features_of(examples, state))
+
+
+def features_of(examples: pa.RecordBatch, state: FeatureState) -> pa.RecordBatch:
+    """Returns the columns of a state as of the times of examples, a row each.
+
+    Raises:
+        ValueError: The examples have no ids or times.
+    """
+    return state.rows.decode(state.gather(*_asked(examples, state)))
 
 
 def as_of_join(examples: pa.RecordBatch, changes: pa.RecordBatch, state: FeatureState) -> Joined:

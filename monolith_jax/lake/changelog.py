@@ -24,6 +24,10 @@ class Changes(NamedTuple):
     """The position: up to which snapshot they go."""
 
 
+class Expired(ValueError):
+    """Changes have expired before they were read: what the table holds has to be read instead."""
+
+
 class Changelog:
     """Follows one table. For one thread."""
 
@@ -44,7 +48,7 @@ class Changelog:
             raise ValueError(
                 f"the table {name!r} has no column {', '.join(unknown)}; there: {', '.join(self.table.field_names)}"
             )
-        self._name, self._columns = name, list(columns)
+        self._config, self._name, self._columns = config, name, list(columns)
         self._manager = self.table.snapshot_manager()
         self.snapshot = self.newest() if snapshot is None else snapshot
         self._begins = self.snapshot
@@ -58,23 +62,28 @@ class Changelog:
         """Returns the table as it is at the position where following began, merged."""
         return read_at(self.table, Moment(self._begins), self._columns)
 
-    def poll(self) -> Changes:
+    def poll(self, until: int | None = None) -> Changes:
         """Returns what came since the last poll; no rows if nothing did.
 
+        Args:
+            until: Up to which snapshot at most; None: all.
+
         Raises:
-            ValueError: Snapshots that were not read have expired.
+            Expired: Snapshots that were not read have expired.
         """
-        newest = self.newest()
+        newest = self.newest() if until is None else min(until, self.newest())
         if newest <= self.snapshot:
             return Changes(self._schema().empty_table(), self.snapshot)
         if self._manager.get_snapshot_by_id(self.snapshot + 1) is None:
-            raise ValueError(
+            raise Expired(
                 f"the table {self._name!r} was read up to snapshot {self.snapshot}, and the next one has expired: begin anew "
                 "with what it holds now, and let python -m launch.lake tidy keep snapshots for longer"
             )
         from pypaimon.read.native_plan import native_plan  # pyright: ignore[reportMissingImports]
 
-        # A column that was added since is only known to a table that is opened now.
+        if self._manager.get_snapshot_by_id(newest).schema_id != self.table.table_schema.id:
+            # Columns that were added since are only known to a table that is opened now.
+            self.table = open_table(self._config, self._name)
         plan = native_plan(
             self.table,
             predicate=None,

@@ -63,7 +63,7 @@ def told_of(snapshot: Any) -> dict[str, Any]:
 
 
 class TableWriter:
-    """Writes epochs of one writer to one table. For one thread."""
+    """Writes epochs of one writer to one table. Made, used and closed in one thread: Paimon's core refuses others."""
 
     def __init__(self, config: WarehouseConfig, name: str, writer: str) -> None:
         """Opens the table.

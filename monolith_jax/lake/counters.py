@@ -6,12 +6,16 @@ of which anything was counted in it. These are the rows that Flink SQL's `HOP` m
 
 Windows are [end - size, end), and each multiple of the slide is an end; one fires once the watermark is at end - 1. An event
 that comes after some of its windows have fired counts in the others; one of which all have is dropped, and counted as late.
+A play counts when its own time is past, by the duration of its impression. (Where plays or impressions are late, and another
+event of their request and video has been looked at already, Flink drops some that count here.)
 Events are counted in panes as wide as a slide, of which a window is a whole number; the running total of a window takes in one
 pane and lets go of another whenever it fires. Panes hold only what happened, so memory goes by the videos of a pane.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout
+from monolith_jax.ids.lines import jit
 from monolith_jax.lake.impressions import OpenImpressions
 from monolith_jax.lake.tables import COUNTED, WINDOWS, Window
 from monolith_jax.stream.events import COMPLETE_RATIO, valid_mask
@@ -51,29 +56,49 @@ def watermark_after(newest_ms: int, out_of_order_s: float) -> int:
     return newest_ms - round(1000 * out_of_order_s)
 
 
+@jit
+def _merged(cells_1, counts_1, cells_2, counts_2, cells, counts):
+    """Merges counts of distinct cells in order, int64 each, into room for both; returns how many cells there are."""
+    i, j, size = 0, 0, 0
+    while i < cells_1.size or j < cells_2.size:
+        first = j == cells_2.size or (i < cells_1.size and cells_1[i] <= cells_2[j])
+        both = first and j < cells_2.size and cells_1[i] == cells_2[j]
+        cells[size] = cells_1[i] if first else cells_2[j]
+        counts[size] = 0
+        if first:
+            counts[size] += counts_1[i]
+            i += 1
+        if both or not first:
+            counts[size] += counts_2[j]
+            j += 1
+        size += 1
+    return size
+
+
 class _Pane:
     """The counts of one slide: cells (what * rows + row) and how often, in parts that are merged now and then."""
 
-    def __init__(self, cells: np.ndarray, counts: np.ndarray) -> None:
-        self._parts = [(cells, counts)]
-        self._size = cells.size
-        self._merged = cells.size
+    def __init__(self) -> None:
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, cells: np.ndarray, counts: np.ndarray) -> None:
         self._parts.append((cells, counts))
-        self._size += cells.size
-        # Where all is merged only once it has doubled, an event is merged a few times, however small its batch is.
-        if self._size > 2 * self._merged + 1024:
-            self.merge()
+        # As with the digits of a number: however small its batch is, an event is merged only a few times.
+        while len(self._parts) > 1 and self._parts[-2][0].size <= 2 * self._parts[-1][0].size:
+            self._merge_last()
 
     def merge(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns distinct cells in order, and their counts, int64 [N] each."""
-        if len(self._parts) > 1:
-            cells = np.concatenate([cells for cells, _ in self._parts])
-            counts = np.concatenate([counts for _, counts in self._parts])
-            self._parts = [_summed(cells, counts)]
-        self._size = self._merged = self._parts[0][0].size
+        while len(self._parts) > 1:
+            self._merge_last()
         return self._parts[0]
+
+    def _merge_last(self) -> None:
+        (cells_1, counts_1), (cells_2, counts_2) = self._parts.pop(), self._parts.pop()
+        cells, counts = np.empty((2, cells_1.size + cells_2.size), np.int64)
+        size = _merged(cells_1, counts_1, cells_2, counts_2, cells, counts)
+        # Not a view: what is left over would be kept.
+        self._parts.append((cells[:size].copy(), counts[:size].copy()))
 
 
 class _WindowTotals:
@@ -81,7 +106,7 @@ class _WindowTotals:
 
     def __init__(self, window: Window, num_rows: int) -> None:
         self.window = window
-        self.panes: dict[int, _Pane] = {}
+        self.panes: defaultdict[int, _Pane] = defaultdict(_Pane)
         self.totals = np.zeros(len(COUNTED) * num_rows, np.int64)
         self.num_late = np.zeros(1, np.int64)
 
@@ -89,23 +114,16 @@ class _WindowTotals:
         """Returns the last end that has fired."""
         return (watermark_ms + 1) // self.window.slide_ms * self.window.slide_ms
 
-    def add(self, times_ms: np.ndarray, cells: np.ndarray, watermark_ms: int) -> None:
-        """Counts events, int64 [N] each."""
+    def add(self, time_ms: int, cells: np.ndarray, counts: np.ndarray, watermark_ms: int) -> None:
+        """Counts events of one pane: distinct cells in order, and how often each, int64 [N]."""
         slide, fired = self.window.slide_ms, self.fired_until(watermark_ms)
-        panes = times_ms // slide
-        # The last end of a pane's windows, so that one of them has not fired.
-        open_ = panes * slide + self.window.size_ms > fired
-        if not open_.all():
-            self.num_late += np.count_nonzero(~open_)
-            panes, cells = panes[open_], cells[open_]
-        for pane, pane_cells, counts in _by_pane(panes, cells, self.totals.size):
-            end = (pane + 1) * slide
-            if end <= fired:
-                self.totals[pane_cells] += counts
-            if end in self.panes:
-                self.panes[end].add(pane_cells, counts)
-            else:
-                self.panes[end] = _Pane(pane_cells, counts)
+        end = (time_ms // slide + 1) * slide
+        if end - slide + self.window.size_ms <= fired:
+            self.num_late += counts.sum()  # the last window that has the pane has fired
+            return
+        if end <= fired:
+            self.totals[cells] += counts
+        self.panes[end].add(cells, counts)
 
     def fire(self, before_ms: int, watermark_ms: int, num_rows: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """Returns end, rows [N] and counts [3, N] of the windows that a watermark makes fire; `num_rows` are in use."""
@@ -283,11 +301,9 @@ class WindowCounts:
             ends, sizes, cells, counts, one.totals[:] = (
                 state[f"{one.window.name}/{name}"] for name in ("ends", "sizes", "cells", "counts", "totals")
             )
-            starts = np.cumsum(sizes) - sizes
-            one.panes = {
-                int(end): _Pane(cells[start : start + size].copy(), counts[start : start + size].copy())
-                for end, start, size in zip(ends, starts, sizes, strict=True)
-            }
+            one.panes.clear()
+            for end, size, last in zip(ends, sizes, np.cumsum(sizes), strict=True):
+                one.panes[int(end)].add(cells[last - size : last].copy(), counts[last - size : last].copy())
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {"ids": self._ids, "used": self._used, "refused": self._refused, "watermark_ms": self._watermark_ms}
@@ -298,9 +314,11 @@ class WindowCounts:
         if (refused := np.count_nonzero(rows < 0)) > 0:
             self._refused += refused
             rows, times_ms = rows[rows >= 0], times_ms[rows >= 0]
-        cells = rows + what * self._ids.size
-        for one in self._windows:
-            one.add(times_ms, cells, int(self._watermark_ms[0]))
+        slide = math.gcd(*(window.slide_ms for window in self._config.windows))
+        num_cells = len(COUNTED) * self._ids.size
+        for pane, cells, counts in _by_pane(times_ms // slide, rows + what * self._ids.size, num_cells):
+            for one in self._windows:
+                one.add(pane * slide, cells, counts, int(self._watermark_ms[0]))
 
     def _rows_of(self, videos: np.ndarray) -> np.ndarray:
         """Returns the rows of videos, int64 [N], -1 where there is no room. New ones get theirs in the order of events."""
@@ -353,14 +371,6 @@ def _rows_until_last(used: np.ndarray) -> int:
 
 def _transposed(panes: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return [cells for cells, _ in panes], [counts for _, counts in panes]
-
-
-def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the distinct keys in order, and the sum of the counts of each."""
-    order = np.argsort(keys)
-    keys = keys[order]
-    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if keys.size else np.empty(0, np.int64)
-    return keys[starts], np.add.reduceat(counts[order], starts) if keys.size else counts
 
 
 def _by_pane(panes: np.ndarray, cells: np.ndarray, num_cells: int) -> list[tuple[int, np.ndarray, np.ndarray]]:

@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from monolith_jax.lake.agreement import Agreement, Mismatch
 from monolith_jax.lake.as_of import as_of_join
 from monolith_jax.lake.changelog import Moment, read_at
-from monolith_jax.lake.tables import GROUPS, Subject, features_log_schema
+from monolith_jax.lake.tables import GROUPS, Subject, features_log_schema, key_of
 from monolith_jax.lake.versions import FeatureState
 from monolith_jax.lake.warehouse import WarehouseConfig, open_table
 
@@ -33,16 +34,16 @@ class _Walk:
         self.table = open_table(config, f"{subject}_features_log")
         newest = self.table.snapshot_manager().get_latest_snapshot()
         self.moment = Moment(position["snapshot"] if position else newest.id if newest else 0)
-        self.state = FeatureState(subject, max_rows, VERSIONS)
+        self.state, self.agreement = FeatureState(subject, max_rows, VERSIONS), Agreement(subject)
         self.rest = features_log_schema(subject).empty_table().to_batches(1)
         self.until_ms: int | None = None
         if position and position["until_ms"] is not None:
             self.until_ms = int(position["until_ms"])
-            known = self.read(None, self.until_ms)
-            before = pc.less(known.column("event_time_ms"), position["seen_ms"])  # pyright: ignore[reportAttributeAccessIssue]
-            for batch in known.filter(before).sort_by("event_time_ms").to_batches(_REBUILD_ROWS):
-                self.state.apply(batch)
-            self.rest = known.filter(pc.invert(before)).to_batches()  # pyright: ignore[reportAttributeAccessIssue]
+            # As far as the walk had come: up to an example of that time, whoever's.
+            nobody = pa.record_batch({key_of(subject): [0], "event_time_ms": [position["seen_ms"]]})
+            known = self.read(None, self.until_ms).sort_by("event_time_ms")
+            for batch in known.to_batches(_REBUILD_ROWS):
+                self.rest.append(as_of_join(nobody, batch, self.state).rest)
         self.seen_ms = position["seen_ms"] if position else None
 
     @property
@@ -66,6 +67,8 @@ class _Walk:
         changes = pa.Table.from_batches(found, features_log_schema(self.subject)).combine_chunks().to_batches()
         joined = as_of_join(examples, changes[0] if changes else _no_changes(self.subject), self.state)
         self.rest = [joined.rest]
+        # What a server logged of these features is compared before it is replaced.
+        self.agreement.compare(examples, joined.examples)
         self.seen_ms = last_ms if self.seen_ms is None else max(self.seen_ms, last_ms)
         return joined.examples
 
@@ -111,6 +114,17 @@ class FeatureHistory:
         for walk in self._walks:
             examples = walk.join(examples)
         return examples.select([*names, *self._columns])
+
+    @property
+    def told(self) -> dict[str, float]:
+        """How what was logged agrees with what was joined, since this walk was opened; nothing if none was logged."""
+        found = {name: count for walk in self._walks for name, count in walk.agreement.metrics().items()}
+        return {f"agreement_{name}": float(count) for name, count in found.items()} if any(found.values()) else {}
+
+    @property
+    def mismatches(self) -> list[Mismatch]:
+        """The first features that a server had otherwise."""
+        return [one for walk in self._walks for one in walk.agreement.mismatches]
 
     def metrics(self) -> dict[str, int]:
         """Returns what the walks have counted."""

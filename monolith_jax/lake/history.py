@@ -9,7 +9,7 @@ reads what it would have read.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from monolith_jax.lake.commits import told_of
 from monolith_jax.lake.cut_files import hand_over
 from monolith_jax.lake.examples import WRITER
 from monolith_jax.lake.feature_history import FeatureHistory
+from monolith_jax.lake.jobs import LakeJobsConfig
 from monolith_jax.lake.warehouse import EXAMPLES_FIRST, WarehouseConfig, open_table
 from monolith_jax.stream.log_source import LogConfig, LogSource
 from monolith_jax.types import Chunk, Position
@@ -52,6 +53,9 @@ class LakeConfig:
     """Users, and videos, whose features are held for that: those that changed last. About half a kilobyte each."""
     log: LogConfig | None = None
     """Where the stream goes on when history is read; None: it ends there."""
+
+    jobs: LakeJobsConfig = field(default_factory=LakeJobsConfig)
+    """How `launch.lake` writes the tables; training does not look at it."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if the fields do not go together."""
@@ -237,7 +241,7 @@ class LakeSource:
             }
             if joined:
                 place["features"] = {str(one): of.before for one, of in walks.items()}
-            yield Chunk(examples, (), place)
+            yield Chunk(examples, (), place, told=_told(walks.values()))
 
     def _read(self, table: Any, moment: Moment, part: int, begin: int) -> pa.Table:
         """Returns the next examples of a partition, in order."""
@@ -255,6 +259,12 @@ class LakeSource:
         found = read_at(table, moment, names, predicates.and_predicates(where))
         order = np.argsort(found.column("stream_row").to_numpy(), kind="stable")
         return found.take(pa.array(order)) if (np.diff(order) != 1).any() else found
+
+
+def _told(walks: Iterable[_Walk]) -> dict[str, float]:
+    """Returns how what was logged agrees with what was joined, of all walks."""
+    of_walks = [walk.features.told for walk in walks if walk.features is not None]
+    return {name: sum(one.get(name, 0.0) for one in of_walks) for one in of_walks for name in one}
 
 
 def _end_of_read(begin: int) -> int:

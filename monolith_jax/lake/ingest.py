@@ -205,7 +205,8 @@ class Ingest:
         begin, messages, size = dict(self._next), {}, 0
         until = time.monotonic() + commit_s
         while size < most_bytes and (now := time.monotonic()) < until:
-            for partition, found in self._log.poll(POLL_MESSAGES, POLL_BYTES, min(WAIT_S, until - now)).items():
+            room = min(POLL_BYTES, most_bytes - size)
+            for partition, found in self._log.poll(POLL_MESSAGES, room, min(WAIT_S, until - now)).items():
                 messages.setdefault(partition, []).extend(found)
                 self._next[_key(partition)] = found[-1].offset + 1
                 self._came_s[_key(partition)] = now

@@ -58,11 +58,19 @@ class Encoded(NamedTuple):
     entry_groups: np.ndarray
     """int64 [E]"""
     times_ms: np.ndarray
-    """int64 [N, G]"""
+    """int64 [N, G], from when on each group counts: its time, and `ColumnGroup.known_ms`."""
     words: np.ndarray
     """int64 [N, W]"""
     without_id: int
     """Rows that have none."""
+
+    def part(self, first: int, last: int) -> Encoded:
+        """Returns the rows from one to before another; those without an id count as the first part's."""
+        start, end = np.searchsorted(self.entry_rows, [first, last])
+        entries = self.entry_rows[start:end] - first, self.entry_groups[start:end]
+        return Encoded(
+            self.ids[first:last], *entries, self.times_ms[first:last], self.words[first:last], 0 if first else self.without_id
+        )
 
 
 class Seen(NamedTuple):
@@ -73,7 +81,7 @@ class Seen(NamedTuple):
     there: np.ndarray
     """bool [N, G], whether the group has a row that counts."""
     times_ms: np.ndarray
-    """int64 [N, G], since when, where there is one."""
+    """int64 [N, G], from when on it counts, where there is one."""
     words: np.ndarray
     """int64 [N, W]"""
 
@@ -132,6 +140,12 @@ class FeatureRows:
             names += [group.time_column, *(place.name for place in self.places if place.group == at)]
         return tuple(f"{self.subject}_{name}" for name in [*names, "known"])
 
+    def groups_of(self, columns: Sequence[str] | None) -> np.ndarray:
+        """Returns which groups some of `columns` need, bool [G]; None: all. Whether an id is known takes all of them."""
+        found = [self._by_name.get(name) for name in self.columns if columns is None or name in columns]
+        wanted = {one.group if isinstance(one, Place) else one for one in found}
+        return np.array([at in wanted or None in wanted for at in range(len(self.groups))])
+
     def encode(self, batch: pa.RecordBatch) -> Encoded:
         """Returns rows as words.
 
@@ -151,7 +165,7 @@ class FeatureRows:
         present = [at for at, group in enumerate(self.groups) if group.time_column in names]
         for at in present:
             array = _cast(batch, self.groups[at].time_column, pa.int64())
-            is_set[:, at], times[:, at] = valid_mask(array) & has_id, _flat(array)
+            is_set[:, at], times[:, at] = valid_mask(array) & has_id, _flat(array) + self.groups[at].known_ms
         for place in self.places:
             if place.group in present:
                 array = _cast(batch, place.name, place.type)
@@ -170,7 +184,7 @@ class FeatureRows:
                 codes = self._codes_of(array)
                 words[:, place.start], there = np.maximum(codes, 0), codes >= 0
             case "list":
-                lengths, items = _items(array, there)
+                lengths, items = items_of(array, there)
                 words[:, place.start] = lengths
                 words[:, place.start + 1 : place.start + 1 + MAX_ITEMS] = items
             case _:
@@ -213,7 +227,8 @@ class FeatureRows:
             elif found is None:
                 arrays.append(pa.array(seen.known))
             else:
-                arrays.append(pa.array(seen.times_ms[:, found], mask=~seen.there[:, found]))
+                times_ms = seen.times_ms[:, found] - self.groups[found].known_ms
+                arrays.append(pa.array(times_ms, mask=~seen.there[:, found]))
         return pa.RecordBatch.from_arrays(arrays, names)
 
     def _read(self, place: Place, words: np.ndarray) -> pa.Array:
@@ -254,6 +269,17 @@ class FeatureRows:
             self.texts_refused = int(state["texts_refused"][0])
 
 
+def column_types() -> dict[str, pa.DataType]:
+    """Returns the columns of all subjects that `FeatureRows.decode` returns, with their types."""
+    types: dict[str, pa.DataType] = {}
+    for subject, groups in GROUPS.items():
+        for group in groups:
+            types[f"{subject}_{group.time_column}"] = pa.int64()
+            types |= {f"{subject}_{name}": kind for name, kind in group.columns}
+        types[f"{subject}_known"] = pa.bool_()
+    return types
+
+
 def _cast(batch: pa.RecordBatch, name: str, kind: pa.DataType) -> pa.Array:
     if name not in batch.schema.names:
         raise ValueError(f"a row of features needs the column {name!r}; columns there: {', '.join(batch.schema.names)}")
@@ -272,7 +298,7 @@ def _flat(array: pa.Array) -> np.ndarray:
     return filled.to_numpy(zero_copy_only=False)
 
 
-def _items(array: pa.Array, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def items_of(array: pa.Array, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns how many items of each list are kept, int64 [N], and which, int64 [N, MAX_ITEMS]."""
     offsets, values = array.offsets.to_numpy(), array.values
     if values.null_count:

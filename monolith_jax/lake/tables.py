@@ -35,8 +35,10 @@ class ColumnGroup:
     name: str
     columns: tuple[tuple[str, pa.DataType], ...]
     fresh_ms: int = 0
-    """So long after its time a row counts; later, its numbers are 0, since a window in which nothing happens tells nothing.
-    0: for good."""
+    """So long a row counts; later, its numbers are 0, since a window in which nothing happens tells nothing. 0: for good."""
+    known_ms: int = 0
+    """So long after its time a row begins to count: what the way to the server takes. Nobody is told of it before, not even who
+    reads history, where it is there at once: else a model would be trained with what no server had known."""
 
     @property
     def time_column(self) -> str:
@@ -73,6 +75,7 @@ GROUPS: dict[Subject, tuple[ColumnGroup, ...]] = {
                 ("last_duration_ms", pa.int64()),
                 ("last_tag_id", pa.list_(pa.int64())),
             ),
+            known_ms=2_000,
         ),
     ),
     "video": (
@@ -87,7 +90,12 @@ GROUPS: dict[Subject, tuple[ColumnGroup, ...]] = {
             ),
         ),
         *(
-            ColumnGroup(f"counts_{one.name}", tuple((f"{name}_{one.name}", pa.int64()) for name in COUNTED), one.slide_ms)
+            ColumnGroup(
+                f"counts_{one.name}",
+                tuple((f"{name}_{one.name}", pa.int64()) for name in COUNTED),
+                fresh_ms=one.slide_ms,
+                known_ms=15_000,
+            )
             for one in WINDOWS
         ),
     ),

@@ -18,31 +18,13 @@ from typing import Any
 import pyarrow as pa
 
 from monolith_jax.lake.cut_files import remove_before
+from monolith_jax.lake.jobs import TidyConfig
 from monolith_jax.lake.warehouse import WarehouseConfig, open_table, writing
 
 WRITER = "tidy"
 _FEW = 4
 """As many files of a bucket may stay as they are."""
 _ROWS = 1 << 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class TidyConfig:
-    """What is kept."""
-
-    retention_s: float = 24 * 3600.0
-    """Snapshots that are younger stay: who follows a table may be so late, and who reads one may take so long."""
-    keep: int = 10
-    """So many of the newest stay in any case."""
-    orphan_s: float = 24 * 3600.0
-    """Files that no snapshot names are removed when they are so old: younger ones may be of an epoch that is being written."""
-    target_bytes: int = 128 << 20
-    """Files of append tables that are larger stay as they are."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError if a field is out of range."""
-        if self.retention_s < 0 or self.keep < 1 or self.orphan_s < 0 or self.target_bytes < 1:
-            raise ValueError(f"TidyConfig: keep and target_bytes of at least 1, and no negative time, got {self}")
 
 
 @dataclass(frozen=True)
@@ -199,7 +181,8 @@ def _listed(table: Any) -> dict[str, float]:
                 if name not in ("snapshot", "schema", "tag", "branch", "consumer", "cuts"):
                     waiting.append(one.path)
             elif name.startswith(("data-", "manifest-", "changelog-", "index-")):
-                found[one.path] = one.mtime.timestamp() if one.mtime else 0.0
+                # On a local disk Paimon gives seconds, in an object store a time.
+                found[one.path] = float(one.mtime) if isinstance(one.mtime, int | float) else one.mtime.timestamp()
     return found
 
 

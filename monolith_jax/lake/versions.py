@@ -13,18 +13,16 @@ version that was seen then has been pushed out by newer ones, all of the group i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from monolith_jax.ids.cuckoo import IdMaps, MapLayout
 from monolith_jax.ids.footprint import map_bytes
-from monolith_jax.ids.lines import inner, jit
+from monolith_jax.lake import version_kernels
 from monolith_jax.lake.rows import Encoded, FeatureRows, Seen
 from monolith_jax.lake.tables import Subject
 from monolith_jax.stream.history import take_over
-from monolith_jax.types import Array
 
 COUNTED = ("written", "ignored", "refused", "evicted", "without_id", "reads", "too_old")
 """What is counted: versions that were taken, versions that came so late that no room is left for them, versions of ids for
@@ -34,141 +32,11 @@ _WINDOW = 8
 """Rows that are looked at for each that must make room: the one of which nothing came for longest goes."""
 
 
-class Rings(NamedTuple):
-    """The versions of all rows: R rows, V versions, G groups, W words."""
-
-    times_ms: Array
-    """int64 [R, V, G]"""
-    words: Array
-    """int64 [R, V, W]"""
-    heads: Array
-    """int32 [R, G], where in the ring the newest version stands."""
-    counts: Array
-    """int32 [R, G], versions held; V + 1: V, and older ones were pushed out."""
-    dropped_ms: Array
-    """int64 [R, G], the earliest time of those pushed out."""
-
-
-class _Rules(NamedTuple):
-    """How groups are read."""
-
-    offsets: Array
-    fresh_ms: Array
-    absent: Array
-    nulls: Array
-
-
-@inner
-def _put(rings, offsets, row, group, time_ms, words):
-    # Versions are in the order of their times from the head backwards. Returns the index in COUNTED.
-    depth = rings.times_ms.shape[1]
-    first, last, head = offsets[group], offsets[group + 1], rings.heads[row, group]
-    held = min(rings.counts[row, group], depth)
-    newer = 0
-    while newer < held and rings.times_ms[row, (head - newer) % depth, group] > time_ms:
-        newer += 1
-    place = (head - newer) % depth
-    if newer == held or rings.times_ms[row, place, group] != time_ms:
-        if held == depth:
-            pushed_ms = time_ms if newer == depth else rings.times_ms[row, (head + 1) % depth, group]
-            if rings.counts[row, group] == depth or pushed_ms < rings.dropped_ms[row, group]:
-                rings.dropped_ms[row, group] = pushed_ms
-            rings.counts[row, group] = depth + 1
-            if newer == depth:
-                return 1
-        else:
-            rings.counts[row, group] = held + 1
-        head = (head + 1) % depth
-        rings.heads[row, group] = head
-        for k in range(newer):
-            to, of = (head - k) % depth, (head - k - 1) % depth
-            rings.times_ms[row, to, group] = rings.times_ms[row, of, group]
-            rings.words[row, to, first:last] = rings.words[row, of, first:last]
-        place = (head - newer) % depth
-        rings.times_ms[row, place, group] = time_ms
-    rings.words[row, place, first:last] = words[first:last]
-    return 0
-
-
-@inner
-def _get(rings, rules, row, time_ms, there, times_ms, words):
-    # One row as of a time. Returns how many groups anything had been told of, and of how many it is too old.
-    depth = rings.times_ms.shape[1]
-    known = too_old = 0
-    for group in range(there.size):
-        first, last = rules.offsets[group], rules.offsets[group + 1]
-        there[group], times_ms[group] = False, 0
-        for word in range(first, last):
-            words[word] = 0
-        words[first] = rules.absent[group]
-        if row < 0:
-            continue
-        head, count = rings.heads[row, group], rings.counts[row, group]
-        seen = False
-        for k in range(min(count, depth)):
-            place = (head - k) % depth
-            of_version = rings.times_ms[row, place, group]
-            if of_version < time_ms:
-                seen = True
-                # A difference, as the sum may be more than 64 bits hold.
-                if rules.fresh_ms[group] == 0 or time_ms - of_version <= rules.fresh_ms[group]:
-                    there[group], times_ms[group] = True, of_version
-                    words[first:last] = rings.words[row, place, first:last]
-                break
-        if not seen and count > depth and rings.dropped_ms[row, group] < time_ms:
-            seen = True
-            too_old += 1
-            words[first] = rules.nulls[group]
-        known += seen
-    return known, too_old
-
-
-@jit
-def _write_all(rings, rules, rows, entry_rows, entry_groups, times_ms, words, told):
-    for entry in range(entry_rows.size):
-        i, group = entry_rows[entry], entry_groups[entry]
-        if rows[i] < 0:
-            told[2] += 1
-        else:
-            told[_put(rings, rules.offsets, rows[i], group, times_ms[i, group], words[i])] += 1
-
-
-@jit
-def _read_all(rings, rules, rows, at_ms, known, there, times_ms, words):
-    total = 0
-    for i in range(rows.size):
-        of_row, too_old = _get(rings, rules, rows[i], at_ms[i], there[i], times_ms[i], words[i])
-        known[i] = of_row > 0
-        total += too_old
-    return total
-
-
-@jit
-def _walk_both(
-    rings, rules, rows, at_ms, order, changed, entry_rows, entry_groups, change_ms, changes, known, there, times_ms, words, told
-):
-    # Entries and `order` by time: each example sees what is earlier, and nothing else has been written by then.
-    entry = 0
-    for n in range(order.size):
-        at = order[n]
-        while entry < entry_rows.size and change_ms[entry_rows[entry], entry_groups[entry]] < at_ms[at]:
-            i, group = entry_rows[entry], entry_groups[entry]
-            if changed[i] < 0:
-                told[2] += 1
-            else:
-                told[_put(rings, rules.offsets, changed[i], group, change_ms[i, group], changes[i])] += 1
-            entry += 1
-        of_row, too_old = _get(rings, rules, rows[at], at_ms[at], there[at], times_ms[at], words[at])
-        known[at] = of_row > 0
-        told[5] += there.shape[1]
-        told[6] += too_old
-
-
 class FeatureState:
     """The rows of one subject. Not thread safe, but that `encode` and `decode` may run beside `write` and `gather`."""
 
     def __init__(self, subject: Subject, max_rows: int, versions: int = 1) -> None:
-        """Makes empty rings.
+        """Knows nothing yet.
 
         Args:
             subject: Whose features.
@@ -189,16 +57,11 @@ class FeatureState:
     def reset(self) -> None:
         """Forgets everything."""
         self.rows = FeatureRows(self.subject)
-        size, groups = 2 * self._layout.rows_per_shard, len(self.rows.groups)
+        size = 2 * self._layout.rows_per_shard
         self._maps = IdMaps(self._layout)
-        self._rings = Rings(
-            np.zeros((size, self.versions, groups), np.int64),
-            np.zeros((size, self.versions, self.rows.num_words), np.int64),
-            np.zeros((size, groups), np.int32),
-            np.zeros((size, groups), np.int32),
-            np.zeros((size, groups), np.int64),
-        )
-        self._rules = _Rules(self.rows.offsets, self.rows.fresh_ms, self.rows.absent, self.rows.nulls)
+        self._of_row = version_kernels.layout_of(self.rows, self.versions)
+        self._table = np.zeros((size, self._of_row.starts[-1]), np.int64)
+        """Bytes of `version_kernels`."""
         self._ids, self._latest_ms = np.zeros(size, np.int64), np.zeros(size, np.int64)
         """Of each row: whose it is, and the latest time of its changes."""
         self._used = np.zeros(size, np.bool_)
@@ -231,7 +94,7 @@ class FeatureState:
         self._told[COUNTED.index("without_id")] += changes.without_id
         rows = self._rows_for(changes, changes.entry_rows, changes.entry_groups)
         entries = changes.entry_rows, changes.entry_groups
-        _write_all(self._rings, self._rules, rows, *entries, changes.times_ms, changes.words, self._told)
+        version_kernels.write(self._table, self._of_row, rows, *entries, changes.times_ms, changes.words, self._told)
 
     def as_of(self, ids: np.ndarray, times_ms: np.ndarray, columns: Sequence[str] | None = None) -> pa.RecordBatch:
         """Returns what was known of ids just before times.
@@ -244,13 +107,27 @@ class FeatureState:
         Raises:
             ValueError: There is no such column.
         """
-        return self.rows.decode(self.gather(ids, times_ms), columns)
+        return self.rows.decode(self.gather(ids, times_ms, None, columns), columns)
 
-    def gather(self, ids: np.ndarray, times_ms: np.ndarray, valid: np.ndarray | None = None) -> Seen:
-        """Returns what `rows.decode` makes columns of; of ids that are not `valid`, bool [N], nothing is known."""
-        seen = self._nothing(ids.size)
-        self._told[_TOO_OLD] += _read_all(self._rings, self._rules, self._lookup(ids, valid), times_ms, *seen)
-        self._told[_READS] += seen.there.size
+    def gather(
+        self,
+        ids: np.ndarray,
+        times_ms: np.ndarray,
+        valid: np.ndarray | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> Seen:
+        """Returns what `rows.decode` makes columns of.
+
+        Args:
+            ids: int64 [N].
+            times_ms: int64 [N].
+            valid: bool [N], which rows have an id; None: all.
+            columns: Which are wanted of `columns`; None: all.
+        """
+        seen, wanted = self._nothing(ids.size), self.rows.groups_of(columns)
+        rows = self._lookup(ids, valid)
+        self._told[_TOO_OLD] += version_kernels.read(self._table, self._of_row, wanted, rows, times_ms, *seen)
+        self._told[_READS] += ids.size * int(np.count_nonzero(wanted))
         return seen
 
     def walk(
@@ -274,7 +151,8 @@ class FeatureState:
         changed = self._rows_for(changes, *entries)
         seen, order = self._nothing(ids.size), np.argsort(times_ms, kind="stable")
         of_changes = changed, *entries, changes.times_ms, changes.words
-        _walk_both(self._rings, self._rules, self._lookup(ids, valid), times_ms, order, *of_changes, *seen, self._told)
+        rows = self._lookup(ids, valid)
+        version_kernels.walk(self._table, self._of_row, rows, times_ms, order, *of_changes, *seen, self._told)
         return seen, number
 
     def _nothing(self, number: int) -> Seen:
@@ -308,7 +186,8 @@ class FeatureState:
         flat[new] = np.where(rows >= 0, shards.astype(np.int64) * self._layout.rows_per_shard + rows, -1)
         made = new[flat[new] >= 0]
         self._used[flat[made]], self._ids[flat[made]] = True, distinct[made]
-        self._latest_ms[flat[made]], self._rings.counts[flat[made]] = np.iinfo(np.int64).min, 0
+        self._latest_ms[flat[made]] = np.iinfo(np.int64).min
+        version_kernels.clear(self._table, self._of_row, flat[made])
         of_entries = flat[inverse]
         fine = of_entries >= 0
         np.maximum.at(self._latest_ms, of_entries[fine], changes.times_ms[entry_rows, entry_groups][fine])
@@ -335,7 +214,7 @@ class FeatureState:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         of_rows = {"ids": self._ids, "latest_ms": self._latest_ms, "used": self._used, "hand": self._hand, "told": self._told}
-        return {**self._rings._asdict(), **of_rows}
+        return {"table": self._table, **of_rows}
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Returns a copy of everything."""
@@ -365,6 +244,5 @@ def _layout(subject: Subject, max_rows: int) -> MapLayout:
 def state_bytes(subject: Subject, max_rows: int, versions: int = 1) -> int:
     """Returns the bytes of the arrays of a full `FeatureState`, but for its texts."""
     layout, rows = _layout(subject, max_rows), FeatureRows(subject)
-    groups = len(rows.groups)
-    of_row = 8 * versions * (groups + rows.num_words) + 16 * groups + 17
+    of_row = 8 * int(version_kernels.layout_of(rows, versions).starts[-1]) + 17
     return sum(map_bytes(layout).values()) + 2 * layout.rows_per_shard * of_row

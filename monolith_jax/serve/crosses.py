@@ -1,62 +1,53 @@
 """The features of a candidate that cross it with the request: ids made of columns of both.
 
-In: the raw ids of a request's columns [1, m] and of the candidates' [K, n], which a catalogue keeps. Out: ids int64 [K, C],
-those that `features.featurize` makes of whole examples.
+In: the raw ids of a request's columns [1, m] and of the candidates' [K, n], which a catalogue keeps, or which are looked up for
+each request. Out: ids int64 [K, C], those that `features.featurize` makes of whole examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from monolith_jax.features import (
-    BucketFeatureConfig,
-    CrossFeatureConfig,
-    DenseFeatureConfig,
-    FeatureConfig,
-    IdFeatureConfig,
-    TimeFeatureConfig,
-    column_ids,
-    crossed,
-)
+from monolith_jax.feature_columns import columns_of
+from monolith_jax.features import CrossFeatureConfig, FeatureConfig, IdFeatureConfig, column_ids, crossed
 from monolith_jax.types import GroupIds
 
 
-def columns_of(feature: FeatureConfig) -> tuple[str, ...]:
-    """Returns the columns that a feature reads."""
-    match feature:
-        case IdFeatureConfig():
-            return (feature.column, feature.weight_column) if feature.weight_column else (feature.column,)
-        case CrossFeatureConfig():
-            return feature.columns
-        case TimeFeatureConfig():
-            return ("event_time_ms",)
-        case BucketFeatureConfig() | DenseFeatureConfig():
-            return (feature.column,)
-
-
 class Crosses:
-    """The crosses over columns of both kinds, in the order of the features."""
+    """The crosses over columns of several kinds, or over live ones, in the order of the features."""
 
-    def __init__(self, features: Sequence[FeatureConfig], candidate_columns: Collection[str]) -> None:
+    def __init__(
+        self, features: Sequence[FeatureConfig], candidate_columns: Collection[str], live_columns: Collection[str] = ()
+    ) -> None:
         """Finds them.
 
+        Args:
+            features: All of a model.
+            candidate_columns: Columns of a candidate that are kept.
+            live_columns: Columns of a candidate that are looked up for each request.
+
         Raises:
-            ValueError: Another feature reads columns of both kinds.
+            ValueError: Another feature than a cross reads columns of several kinds.
         """
-        mixed = [one for one in features if 0 < len(set(columns_of(one)) & set(candidate_columns)) < len(set(columns_of(one)))]
-        self.features = tuple(one for one in mixed if isinstance(one, CrossFeatureConfig))
-        for one in mixed:
-            if one not in self.features:
+        kinds = dict.fromkeys(candidate_columns, "kept") | dict.fromkeys(live_columns, "live")
+        of_features = [(one, {kinds.get(column, "request") for column in columns_of(one)}) for one in features]
+        self.features = tuple(
+            one for one, of in of_features if isinstance(one, CrossFeatureConfig) and (len(of) > 1 or "live" in of)
+        )
+        for one, of in of_features:
+            if len(of) > 1 and one not in self.features:
                 raise ValueError(
-                    f"feature {one.name!r} reads {', '.join(columns_of(one))}, some of a candidate and some of the request; "
-                    "only a CrossFeatureConfig may: name all of them, or none, as candidate columns"
+                    f"feature {one.name!r} reads {', '.join(columns_of(one))}, some of a candidate and some of the request, or "
+                    "some that are kept and some that are looked up; only a CrossFeatureConfig may: name all of them, or none, "
+                    "as candidate columns"
                 )
         every = list(dict.fromkeys(column for one in self.features for column in one.columns))
-        self.candidate_columns = tuple(column for column in every if column in candidate_columns)
-        self.request_columns = tuple(column for column in every if column not in candidate_columns)
+        self.candidate_columns = tuple(column for column in every if column in kinds)
+        """Those that are looked up are among them."""
+        self.request_columns = tuple(column for column in every if column not in kinds)
 
     def of_request(self, request: pa.RecordBatch) -> GroupIds:
         """Returns the raw ids of the request's columns, [1, m]."""
@@ -66,11 +57,29 @@ class Crosses:
         """Returns the raw ids of the candidates' columns, [K, n]."""
         return self._raw(candidates, self.candidate_columns)
 
+    def of_taken(self, number: int, kept: Mapping[str, tuple[np.ndarray, np.ndarray]], live: pa.RecordBatch | None) -> GroupIds:
+        """Returns the raw ids of the columns of so many candidates, [K, n].
+
+        Args:
+            number: K.
+            kept: What a catalogue has of the columns (`Taken.columns`).
+            live: The columns that were looked up.
+        """
+        ids, valid = (np.zeros((number, len(self.candidate_columns)), dtype) for dtype in (np.int64, np.bool_))
+        for index, column in enumerate(self.candidate_columns):
+            if column in kept:
+                ids[:, index], valid[:, index] = kept[column][0], kept[column][1] > 0
+            elif live is not None:
+                ids[:, index], valid[:, index] = column_ids(live, column, self._feature_of(column))
+        return GroupIds(ids, valid)
+
+    def _feature_of(self, column: str) -> str:
+        return next(one.name for one in self.features if column in one.columns)
+
     def _raw(self, batch: pa.RecordBatch, columns: Sequence[str]) -> GroupIds:
         ids, valid = (np.zeros((batch.num_rows, len(columns)), dtype) for dtype in (np.int64, np.bool_))
         for index, column in enumerate(columns):
-            of_feature = next(one.name for one in self.features if column in one.columns)
-            ids[:, index], valid[:, index] = column_ids(batch, column, of_feature)
+            ids[:, index], valid[:, index] = column_ids(batch, column, self._feature_of(column))
         return GroupIds(ids, valid)
 
     def ids(self, request: GroupIds, candidates: GroupIds) -> np.ndarray:

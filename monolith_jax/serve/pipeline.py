@@ -22,17 +22,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from monolith_jax.features import featurize
 from monolith_jax.serve.asked import Asked, Clock
 from monolith_jax.serve.catalogue import Catalogue, CatalogueConfig, Taken
-from monolith_jax.serve.crosses import columns_of, table_of
+from monolith_jax.serve.crosses import table_of
 from monolith_jax.serve.encode import Encoder
 from monolith_jax.serve.events import Events
+from monolith_jax.serve.feature_cache import FeatureCache, FeatureCacheConfig
 from monolith_jax.serve.feed_log import impressions_of
 from monolith_jax.serve.index import IndexConfig, VideoIndex
 from monolith_jax.serve.indexer import Indexer
 from monolith_jax.serve.merge import FILLS, SOURCES, Merged
 from monolith_jax.serve.pool import Candidates, behind, best, by_score, pool_of, shared
 from monolith_jax.serve.rank import Ranker
+from monolith_jax.serve.read_columns import read_columns
 from monolith_jax.serve.recall import Recall
 from monolith_jax.serve.request import Feed, Request, request_row
 from monolith_jax.serve.rerank import RerankConfig, Slate, rerank
@@ -42,7 +45,6 @@ from monolith_jax.serve.source_report import SourceReport
 from monolith_jax.serve.sources import Sources, SourcesConfig, sources_bytes
 from monolith_jax.serve.user_state import HISTORY_COLUMNS, UserState, UserStateConfig, user_state_bytes
 from monolith_jax.serve.values import RankConfig, Values
-from monolith_jax.types import GroupIds
 
 _POOL = 200
 """Candidates that the rules of the feed choose from: the best ones; those of the explore source come on top."""
@@ -71,6 +73,8 @@ class ServingConfig:
     """What is kept of the videos that each user has seen."""
     sources: SourcesConfig = field(default_factory=SourcesConfig)
     """Where candidates come from, and how many."""
+    features: FeatureCacheConfig | None = None
+    """What is kept of the lake's features; None: no column is looked up there."""
     rank: RankConfig | None = None
     """What a prediction is worth; None only where there is no ranker."""
     rerank: RerankConfig = field(default_factory=RerankConfig)
@@ -102,10 +106,10 @@ class Pipeline:
         self._model = ranker or retrieval
         self.models = list(dict.fromkeys(one for one in (ranker, retrieval) if one is not None))
         """Those that are served; who does not `watch` polls them, and steps the `indexer` then."""
-        self._ranker = None
+        self._ranker, self.features = None, FeatureCache(config.features) if config.features else None
         if ranker and config.rank:
-            most = config.rank.num_candidates
-            self._ranker = Ranker(ranker, config.catalogue.columns, (min(_FEW, most), most))
+            most, live = config.rank.num_candidates, self.features.columns("video") if self.features else ()
+            self._ranker = Ranker(ranker, config.catalogue.columns, (min(_FEW, most), most), live)
         self._values = Values(config.rank, ranker.towers.heads) if ranker and config.rank else None
         wanted = sum(config.sources.quotas.values())
         if config.rank and wanted > config.rank.num_candidates:
@@ -131,28 +135,10 @@ class Pipeline:
             table, recent = table_of(retrieval.layout.features, two_tower.video_column), self._recall.recent
             self.indexer = Indexer(*parts, table, config.refresh_per_s, self.sources.remove, recent)
         self.events = Events(self.catalogue, self.indexer, self.user_state, self.seen, self.sources, self.report)
-        self._columns = self._columns_of_candidates()
-        self._request_columns = self._columns_of_requests()
+        self._read = read_columns(config.catalogue, self._ranker, self._encoder, self.features)
         self._user_table = table_of(self._model.layout.features, "user_id") if self._model else ""
         self._requests, self._first_request = itertools.count(1), time.time_ns() // 1_000_000 << 20
         self._counts: Counter[str] = Counter()
-
-    def _columns_of_candidates(self) -> list[str]:
-        """Returns the columns of candidates that a request reads: the rules', and those that are crossed with the request's."""
-        wanted = ["author_id", "sound_id", "tag_id", "duration_ms"]
-        if self._ranker:
-            wanted += self._ranker.crosses.candidate_columns
-        config = self.config.catalogue
-        unsafe = [config.unsafe_column] if config.unsafe_column else []
-        return [name for name in dict.fromkeys(wanted) if name in config.columns] + unsafe
-
-    def _columns_of_requests(self) -> list[str]:
-        """Returns the columns that a request has: those that features of the user and of the request read."""
-        layouts = [self._ranker.once_layout] if self._ranker else []
-        layouts += [self._encoder.user_layout] if self._encoder else []
-        columns = ["user_id", "event_time_ms", *(self._ranker.crosses.request_columns if self._ranker else ())]
-        columns += [column for layout in layouts for feature in layout.features for column in columns_of(feature)]
-        return list(dict.fromkeys(columns))
 
     def recommend(self, request: Request) -> Feed:
         """Answers a request.
@@ -200,7 +186,9 @@ class Pipeline:
         time_ms = int(1000 * time.time()) if request.time_ms is None else request.time_ms
         videos, bits = self.user_state.history(request.user_id, time_ms)
         known = self._history_columns(videos, bits)
-        row = request_row(request, time_ms, self._request_columns, known)
+        found = self.features.user(request.user_id, time_ms, self._read.user) if self.features and self._read.user else None
+        looked_up = dict(zip(found.schema.names, found.columns, strict=True)) if found else {}
+        row = request_row(request, time_ms, self._read.request, known, looked_up)
         count = next(self._requests)
         rng = np.random.default_rng([self.config.seed, count])
         state = self.config.user_state
@@ -216,7 +204,7 @@ class Pipeline:
         config = self.config.user_state
         found = {name: pa.array(values) for name, values in zip(HISTORY_COLUMNS, (videos, bits), strict=True)}
         names = [name for name in self.config.catalogue.columns if name != "video_id"]
-        names = [one for one in names if {f"history_{one}", f"positive_{one}"} & set(self._request_columns)]
+        names = [one for one in names if {f"history_{one}", f"positive_{one}"} & set(self._read.request)]
         for name, (values, lengths) in self.catalogue.take(videos, columns=names).columns.items():
             found[f"history_{name}"] = pa.array(values if values.ndim == 1 else values[:, 0], mask=lengths == 0)
         if config.positive:
@@ -246,11 +234,13 @@ class Pipeline:
         began_s = time.perf_counter()
         rows = np.flatnonzero(self._may_be_shown(asked.request, merged.ids))
         ids, source, sources = merged.ids[rows], merged.source[rows], merged.sources[rows]
-        taken = self.catalogue.take(ids, 0 if self._ranker else None, self._columns)
+        taken = self.catalogue.take(ids, 0 if self._ranker else None, self._read.catalogue)
         explore = (sources >> SOURCES.index("explore")).astype(np.bool_)
         places = np.argsort(np.argsort(_PRIORITY[source], kind="stable"))
         by_order = np.where(taken.known, -places, -np.inf).astype(np.float32)
-        found = Candidates(ids, source, explore, sources == 0, taken, by_order, None)
+        # As of the request: all that is ranked is of one moment, and of the same one as what is logged.
+        live = self.features.videos(ids, asked.time_ms, self._read.video) if self.features and self._read.video else None
+        found = Candidates(ids, source, explore, sources == 0, taken, by_order, None, live)
         if self._ranker is None:
             asked.flags.append("no_ranker")
         elif ids.size and self._clock.has_time(asked, "rank"):
@@ -264,7 +254,7 @@ class Pipeline:
     def _may_be_shown(self, request: Request, ids: np.ndarray) -> np.ndarray:
         """Returns which videos are known, safe and of an author that the user has not blocked, bool [N]."""
         config = self.config.catalogue
-        names = [name for name in ("author_id", config.unsafe_column) if name in self._columns]
+        names = [name for name in ("author_id", config.unsafe_column) if name in self._read.catalogue]
         taken = self.catalogue.take(ids, columns=names)
         fine = taken.known
         if config.unsafe_column:
@@ -278,15 +268,11 @@ class Pipeline:
     def _ranked(self, asked: Asked, candidates: Candidates) -> Candidates:
         ranker, values, taken = self._ranker, self._values, candidates.taken
         assert ranker is not None and values is not None and taken.features is not None
-        once, crosses = ranker.once_features(asked.row), ranker.crosses
-        number = candidates.ids.size
-        raw = GroupIds(np.zeros((number, len(crosses.candidate_columns)), np.int64), np.zeros((number, 0), np.bool_))
-        lengths = [taken.columns[name][1] for name in crosses.candidate_columns]
-        for at, name in enumerate(crosses.candidate_columns):
-            raw.ids[:, at] = taken.columns[name][0]
-        raw = raw._replace(valid=np.stack(lengths, axis=1) > 0 if lengths else raw.valid)
-        each = ranker.joined(taken.features, crosses.ids(crosses.of_request(asked.row), raw))
-        scores = ranker.scores(once, each)
+        once, number, live = ranker.once_features(asked.row), candidates.ids.size, candidates.live
+        raw = ranker.crosses.of_taken(number, taken.columns, live)
+        cross_ids = ranker.crosses.ids(ranker.crosses.of_request(asked.row), raw)
+        of_live = featurize(live, ranker.live_layout) if live is not None else None
+        scores = ranker.scores(once, ranker.joined(taken.features, cross_ids, of_live))
         duration_ms = taken.columns.get("duration_ms", (np.zeros(number),))[0]
         if not np.isfinite(scores).all(1).any():
             raise FloatingPointError("no candidate has a score that is a number")
@@ -345,7 +331,8 @@ class Pipeline:
             timings_ms=asked.timings_ms,
             impressions=None,
         )
-        feed = replace(feed, impressions=impressions_of(feed, asked.row, self.catalogue.batch(ids)))
+        live = candidates.live.take(pa.array(picked)) if candidates.live is not None else None
+        feed = replace(feed, impressions=impressions_of(feed, asked.row, self.catalogue.batch(ids), live))
         self.report.fed(feed.request_id, ids, source)
         self._counts.update(feed.flags)
         self._counts["feeds"] += 1
@@ -368,6 +355,8 @@ class Pipeline:
     def close(self) -> None:
         """Ends all threads; the served models are closed too."""
         self.events.close()
+        if self.features:
+            self.features.close()
         if self.indexer:
             self.indexer.close()
         for model in self.models:
@@ -390,6 +379,8 @@ class Pipeline:
             "seen": seen_bytes(config.seen),
             "sources": sources_bytes(config.sources),
         }
+        if self.features:
+            found["features"], found["memory_bytes"]["features"] = self.features.metrics(), self.features.nbytes
         if self._values:
             found["values"] = self._values.metrics()
         if self.indexer:

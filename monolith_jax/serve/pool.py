@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from monolith_jax.serve.catalogue import Taken
 from monolith_jax.serve.index import VideoIndex
@@ -29,6 +30,8 @@ class Candidates(NamedTuple):
     """float32 [K]"""
     scores: np.ndarray | None
     """float32 [K, T]"""
+    live: pa.RecordBatch | None = None
+    """What the cache of features had of them."""
 
 
 def pool_of(candidates: Candidates, rows: np.ndarray, index: VideoIndex | None) -> Pool:

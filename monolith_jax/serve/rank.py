@@ -3,23 +3,24 @@
 In: features of the request (one row) and of the candidates (K rows). Out: scores float32 [K, T], but for rounding those that
 `ServedModel.predict` gives for whole examples. A feature is a candidate's if it reads one of its columns, else the request's.
 What does not depend on the request can be kept ready for each video (`plain_layout`, `crosses.of_candidates`), so that a
-request touches no Arrow but its own row.
+request touches no Arrow but its own row, and the columns of candidates that change all the time (`live_layout`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pyarrow as pa
 
-from monolith_jax.features import FeatureLayout, Features, featurize, restricted
+from monolith_jax.feature_columns import columns_of
+from monolith_jax.features import DenseFeatureConfig, FeatureLayout, Features, featurize, restricted
 from monolith_jax.models.candidates import Prepared, SideInputs, Split, candidate_logits, prepare, split
 from monolith_jax.models.losses import scores
-from monolith_jax.serve.crosses import Crosses, columns_of
+from monolith_jax.serve.crosses import Crosses
 from monolith_jax.serve.padding import checked_sizes, no_features, padded, part_sizes
 from monolith_jax.serve.served_model import ServedModel
 from monolith_jax.types import GroupIds
@@ -35,22 +36,29 @@ def _predict(split: Split, prepared: Prepared, once: SideInputs, each: SideInput
 class Ranker:
     """The compiled ranker of a served model, for one user at a time. Any number of threads may call it."""
 
-    def __init__(self, model: ServedModel, candidate_columns: Collection[str], sizes: Sequence[int] = (256, 1024)) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        candidate_columns: Collection[str],
+        sizes: Sequence[int] = (256, 1024),
+        live_columns: Collection[str] = (),
+    ) -> None:
         """Compiles the ranker for each size.
 
         Args:
             model: The served model, with a ranker.
             candidate_columns: Columns whose values are the candidate's own; all others are the request's.
             sizes: Numbers of candidates that requests are padded to; larger ones are cut into parts.
+            live_columns: Further ones, that are looked up for each request, as they change all the time.
 
         Raises:
-            ValueError: No feature reads a column of candidates, another feature than a cross reads columns of both kinds, the
-                model has no ranker, or the sizes are none.
+            ValueError: No feature reads a column of candidates, another feature than a cross reads columns of several kinds,
+                the model has no ranker, or the sizes are none.
         """
         self._model, self._sizes = model, checked_sizes(sizes, "sizes")
         features = model.layout.features
-        self.crosses = Crosses(features, candidate_columns)
-        each = [one.name for one in features if set(columns_of(one)) & set(candidate_columns)]
+        self.crosses = Crosses(features, candidate_columns, live_columns)
+        each = [one.name for one in features if set(columns_of(one)) & {*candidate_columns, *live_columns}]
         if not each:
             read = sorted({column for one in features for column in columns_of(one)})
             raise ValueError(
@@ -60,11 +68,13 @@ class Ranker:
         crossing = [one.name for one in self.crosses.features]
         self._split = split(model.towers, model.dims, each)
         self.once_layout, self.each_layout = self._split.once, self._split.each
-        self.plain_layout = restricted(model.layout, [name for name in each if name not in crossing])
+        live = [one.name for one in features if set(columns_of(one)) & set(live_columns) and one.name not in crossing]
+        plain = [name for name in each if name not in crossing and name not in live]
+        self.plain_layout, self.live_layout = restricted(model.layout, plain), restricted(model.layout, live)
         self.heads = model.towers.heads
         self._tables = [model.position_tables(layout) for layout in (self.once_layout, self.each_layout)]
-        self._plain_places = [_places(self.each_layout, group, crossing, False) for group in range(len(model.dims))]
-        self._cross_places = [_places(self.each_layout, group, crossing, True) for group in range(len(model.dims))]
+        self._plain_places, self._live_places = _places(self.each_layout, plain), _places(self.each_layout, live)
+        self._cross_places = _places(self.each_layout, crossing)
         self._prepared: tuple[Any, Prepared | None] = (None, None)
         for size in self._sizes:
             self.scores(no_features(self.once_layout, 1), no_features(self.each_layout, size))
@@ -91,32 +101,38 @@ class Ranker:
         Raises:
             ValueError: A column is missing or of a type that its feature cannot read.
         """
-        plain = featurize(candidates, self.plain_layout)
-        return self.joined(plain, self.crosses.ids(self.crosses.of_request(request), self.crosses.of_candidates(candidates)))
+        plain, live = featurize(candidates, self.plain_layout), featurize(candidates, self.live_layout)
+        cross_ids = self.crosses.ids(self.crosses.of_request(request), self.crosses.of_candidates(candidates))
+        return self.joined(plain, cross_ids, live)
 
-    def joined(self, plain: Features, cross_ids: np.ndarray) -> Features:
+    def joined(self, plain: Features, cross_ids: np.ndarray, live: Features | None = None) -> Features:
         """Returns the features of candidates, of `each_layout`.
 
         Args:
             plain: Those that do not depend on the request, of `plain_layout`.
-            cross_ids: The others, int64 [K, C], as `crosses.ids` returned them.
+            cross_ids: Those that cross, int64 [K, C], as `crosses.ids` returned them.
+            live: Those of columns that were looked up, of `live_layout`; None: there is no such feature.
         """
-        if not self.crosses.features:
+        if not self.crosses.features and not self.live_layout.features:
             return plain
+        parts = [(plain, self._plain_places)] + ([] if live is None else [(live, self._live_places)])
         groups, weights, number = [], [], cross_ids.shape[0]
-        for group, (ids, valid) in enumerate(plain.groups):
-            into, (to, of) = self._plain_places[group][0], self._cross_places[group]
+        for group, slots in enumerate(self.each_layout.groups):
             shape = (number, self.each_layout.num_positions(group))
-            all_ids, all_valid = np.empty(shape, np.int64), np.ones(shape, np.bool_)
-            all_ids[:, into], all_valid[:, into] = ids, valid
-            all_ids[:, to] = cross_ids[:, of]
-            groups.append(GroupIds(all_ids, all_valid))
-            beside = plain.weights[group]
-            if beside is not None:
-                beside, of_plain = np.ones(shape, np.float32), beside
-                beside[:, into] = of_plain
+            ids, valid = np.empty(shape, np.int64), np.ones(shape, np.bool_)
+            beside = np.ones(shape, np.float32) if any(slot.weighted for slot in slots) else None
+            for part, places in parts:
+                into, of_part = places.positions[group], part.weights[group]
+                ids[:, into], valid[:, into] = part.groups[group]
+                if beside is not None and of_part is not None:
+                    beside[:, into] = of_part
+            ids[:, self._cross_places.positions[group]] = cross_ids[:, self._cross_places.features[group]]
+            groups.append(GroupIds(ids, valid))
             weights.append(beside)
-        return Features(tuple(groups), tuple(weights), plain.dense)
+        dense = np.zeros((number, self.each_layout.num_dense), np.float32)
+        for part, places in parts:
+            dense[:, places.dense] = part.dense
+        return Features(tuple(groups), tuple(weights), dense)
 
     def scores(self, once: Features, each: Features) -> np.ndarray:
         """Returns the scores of candidates, float32 [K, T], in the order of `heads`; all of one version.
@@ -153,12 +169,26 @@ class Ranker:
         return prepared
 
 
-def _places(layout: FeatureLayout, group: int, crossing: Sequence[str], of_crosses: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the positions of a group that crosses take, or the others, and of crosses which of them each is."""
-    slots = [slot for slot in layout.groups[group] if (slot.feature in crossing) == of_crosses]
-    positions = [position for slot in slots for position in range(slot.start, slot.start + slot.length)]
-    which = [crossing.index(slot.feature) for slot in slots] if of_crosses else []
-    return np.array(positions, np.int64), np.array(which, np.int64)
+class _Places(NamedTuple):
+    """Where some features stand in a layout, by group."""
+
+    positions: list[np.ndarray]
+    """int64 [P], of ids."""
+    features: list[np.ndarray]
+    """int64 [P], which of the features each is of."""
+    dense: np.ndarray
+    """int64 [n]"""
+
+
+def _places(layout: FeatureLayout, names: Sequence[str]) -> _Places:
+    positions, which = [], []
+    for slots in layout.groups:
+        mine = [slot for slot in slots if slot.feature in names]
+        positions.append(np.array([at for slot in mine for at in range(slot.start, slot.start + slot.length)], np.int64))
+        which.append(np.array([names.index(slot.feature) for slot in mine for _ in range(slot.length)], np.int64))
+    of_dense = [one for one in layout.features if isinstance(one, DenseFeatureConfig)]
+    owners = [one.name for one in of_dense for _ in range(one.size)]
+    return _Places(positions, which, np.array([at for at, name in enumerate(owners) if name in names], np.int64))
 
 
 def _side(vectors: Sequence[np.ndarray], features: Features) -> SideInputs:

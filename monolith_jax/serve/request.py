@@ -88,7 +88,13 @@ class Feed:
         return self.video_ids.size
 
 
-def request_row(request: Request, time_ms: int, columns: Sequence[str], known: Mapping[str, pa.Array]) -> pa.RecordBatch:
+def request_row(
+    request: Request,
+    time_ms: int,
+    columns: Sequence[str],
+    known: Mapping[str, pa.Array],
+    looked_up: Mapping[str, pa.Array] | None = None,
+) -> pa.RecordBatch:
     """Returns the request as a row of an example: the columns that features of the user and of the request read.
 
     Args:
@@ -96,6 +102,7 @@ def request_row(request: Request, time_ms: int, columns: Sequence[str], known: M
         time_ms: Its time.
         columns: Which columns; one that nobody knows is null.
         known: Lists that are kept of the user, by column: histories.
+        looked_up: What else is known of the user, by column, a row each.
 
     Raises:
         ValueError: A value of the context is of a type that no column has.
@@ -107,6 +114,8 @@ def request_row(request: Request, time_ms: int, columns: Sequence[str], known: M
                 arrays.append(pa.array([request.user_id], pa.int64()))
             case "event_time_ms":
                 arrays.append(pa.array([time_ms], pa.int64()))
+            case _ if looked_up and name in looked_up:
+                arrays.append(looked_up[name])
             case _ if name in known:
                 arrays.append(pa.ListArray.from_arrays(pa.array([0, len(known[name])], pa.int32()), known[name]))
             case _:

@@ -40,7 +40,7 @@ class ColumnsConfig:
 
     paths: tuple[str, ...]
     """Files or glob patterns, in stream order; the files of a pattern in name order. `.parquet`, else CSV, plain or `.gz`.
-    Local, or `s3://bucket/key`, `hdfs://namenode:port/path`, `webhdfs://host:port/path`; how to get there stands in the environment
+    Local, or `s3://bucket/key`, `hdfs://namenode:port/path`, `webhdfs://host:port/path`; how to get there is in the environment
     variables of S3's and Hadoop's clients (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `HADOOP_CONF_DIR`, ...)."""
     folder: str = ""
     """Where relative paths start, also a URL; "" is the working folder."""

@@ -17,6 +17,7 @@ import glob
 import io
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,7 @@ from pyarrow import fs
 
 SCHEMES = ("s3", "hdfs", "webhdfs")
 BUFFER_BYTES = 1 << 20
+_FIRST_BLOCK_BYTES, _BLOCK_BYTES = 1 << 18, 1 << 23
 _S3_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
 _S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 
@@ -112,10 +114,9 @@ class RemotePath:
         return Status(info.size, info.mtime_ns or 0)
 
     def open(self, mode: Literal["rb"] = "rb") -> IO[bytes]:
-        """Opens the file for reading."""
+        """Opens the file for reading from front to back."""
         assert mode == "rb", "files of other machines are read only"
-        file = self.open_random()
-        return cast(IO[bytes], io.BufferedReader(_WholeFile(file, self.url), BUFFER_BYTES))
+        return cast(IO[bytes], io.BufferedReader(_Ahead(_WholeFile(self.open_random(), self.url)), BUFFER_BYTES))
 
     def open_random(self) -> pa.NativeFile:
         """Opens the file for pyarrow's readers, which ask for no bytes but those they need."""
@@ -134,17 +135,23 @@ class RemotePath:
         scheme, _, rest = self.url.partition("://")
         authority, _, path = rest.partition("/")
         if scheme == "s3":
-            return _s3(authority, tuple(os.environ.get(name, "") for name in (*_S3_VARIABLES, *_S3_KEYS))), rest.rstrip("/")
+            return s3_files(authority), rest.rstrip("/")
         return _hadoop(scheme, authority, os.environ.get("HADOOP_USER_NAME", "")), "/" + path.rstrip("/")
 
     def _info(self) -> fs.FileInfo:
-        where, path = self.filesystem()
-        return where.get_file_info(path)
+        try:
+            where, path = self.filesystem()
+            return where.get_file_info(path)
+        except OSError as error:
+            raise ValueError(f"{self.url}: cannot be looked up: {error}") from error
 
     def children(self) -> list[tuple[RemotePath, bool]]:
         """Returns what is in the folder, by name, and whether each is a folder; nothing where there is no folder."""
         where, path = self.filesystem()
-        found = where.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        try:
+            found = where.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        except NotADirectoryError:
+            found = []
         named = sorted((one.base_name, one.type == fs.FileType.Directory) for one in found)
         return [(self / name, is_folder) for name, is_folder in named if name]
 
@@ -201,8 +208,11 @@ class _WholeFile(io.RawIOBase):
         wanted = left if size is None or size < 0 else min(size, left)
         if not wanted:
             return b""
-        self._file.seek(self._at)
-        data = self._file.read(wanted)
+        try:
+            self._file.seek(self._at)
+            data = self._file.read(wanted)
+        except OSError as error:
+            raise OSError(f"{self._name}: cannot be read at byte {self._at} of {self._size}: {error}") from error
         if len(data) != wanted:
             raise OSError(f"{self._name}: {len(data)} bytes came of {wanted} at {self._at}; the file has {self._size}")
         self._at += wanted
@@ -223,6 +233,65 @@ class _WholeFile(io.RawIOBase):
         super().close()
 
 
+class _Ahead(io.RawIOBase):
+    """Reads a file from front to back: in blocks that grow, so that a header costs little, each fetched while one is used."""
+
+    def __init__(self, file: _WholeFile) -> None:
+        """Goes to the start of an open file."""
+        super().__init__()
+        self._file, self._at, self._rest = file, 0, memoryview(b"")
+        self._block_bytes = _FIRST_BLOCK_BYTES
+        self._fetcher = ThreadPoolExecutor(1)
+        self._next: Future[bytes] | None = None
+
+    def readable(self) -> bool:
+        """Says yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Says yes."""
+        return True
+
+    def tell(self) -> int:
+        """Returns the offset of the next byte."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Goes to an offset."""
+        to = offset + (0, self._at, self._file.size())[whence]
+        if to != self._at:
+            self._drop()
+            self._at = self._file.seek(to)
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fills a buffer as far as the next block goes; returns 0 at the end only."""
+        if not self._rest:
+            more = self._next is not None or self._block_bytes > _FIRST_BLOCK_BYTES
+            data = self._next.result() if self._next else self._file.read(self._block_bytes)
+            self._block_bytes = min(2 * self._block_bytes, _BLOCK_BYTES)
+            self._next = self._fetcher.submit(self._file.read, self._block_bytes) if data and more else None
+            self._rest = memoryview(data)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size] = self._rest[:size]
+        self._rest, self._at = self._rest[size:], self._at + size
+        return size
+
+    def _drop(self) -> None:
+        """Forgets what was fetched, and what is being fetched once it has come."""
+        if self._next:
+            wait([self._next])
+        self._next, self._rest, self._block_bytes = None, memoryview(b""), _FIRST_BLOCK_BYTES
+
+    def close(self) -> None:
+        """Closes the file."""
+        if not self.closed:
+            self._drop()
+            self._fetcher.shutdown()
+            self._file.close()
+        super().close()
+
+
 def _size_of(file: Any) -> int:
     size = getattr(file, "size", None)
     if isinstance(size, int):
@@ -231,14 +300,20 @@ def _size_of(file: Any) -> int:
     return file.tell()
 
 
+def s3_files(bucket: str = "") -> fs.FileSystem:
+    """Returns a client of S3 as the environment says; "": for buckets of the region that it names."""
+    return _s3(bucket, tuple(os.environ.get(name, "") for name in (*_S3_VARIABLES, *_S3_KEYS)))
+
+
 @lru_cache(maxsize=64)
 def _s3(bucket: str, environment: tuple[str, ...]) -> fs.FileSystem:
     """Returns a client; anew where the environment is another."""
     endpoint_s3, endpoint, region, default_region = environment[: len(_S3_VARIABLES)]
     endpoint, region = endpoint_s3 or endpoint, region or default_region
     if not region:
-        region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
-    return fs.S3FileSystem(endpoint_override=endpoint or None, region=region)
+        region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket) if bucket else None
+    # Without background writes a large file is sent as it is read; with them all of it may wait in memory.
+    return fs.S3FileSystem(endpoint_override=endpoint or None, region=region, background_writes=False)
 
 
 @lru_cache(maxsize=64)
@@ -310,5 +385,5 @@ def _expanded(folder: RemotePath, parts: tuple[str, ...]) -> Iterator[str]:
             continue
         if not rest:
             yield str(child)
-        if is_folder and (rest or part == "**"):
+        if is_folder and (part == "**" or rest):
             yield from _expanded(child, parts[plain:] if part == "**" else rest)

@@ -17,7 +17,7 @@ class PublisherConfig:
     """How the trained state is brought to the serving side."""
 
     folder: str = ""
-    """Folder of the deltas, or an address in an object store (`gs://bucket/deltas`); empty: `deltas` in the run folder."""
+    """Folder of the deltas, or an object store (`s3://bucket/deltas`, `gs://`); empty: `deltas` in the run folder."""
     period_s: float = 0.25
     """Seconds between publications of the rows that changed. A slow folder makes it longer: the next one waits."""
     dense_period_s: float = 1.0

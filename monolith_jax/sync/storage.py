@@ -5,6 +5,7 @@ In: an `etils.epath.Path` and bytes. Out: the file, its size and its checksum. N
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import threading
@@ -12,8 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import fsspec
 import xxhash
 from etils import epath
+
+if importlib.util.find_spec("s3fs") is None:  # epath asks fsspec for `s3`
+    fsspec.register_implementation("s3", "monolith_jax.sync.s3_files.S3Files", clobber=True)
 
 
 def checksum(data: bytes | memoryview) -> str:

@@ -148,8 +148,9 @@ class RunLog:
                 f"stream. Last good snapshot: {self.last_snapshot}. Look at the batch, or lower OptimizerConfig.learning_rate"
             )
         self._examples += planned.num_examples
-        if planned.told:
+        if "lag_s" in planned.told:  # History tells of other things.
             self._ages_s.append(time.time() - planned.times_ms / 1000)
+        if planned.told:
             self._tell_skipped(planned.told.get("skipped_messages", 0.0))
             self.told = planned.told
         observed = planned.observed
@@ -190,7 +191,7 @@ class RunLog:
         """Returns lag and ages of a live stream; how old the events are in which the model is now trained, among them."""
         if not planned.told:
             return {}
-        ages_s = np.concatenate(self._ages_s)
+        ages_s = np.concatenate([np.zeros(0), *self._ages_s])
         self._ages_s.clear()
         ages = {}
         if ages_s.size:  # Else all examples since the last row were other processes'.

@@ -37,10 +37,10 @@ class Oracle:
         absent = tuple(0 if of_group.fresh_ms and kind in NUMBERS else None for _, kind in of_group.columns)
         versions = sorted(self.told.get((id, group), {}).items(), reverse=True)
         for rank, (since_ms, values) in enumerate(versions):
-            if since_ms < time_ms:
+            if since_ms + of_group.known_ms < time_ms:
                 if rank >= self.versions:
                     return None, (None,) * len(values)
-                is_fresh = not of_group.fresh_ms or time_ms <= since_ms + of_group.fresh_ms
+                is_fresh = not of_group.fresh_ms or time_ms <= since_ms + of_group.known_ms + of_group.fresh_ms
                 return (since_ms, tuple(map(kept, values))) if is_fresh else (None, absent)
         return None, absent
 
@@ -52,7 +52,12 @@ class Oracle:
             for place, (name, _) in enumerate(group.columns):
                 columns[f"{self.subject}_{name}"] = [values[place] for _, values in found]
         columns[f"{self.subject}_known"] = [
-            any(since_ms < time_ms for (of, _), versions in self.told.items() if of == id for since_ms in versions)
+            any(
+                since_ms + GROUPS[self.subject][group].known_ms < time_ms
+                for (of, group), versions in self.told.items()
+                if of == id
+                for since_ms in versions
+            )
             for id, time_ms in zip(ids, times_ms, strict=True)
         ]
         return columns

@@ -113,6 +113,7 @@ def as_it_lies(examples: pa.RecordBatch, log: pa.RecordBatch) -> np.ndarray:
     return np.array(found)
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("join", (walked, held))
 def test_a_planted_leak_reaches_nothing(join: Join) -> None:
     check_no_leak(join)

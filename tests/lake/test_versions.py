@@ -61,6 +61,7 @@ def counts(id: int, time_ms: int, views: int) -> Change:
     return Change(id, 1, time_ms, (views, 0, 0))
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_version_is_seen_from_the_next_millisecond_until_it_is_stale() -> None:
     state = FeatureState("video", 4, 2)
     state.apply(log_of("video", [counts(1, 1000, 7)]))
@@ -73,6 +74,7 @@ def test_a_version_is_seen_from_the_next_millisecond_until_it_is_stale() -> None
     }
 
 
+@pytest.mark.usefixtures("at_once")
 def test_what_was_pushed_out_is_null_and_counted() -> None:
     state = FeatureState("video", 4, 2)
     state.apply(log_of("video", [counts(1, time, time) for time in (10, 20, 30)]))
@@ -91,6 +93,7 @@ def test_a_deleted_profile_is_null_and_the_later_written_of_equal_times_counts()
     assert list(state.as_of(int64([1]), int64([21]), columns).to_pylist()[0].values()) == [None, None, None, 20]
 
 
+@pytest.mark.usefixtures("at_once")
 def test_ids_of_which_nothing_came_for_long_make_room() -> None:
     state = FeatureState("video", 50)
     for block in range(40):
@@ -105,6 +108,7 @@ def test_ids_of_which_nothing_came_for_long_make_room() -> None:
     assert len(state) == 50 and state.metrics()["refused"] == 10, "more in one batch than there is room for"
 
 
+@pytest.mark.usefixtures("at_once")
 def test_rows_of_the_table_and_of_sources_that_lack_groups_are_taken() -> None:
     state = FeatureState("video", 4)
     batch = pa.record_batch(

@@ -10,6 +10,7 @@ from monolith_jax.features import (
     BucketFeatureConfig,
     CrossFeatureConfig,
     DenseFeatureConfig,
+    FeatureConfig,
     IdFeatureConfig,
     TimeFeatureConfig,
 )
@@ -138,9 +139,15 @@ def ask(pipeline: Pipeline, user: int = 3, number: int = 10, **fields: Any) -> F
 class World:
     """A published model, and pipelines over it."""
 
-    def __init__(self, root: Path, heads: tuple[HeadConfig, ...] = HEADS, two_tower: TwoTowerConfig | None = TWO_TOWER) -> None:
+    def __init__(
+        self,
+        root: Path,
+        heads: tuple[HeadConfig, ...] = HEADS,
+        two_tower: TwoTowerConfig | None = TWO_TOWER,
+        features: tuple[FeatureConfig, ...] = FEATURES,
+    ) -> None:
         """Publishes a base with rows for most ids."""
-        self.log = Log(root, TABLES, MMOE if heads else None, FEATURES, two_tower, heads)
+        self.log = Log(root, TABLES, MMOE if heads else None, features, two_tower, heads)
         rng = np.random.default_rng(7)
         ids = {"user": np.arange(100), "video": np.arange(0, VIDEOS, 2), "author": np.arange(AUTHORS), "tag": np.arange(20)}
         self.rows = {name: (of, rng.normal(size=(of.size, 8)).astype(np.float32)) for name, of in ids.items()}

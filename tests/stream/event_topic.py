@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from monolith_jax.stream.decoder import Decoder
@@ -70,7 +71,14 @@ def batch_of(*rows: dict[str, Any], schema: pa.Schema | None = None, **kinds: pa
     """Returns rows as a batch in the types of the events' schemas, of `kinds`, or of their values."""
     names = list(dict.fromkeys(name for row in rows for name in row)) if schema is None else schema.names
     known = {field.name: field.type for field in [*IMPRESSION, *ACTION]} | kinds
-    return pa.record_batch({name: pa.array([row.get(name) for row in rows], known.get(name)) for name in names})
+
+    def column(name: str) -> pa.Array:
+        values = [row.get(name) for row in rows]
+        if known.get(name) == pa.float16():  # pyarrow 19 makes none of Python's numbers
+            return pa.array(np.array(values, np.float16))
+        return pa.array(values, known.get(name))
+
+    return pa.record_batch({name: column(name) for name in names})
 
 
 def sealed(rest: bytes) -> bytes:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from monolith_jax.sync.delta import Content, DeltaFolder, Manifest, Rows, Version, next_epoch
 
@@ -68,6 +69,7 @@ def is_whole(folder: DeltaFolder, version: Version) -> bool:
 def main(root: Path, kills: int) -> None:
     """Kills as often as told."""
     rng = random.Random(0)
+    pa.array(np.zeros(1))  # where there is pandas, pyarrow imports it now, and not in each child for longer than that lives
     reader, at = DeltaFolder(root), None
     seen: set[Version] = set()
     for _ in range(kills):

@@ -220,6 +220,10 @@ class ObjectStore(MemoryFileSystem):
 
     mv = rename = move = _no_rename
 
+    def rm_file(self, path: str) -> None:
+        self.invalidate_cache()  # else it would find the folder full that it has emptied
+        super().rm_file(path)
+
     def ls(self, path: str, detail: bool = True, **_: object) -> list[Any]:
         known: Any = self.dircache.get(path)
         if known is None:

@@ -193,3 +193,11 @@ def test_what_was_skipped_is_told_once(tmp_path: Path) -> None:
     resumed = log_of(tmp_path)
     resumed.set_state(json.loads(json.dumps(log.get_state(), default=lambda array: array.tolist())))
     assert "SKIPPED" not in texts(resumed, 7) and "SKIPPED 2 messages" in texts(resumed, 9)
+
+
+def test_history_tells_no_ages(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    log.step(replace(planned(1), told={"agreement_user_mismatched": 3.0}), 1.0, np.zeros((4, 1), np.float32))
+    log.step(replace(planned(2), told={"agreement_user_mismatched": 4.0}), 1.0, np.zeros((4, 1), np.float32))
+    (row,) = (row for row in rows_of(tmp_path) if row["kind"] == "step")
+    assert row["agreement_user_mismatched"] == 4.0 and "event_age_p50_s" not in row
