@@ -151,6 +151,9 @@ def test_events_and_counts(lake: FlinkLake) -> None:
     newest = {one["user_id"]: one for one in [*impressions, *last[0]]}
     users = by_key(lake.read("user_features"), "user_id")
     assert {user: users[user]["last_video_id"] for user in newest} == {user: one["video_id"] for user, one in newest.items()}
+    # A follower of the snapshots, compacted meanwhile, merges what the table holds.
+    followed = Changelog(lake.warehouse, "user_features", 0).poll().rows.to_pylist()
+    assert flink_rows.merged(followed) == flink_rows.in_order(list(users.values()))
     videos = by_key(lake.read("video_features"), "video_id")
     for window in WINDOWS:
         ends = {(video, end) for name, video, end in expected if name == window.name}
