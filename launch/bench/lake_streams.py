@@ -64,11 +64,11 @@ def make_events(number: int, num_videos: int, seed: int = 0) -> list[tuple[pa.Re
 
 def measure_counters(number: int, num_videos: int) -> dict[str, float]:
     """Returns how many events are counted a second, and how many rows that makes."""
-    from monolith_jax.lake.counters import WindowCounts, watermark_after
+    from monolith_jax.lake.counters import WindowCounts, WindowCountsConfig, watermark_after
 
     batches = make_events(number, num_videos)
     for last in (1, len(batches)):  # the first time for the compilers
-        counts, rows = WindowCounts(), 0
+        counts, rows = WindowCounts(WindowCountsConfig()), 0
         start = time.perf_counter()
         for impressions, actions, newest_ms in batches[:last]:
             counts.add_impressions(impressions)

@@ -23,7 +23,7 @@ from monolith_jax.stream.partitions import partition
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from monolith_jax.experiment import Experiment
+    from monolith_jax.experiment import Experiment, SourceConfig
     from monolith_jax.reader import Observed
     from monolith_jax.types import Source
 

@@ -46,8 +46,6 @@ class WindowCountsConfig:
     """A play belongs to the impression of its request and video that was at most so long before it."""
     max_impressions: int = 4_000_000
     """Impressions that plays are waited for; of more, the first ones are forgotten, and counted. Costs 40 to 56 bytes each."""
-    windows: tuple[Window, ...] = WINDOWS
-    """What is counted over."""
 
 
 def watermark_after(newest_ms: int, out_of_order_s: float) -> int:
@@ -152,8 +150,12 @@ class _WindowTotals:
 class WindowCounts:
     """The counts of all windows. Not thread safe: one caller at a time."""
 
-    def __init__(self, config: WindowCountsConfig = WindowCountsConfig()) -> None:
+    def __init__(self, config: WindowCountsConfig, windows: Sequence[Window] = WINDOWS) -> None:
         """Makes empty counts.
+
+        Args:
+            config: How much is kept.
+            windows: What is counted over.
 
         Raises:
             ValueError: A field is out of its range, or a window is no multiple of its slide.
@@ -163,10 +165,10 @@ class WindowCounts:
                 "WindowCountsConfig: max_videos and max_impressions must be at least 1, play_interval_s at least 0, "
                 f"got {config}"
             )
-        for window in config.windows:
+        for window in windows:
             if window.slide_ms < 1 or window.size_ms < 1 or window.size_ms % window.slide_ms:
-                raise ValueError(f"WindowCountsConfig.windows: size_ms must be a multiple of slide_ms, got {window}")
-        self._config = config
+                raise ValueError(f"windows: size_ms must be a multiple of slide_ms, got {window}")
+        self._config, self._asked = config, tuple(windows)
         self._layout = MapLayout(("lake.counters",), (config.max_videos,), _SHARDS)
         self.reset()
 
@@ -180,7 +182,7 @@ class WindowCounts:
         self._num_rows = 0  # in use, holes among them
         self._refused = np.zeros(1, np.int64)
         self._watermark_ms = np.full(1, _NEVER, np.int64)
-        self._windows = [_WindowTotals(window, num_rows) for window in config.windows]
+        self._windows = [_WindowTotals(window, num_rows) for window in self._asked]
         self._impressions = OpenImpressions(round(1000 * config.play_interval_s), config.max_impressions)
 
     @property
@@ -258,7 +260,7 @@ class WindowCounts:
         for one in self._windows:
             fired = one.fire(before_ms, watermark_ms, self._num_rows)
             out[f"counts_{one.window.name}"] = self._rows(one.window, fired)
-        longest = max(self._config.windows, key=lambda window: window.slide_ms).slide_ms
+        longest = max(self._asked, key=lambda window: window.slide_ms).slide_ms
         self._watermark_ms[0] = watermark_ms
         if (before_ms + 1) // longest < (watermark_ms + 1) // longest:
             self._drop_quiet()
@@ -314,7 +316,7 @@ class WindowCounts:
         if (refused := np.count_nonzero(rows < 0)) > 0:
             self._refused += refused
             rows, times_ms = rows[rows >= 0], times_ms[rows >= 0]
-        slide = math.gcd(*(window.slide_ms for window in self._config.windows))
+        slide = math.gcd(*(window.slide_ms for window in self._asked))
         num_cells = len(COUNTED) * self._ids.size
         for pane, cells, counts in _by_pane(times_ms // slide, rows + what * self._ids.size, num_cells):
             for one in self._windows:

@@ -83,7 +83,7 @@ class Seen(NamedTuple):
     times_ms: np.ndarray
     """int64 [N, G], from when on it counts, where there is one."""
     words: np.ndarray
-    """int64 [N, W]"""
+    """int64 [W, N]: columns are read one after the other. Of groups that were not asked for there may be anything."""
 
 
 class FeatureRows:
@@ -232,21 +232,25 @@ class FeatureRows:
         return pa.RecordBatch.from_arrays(arrays, names)
 
     def _read(self, place: Place, words: np.ndarray) -> pa.Array:
-        null = (words[:, self.offsets[place.group]] >> place.bit & 1).astype(np.bool_)
-        values = words[:, place.start]
+        null: np.ndarray | None = (words[self.offsets[place.group]] >> place.bit & 1).astype(np.bool_)
+        if not null.any():
+            null = None
+        values = words[place.start]
         match place.kind:
             case "float64":
-                return pa.array(np.ascontiguousarray(values).view(np.float64), mask=null)
+                return pa.array(values.view(np.float64), mask=null)
             case "bool":
                 return pa.array(values != 0, mask=null)
             case "string":
                 return self._texts.take(pa.array(values, mask=null))
             case "list":
                 offsets = np.concatenate([[0], np.cumsum(values)]).astype(np.int32)
-                items = words[:, place.start + 1 : place.start + 1 + MAX_ITEMS]
-                kept = items[np.arange(MAX_ITEMS) < values[:, None]]
-                mask = pa.array(null) if null.any() else None
-                return pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept), mask=mask)
+                most = int(values.max(initial=0))
+                items = np.ascontiguousarray(words[place.start + 1 : place.start + 1 + most].T)
+                kept = items[np.arange(most) < values[:, None]]
+                return pa.ListArray.from_arrays(
+                    pa.array(offsets), pa.array(kept, pa.int64()), mask=None if null is None else pa.array(null)
+                )
             case _:
                 return pa.array(values, mask=null)
 

@@ -18,7 +18,9 @@ from typing import Any
 import pyarrow as pa
 
 from monolith_jax.lake.cut_files import remove_before
+from monolith_jax.lake.ingest import WRITER as INGEST
 from monolith_jax.lake.jobs import TidyConfig
+from monolith_jax.lake.video_counts import saved_epochs
 from monolith_jax.lake.warehouse import WarehouseConfig, open_table, writing
 
 WRITER = "tidy"
@@ -118,7 +120,9 @@ def expire(config: WarehouseConfig, name: str, tidy: TidyConfig, now_s: float | 
         snapshots = sorted(table.snapshot_manager().list_snapshots(), key=lambda one: one.id)
         if not snapshots:
             return 0, 0
-        old = _old(snapshots, tidy, now_s)
+        # Counts of videos are counted again from where they were saved, by what the snapshots since tell.
+        needed = min(saved_epochs(table), default=-1) if name == "events" else None
+        old = _old(snapshots, tidy, now_s, needed)
         kept = [one for one in snapshots if one.id not in {gone.id for gone in old}]
         tags = [tag for tag in (table.tag_manager().get(one) for one in _tag_names(table)) if tag]
         named = {one for snapshot in [*kept, *tags] for one in _names_of(table, snapshot)}
@@ -139,13 +143,21 @@ def expire(config: WarehouseConfig, name: str, tidy: TidyConfig, now_s: float | 
     return len(old), removed
 
 
-def _old(snapshots: list[Any], tidy: TidyConfig, now_s: float) -> list[Any]:
-    """Returns the snapshots that may go: a row of the oldest ones, up to the first that must stay."""
+def _old(snapshots: list[Any], tidy: TidyConfig, now_s: float, needed: int | None) -> list[Any]:
+    """Returns the snapshots that may go: a row of the oldest ones, up to the first that must stay.
+
+    Args:
+        snapshots: All there are, in order.
+        tidy: What is kept.
+        now_s: The time.
+        needed: The ingest needs its snapshots behind this epoch; None: it needs none.
+    """
     last = {one.commit_user: one.id for one in snapshots}
     old = []
     for snapshot in snapshots[: -tidy.keep]:
         young = snapshot.time_millis > 1000 * (now_s - tidy.retention_s)
-        if young or snapshot.id == last[snapshot.commit_user]:
+        is_needed = needed is not None and snapshot.commit_user == INGEST and snapshot.commit_identifier > needed
+        if young or is_needed or snapshot.id == last[snapshot.commit_user]:
             break
         old.append(snapshot)
     return old

@@ -79,13 +79,15 @@ def _get(table, row, layout, wanted, time_ms, there, times_ms, words, i):
     depth = layout.depth
     known = too_old = 0
     for group in range(wanted.size):
+        if not wanted[group]:
+            continue
         first = layout.offsets[group]
         size = layout.offsets[group + 1] - first
         there[i, group], times_ms[i, group] = False, 0
         for word in range(size):
-            words[i, first + word] = 0
-        words[i, first] = layout.absent[group]
-        if row < 0 or not wanted[group]:
+            words[first + word, i] = 0
+        words[first, i] = layout.absent[group]
+        if row < 0:
             continue
         base, step = layout.starts[group], size + 1
         count, seen = table[row, base + _COUNT], False
@@ -97,12 +99,12 @@ def _get(table, row, layout, wanted, time_ms, there, times_ms, words, i):
                 if layout.fresh_ms[group] == 0 or time_ms - of_version <= layout.fresh_ms[group]:
                     there[i, group], times_ms[i, group] = True, of_version
                     for word in range(size):
-                        words[i, first + word] = table[row, at + 1 + word]
+                        words[first + word, i] = table[row, at + 1 + word]
                 break
         if not seen and count > depth and table[row, base + _DROPPED] < time_ms:
             seen = True
             too_old += 1
-            words[i, first] = layout.nulls[group]
+            words[first, i] = layout.nulls[group]
         known += seen
     return known, too_old
 

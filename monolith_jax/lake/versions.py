@@ -161,7 +161,7 @@ class FeatureState:
             np.empty(number, np.bool_),
             np.empty((number, groups), np.bool_),
             np.empty((number, groups), np.int64),
-            np.empty((number, self.rows.num_words), np.int64),
+            np.empty((self.rows.num_words, number), np.int64),
         )
 
     def _lookup(self, ids: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:

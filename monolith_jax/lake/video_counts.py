@@ -43,7 +43,7 @@ class VideoCounts:
             config: How much is kept.
         """
         self._table, self._counts = table, WindowCounts(config)
-        self._saved_s = time.monotonic()
+        self._saved_s = -SAVE_EVERY_S
 
     def add(self, epoch: Counted) -> pa.Table:
         """Counts an epoch; returns what windows that have ended by its watermark tell, as rows of the log of features."""
@@ -57,9 +57,9 @@ class VideoCounts:
         late = {f"late_{name}": number for name, number in counts.num_late.items()}
         return late | {"unmatched_plays": counts.num_unmatched, "refused": counts.num_refused}
 
-    def save(self, epoch: int, at_once: bool = False) -> None:
+    def save(self, epoch: int) -> None:
         """Saves the counts as they are behind an epoch that all tables have, if it is time to."""
-        if not at_once and time.monotonic() - self._saved_s < SAVE_EVERY_S:
+        if time.monotonic() - self._saved_s < SAVE_EVERY_S:
             return
         data = io.BytesIO()
         arrays: dict[str, Any] = self._counts.get_state()
@@ -73,7 +73,7 @@ class VideoCounts:
         with files.new_output_stream(path) as stream:
             stream.write(xxhash.xxh3_64_digest(held) + held)
         self._saved_s = time.monotonic()
-        for old in self._saved()[:-_KEPT]:
+        for old in saved_epochs(self._table)[:-_KEPT]:
             files.delete_quietly(f"{self._folder}/counts-{old:012d}")
 
     def restore(self, epoch: int, since: Callable[[int], Iterator[Counted]]) -> None:
@@ -84,7 +84,7 @@ class VideoCounts:
             since: Yields the epochs behind one, up to `epoch`, that excluded.
         """
         begin = -1
-        for number in reversed(self._saved()):
+        for number in reversed(saved_epochs(self._table)):
             if number < epoch and (data := self._read(number)) is not None:
                 self._counts.set_state(dict(np.load(io.BytesIO(data))))
                 begin = number
@@ -94,19 +94,24 @@ class VideoCounts:
 
     @property
     def _folder(self) -> str:
-        return f"{str(self._table.table_path).rstrip('/')}/state"
-
-    def _saved(self) -> list[int]:
-        files = self._table.file_io
-        there = files.list_status(self._folder) if files.exists(self._folder) else []
-        names = [one.path.rsplit("/", 1)[-1] for one in there]
-        return sorted(int(name.removeprefix("counts-")) for name in names if name.startswith("counts-"))
+        return _folder_of(self._table)
 
     def _read(self, epoch: int) -> bytes | None:
         """Returns what was saved behind an epoch; None where it is not whole."""
         with self._table.file_io.new_input_stream(f"{self._folder}/counts-{epoch:012d}") as stream:
             data = stream.read()
         return data[8:] if xxhash.xxh3_64_digest(data[8:]) == data[:8] else None
+
+
+def _folder_of(table: Any) -> str:
+    return f"{str(table.table_path).rstrip('/')}/state"
+
+
+def saved_epochs(table: Any) -> list[int]:
+    """Returns the epochs of `events` behind which counts were saved, in order."""
+    there = table.file_io.list_status(_folder_of(table)) if table.file_io.exists(_folder_of(table)) else []
+    names = [one.path.rsplit("/", 1)[-1] for one in there]
+    return sorted(int(name.removeprefix("counts-")) for name in names if name.startswith("counts-"))
 
 
 def _rows(windows: Mapping[str, pa.RecordBatch]) -> pa.Table:

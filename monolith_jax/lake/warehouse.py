@@ -33,12 +33,13 @@ EXAMPLES_FIRST = (
 """Columns of `examples` before those of an example: the day of the watermark when it was written, which partition of the stream
 it is of, and its number there, from 0 without a gap."""
 _S3 = {
-    "s3.endpoint": "fs.s3.endpoint",
-    "s3.access-key": "fs.s3.accessKeyId",
-    "s3.secret-key": "fs.s3.accessKeySecret",
-    "s3.region": "fs.s3.region",
+    "endpoint": ("endpoint", "AWS_ENDPOINT_URL"),
+    "region": ("region", "AWS_REGION"),
+    "access-key": ("accessKeyId", "AWS_ACCESS_KEY_ID"),
+    "secret-key": ("accessKeySecret", "AWS_SECRET_ACCESS_KEY"),
+    "path-style-access": ("path-style-access", ""),
 }
-"""Options by the names that Java and the Rust core read, and those of the Python side."""
+"""Options `s3.<name>` as Java and the Rust core read them; `fs.s3.<name>` of the Python side; variables of the environment."""
 _COMMITS = threading.Lock()
 
 
@@ -49,7 +50,8 @@ class WarehouseConfig:
     path: str
     """Folder, or `s3://bucket/path`."""
     options: tuple[tuple[str, str], ...] = ()
-    """Of an object store: `s3.endpoint`, `s3.access-key`, `s3.secret-key`, `s3.region`; or any other option of the catalog."""
+    """Options of the catalog: of an object store `s3.endpoint`, `s3.region`, `s3.access-key`, `s3.secret-key`, where they are
+    not in the environment, as S3's clients read it (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, ...)."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if there is no path."""
@@ -73,9 +75,22 @@ def catalog_of(config: WarehouseConfig) -> Any:
     except ImportError as error:
         raise ImportError("the lake needs the extra `lake`: pip install 'monolith_jax[lake]'") from error
     options = dict(config.options)
-    options |= {theirs: options[ours] for ours, theirs in _S3.items() if ours in options and theirs not in options}
+    if not config.is_local:
+        options = _for_s3(options)
     path = str(Path(config.path).absolute()) if config.is_local else config.path
     return CatalogFactory.create({"warehouse": path, **options})
+
+
+def _for_s3(options: dict[str, str]) -> dict[str, str]:
+    """Returns options as both sides of pypaimon read them, with those of the environment where they are not given."""
+    found = dict(options)
+    for name, (python, variable) in _S3.items():
+        value = options.get(f"s3.{name}") or os.environ.get(variable, "")
+        if not value and name == "path-style-access" and found.get("s3.endpoint"):
+            value = "true"  # Servers other than Amazon's seldom have a name for each bucket.
+        if value:
+            found |= {f"s3.{name}": value, f"fs.s3.{python}": value}
+    return found
 
 
 def open_table(config: WarehouseConfig, name: str) -> Any:

@@ -14,7 +14,7 @@ from monolith_jax.lake.counters import WindowCounts, WindowCountsConfig, waterma
 from monolith_jax.lake.tables import Window, features_schema
 
 SMALL = (Window("s", 6, 2), Window("m", 12, 6), Window("l", 8, 8))
-CONFIG = WindowCountsConfig(max_videos=64, play_interval_s=0.009, max_impressions=1000, windows=SMALL)
+CONFIG = WindowCountsConfig(max_videos=64, play_interval_s=0.009, max_impressions=1000)
 MINUTE = 60_000
 
 
@@ -44,7 +44,7 @@ class Oracle:
     """Every event in every window that holds it."""
 
     def __init__(self, config: WindowCountsConfig) -> None:
-        self.windows, self.interval = config.windows, round(1000 * config.play_interval_s)
+        self.windows, self.interval = SMALL, round(1000 * config.play_interval_s)
         self.watermark = -(10**15)
         self.counts: dict[tuple[int, int, int], list[int]] = defaultdict(lambda: [0, 0, 0])
         self.shown: dict[tuple[int, int], tuple[int, int | None]] = {}
@@ -111,7 +111,7 @@ STEPS = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(STEPS)
 def test_the_rows_are_those_of_a_plain_dict(steps: list) -> None:
-    counts, oracle = WindowCounts(CONFIG), Oracle(CONFIG)
+    counts, oracle = WindowCounts(CONFIG, SMALL), Oracle(CONFIG)
     for what, value in steps:
         if what == "shown":
             counts.add_impressions(impressions(value))
@@ -125,7 +125,7 @@ def test_the_rows_are_those_of_a_plain_dict(steps: list) -> None:
             assert rows_of(counts.advance(value)) == oracle.advance(value)
         else:
             state = counts.get_state()
-            counts = WindowCounts(CONFIG)
+            counts = WindowCounts(CONFIG, SMALL)
             counts.set_state(state)
     assert rows_of(counts.advance(10**6)) == oracle.advance(10**6)
     assert list(counts.num_late.values()) == oracle.late and counts.num_unmatched == oracle.unmatched
@@ -134,7 +134,7 @@ def test_the_rows_are_those_of_a_plain_dict(steps: list) -> None:
 
 def test_an_example_by_hand() -> None:
     # Windows of five minutes that end every minute; the watermark is five seconds behind the newest event.
-    counts = WindowCounts(replace(CONFIG, play_interval_s=3600.0, windows=(Window("5m", 5 * MINUTE, MINUTE),)))
+    counts = WindowCounts(replace(CONFIG, play_interval_s=3600.0), (Window("5m", 5 * MINUTE, MINUTE),))
     t0 = 1_800_000_000_000  # a whole number of minutes
     counts.add_impressions(impressions([(t0, 1, 10, 20_000), (t0 + 30_000, 2, 11, 10_000)]))
     counts.add_actions(actions([(t0 + 40_000, 1, 10, "play", 19_000), (t0 + 41_000, 2, 11, "play", 9_499)]))
@@ -155,7 +155,7 @@ def test_an_example_by_hand() -> None:
 
 
 def test_columns_are_those_of_video_features() -> None:
-    counts = WindowCounts()
+    counts = WindowCounts(WindowCountsConfig())
     counts.add_impressions(impressions([(0, 1, 10, 20)]))
     out = counts.advance(2 * 86_400_000)
     assert [*out] == ["counts_5m", "counts_1h", "counts_1d"] and [batch.num_rows for batch in out.values()] == [5, 12, 24]
@@ -167,7 +167,7 @@ def test_columns_are_those_of_video_features() -> None:
 
 
 def test_a_play_that_comes_before_its_impression_is_matched() -> None:
-    counts = WindowCounts(CONFIG)
+    counts = WindowCounts(CONFIG, SMALL)
     counts.add_actions(actions([(3, 1, 7, "play", 100)]))
     counts.add_impressions(impressions([(2, 1, 7, 100)]))
     assert rows_of(counts.advance(5))[0] == (0, 4, 7, 1, 1, 0)
@@ -181,7 +181,7 @@ def test_batches_may_be_cut_anywhere() -> None:
     done = [(t + 3, r, v, "play" if v % 2 else "like", 19) for t, r, v, _ in shown]
     config, outputs = replace(CONFIG, max_impressions=10**5), []
     for size in (1, 10, 1000):
-        counts, out = WindowCounts(config), []
+        counts, out = WindowCounts(config, SMALL), []
         for start in range(0, number, size):
             counts.add_impressions(impressions(shown[start : start + size]))
             counts.add_actions(actions(done[start : start + size]))
@@ -193,7 +193,7 @@ def test_batches_may_be_cut_anywhere() -> None:
 
 
 def test_videos_and_impressions_are_bounded() -> None:
-    counts = WindowCounts(replace(CONFIG, max_videos=100, max_impressions=50))
+    counts = WindowCounts(replace(CONFIG, max_videos=100, max_impressions=50), SMALL)
     counts.add_impressions(impressions([(1, k, k, 20) for k in range(1000)]))
     assert 790 <= counts.num_refused <= 900 and counts.num_forgotten == 950
     counts.add_actions(actions([(2, k, k, "play", 20) for k in (0, 999)]))
@@ -220,11 +220,11 @@ def test_a_state_goes_on_bit_by_bit() -> None:
         counts.add_actions(actions([(row[0] + 5, *row[1:], "play", 20) for row in rows[::2]]))
         return rows_of(counts.advance(seed * 20 + int(generator.integers(0, 30))))
 
-    straight, resumed = WindowCounts(config), WindowCounts(config)
+    straight, resumed = WindowCounts(config, SMALL), WindowCounts(config, SMALL)
     for seed in range(30):
         if generator.random() < 0.4:
             state = resumed.get_state()
-            resumed = WindowCounts(config)
+            resumed = WindowCounts(config, SMALL)
             resumed.set_state(state)
         assert feed(straight, seed) == feed(resumed, seed)
     left, right = straight.get_state(), resumed.get_state()
@@ -233,7 +233,7 @@ def test_a_state_goes_on_bit_by_bit() -> None:
 
 
 def test_times_far_apart_do_not_stop_it() -> None:
-    counts, oracle, far = WindowCounts(CONFIG), Oracle(CONFIG), 2**61
+    counts, oracle, far = WindowCounts(CONFIG, SMALL), Oracle(CONFIG), 2**61
     oracle.watermark = -far - 10**6
     rows = [(1, 1, 7, 20), (far, 2, 7, 20), (-far, 3, 7, 20)]
     counts.add_impressions(impressions(rows))
@@ -244,7 +244,7 @@ def test_times_far_apart_do_not_stop_it() -> None:
 
 
 def test_wrong_input_is_named() -> None:
-    counts = WindowCounts(CONFIG)
+    counts = WindowCounts(CONFIG, SMALL)
     with pytest.raises(ValueError, match="duration_ms"):
         counts.add_impressions(impressions([]).drop_columns(["duration_ms"]))
     with pytest.raises(ValueError, match="video_id is string"):
@@ -253,8 +253,8 @@ def test_wrong_input_is_named() -> None:
     with pytest.raises(ValueError, match="action"):
         counts.add_actions(actions([]).drop_columns(["action"]))
     with pytest.raises(ValueError, match="multiple of slide_ms"):
-        WindowCounts(replace(CONFIG, windows=(Window("x", 5, 2),)))
+        WindowCounts(CONFIG, (Window("x", 5, 2),))
     with pytest.raises(ValueError, match="max_videos"):
-        WindowCounts(replace(CONFIG, max_videos=0))
+        WindowCounts(replace(CONFIG, max_videos=0), SMALL)
     with pytest.raises(ValueError, match="another WindowCountsConfig"):
-        counts.set_state(WindowCounts(replace(CONFIG, max_videos=5000)).get_state())
+        counts.set_state(WindowCounts(replace(CONFIG, max_videos=5000), SMALL).get_state())
