@@ -22,7 +22,7 @@ from launch.bench.flink_events import BEGIN_MS, OUT_OF_ORDER_MS, counts_in, coun
 from launch.bench.flink_lake import FlinkLake, until
 from launch.flink import local
 from monolith_jax.lake.changelog import Changelog
-from monolith_jax.lake.counters import WindowCounts
+from monolith_jax.lake.counters import WindowCounts, WindowCountsConfig
 from monolith_jax.lake.tables import WINDOWS
 from monolith_jax.lake.warehouse import TABLES, WarehouseConfig, make_tables, open_table
 from monolith_jax.stream.events import ACTION, IMPRESSION
@@ -160,7 +160,7 @@ def test_events_and_counts(lake: FlinkLake) -> None:
         for video in {video for video, _ in ends}:
             end = max(end for one, end in ends if one == video)
             assert videos[video][f"counts_{window.name}_ms"] == end
-    ours = WindowCounts()
+    ours = WindowCounts(WindowCountsConfig())
     ours.add_impressions(pa.RecordBatch.from_pylist(impressions, IMPRESSION))
     ours.add_actions(pa.RecordBatch.from_pylist(actions, ACTION))
     rows = {name: batch.to_pylist() for name, batch in ours.advance(last_ms - OUT_OF_ORDER_MS).items()}
