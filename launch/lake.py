@@ -193,13 +193,16 @@ def _profiles(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event
 
 
 def _tidy(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event) -> None:
-    from monolith_jax.lake.tidy import tidy_table
+    from monolith_jax.lake.tidy import is_foreign, tidy_table
     from monolith_jax.lake.warehouse import TABLES
 
     while True:
         for name in TABLES:
             if stop.is_set():
                 return
+            if is_foreign(lake.warehouse, name):
+                print(f"tidy {name}: left alone, another engine writes it", flush=True)
+                continue
             done = tidy_table(lake.warehouse, name, lake.jobs.tidy)
             print(
                 f"tidy {name}: {done.files_before} files to {done.files_after}, {done.snapshots_expired} snapshots expired, "

@@ -41,6 +41,13 @@ class Tidied:
     """Of expired snapshots, and orphans."""
 
 
+def is_foreign(config: WarehouseConfig, name: str) -> bool:
+    """Returns whether another engine writes a table, such as Flink, which compacts and expires by itself."""
+    table = open_table(config, name)
+    newest = table.snapshot_manager().get_latest_snapshot()
+    return newest is not None and not str(newest.writer_version or "").startswith("python")
+
+
 def compact(config: WarehouseConfig, name: str, tidy: TidyConfig) -> tuple[int, int]:
     """Brings the files of each bucket together; returns how many there were and are, of those that were touched.
 
