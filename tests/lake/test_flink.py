@@ -24,6 +24,7 @@ from launch.flink import local
 from monolith_jax.lake.changelog import Changelog
 from monolith_jax.lake.counters import WindowCounts, WindowCountsConfig
 from monolith_jax.lake.tables import WINDOWS
+from monolith_jax.lake.tidy import is_foreign
 from monolith_jax.lake.warehouse import TABLES, WarehouseConfig, make_tables, open_table
 from monolith_jax.stream.events import ACTION, IMPRESSION
 from monolith_jax.stream.log import LogPartition, open_producer
@@ -224,3 +225,4 @@ def test_either_engine_reads_what_the_other_wrote(lake: FlinkLake, tmp_path: Pat
     for config in folders.values():
         for name in ("events", "user_features"):
             assert Changelog(config, name).table.snapshot_manager().get_latest_snapshot().commit_kind == "COMPACT"
+            assert is_foreign(config, name), "launch.lake leaves it alone"
