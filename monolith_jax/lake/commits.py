@@ -8,8 +8,9 @@ commit sinks; the names of writer and epoch are Paimon's commit user and commit 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -34,27 +35,66 @@ class Committed(NamedTuple):
 NOTHING = Committed(-1, {}, 0)
 
 
-def last_commit(table: Any, writer: str) -> Committed:
+def last_commit(table: Any, writer: str, above: int = 0) -> Committed:
     """Returns the last epoch that a table has of a writer.
 
+    Args:
+        table: The table.
+        writer: The writer.
+        above: Snapshots up to this one are known to be of others.
+
     Raises:
-        ValueError: Snapshots were expired that may hold it (all that are there are of other writers).
+        ValueError: Snapshots that may hold it are gone, and nobody kept what they told.
     """
     manager = table.snapshot_manager()
     newest = manager.get_latest_snapshot()
-    number = newest.id if newest else 0
-    while number > 0:
+    for number in range(newest.id if newest else 0, above, -1):
         snapshot = manager.get_snapshot_by_id(number)
         if snapshot is None:
-            raise ValueError(
-                f"the table {table.identifier} has no snapshot {number} any more, and none behind it is of the writer "
-                f"{writer!r}: if it has written here before, nobody knows where it was. Expire by python -m launch.lake tidy, "
-                "which keeps the last one of each writer, or name a new writer"
-            )
+            return _kept(table, writer, number)
         if snapshot.commit_user == writer:
             return Committed(snapshot.commit_identifier, told_of(snapshot), snapshot.id)
-        number -= 1
     return NOTHING
+
+
+def _path_of_kept(table: Any) -> str:
+    return f"{str(table.table_path).rstrip('/')}/state/writers.json"
+
+
+def _kept(table: Any, writer: str, number: int) -> Committed:
+    kept = kept_commits(table)
+    if kept is None:
+        raise ValueError(
+            f"the table {table.identifier} has no snapshot {number} any more, and nothing tells where the writer {writer!r} "
+            "was then. Only python -m launch.lake tidy keeps that when it expires snapshots: was it another program?"
+        )
+    return kept.get(writer, NOTHING)
+
+
+def kept_commits(table: Any) -> dict[str, Committed] | None:
+    """Returns the last commits of writers whose snapshots have expired; None: none ever has."""
+    files, path = table.file_io, _path_of_kept(table)
+    for one in (path, f"{path}.draft"):
+        with contextlib.suppress(ValueError, OSError):
+            if files.exists(one):
+                return {name: Committed(*told) for name, told in json.loads(files.read_file_utf8(one)).items()}
+    return None
+
+
+def keep_commits(table: Any, expiring: Sequence[Any]) -> None:
+    """Keeps what the last commits of writers told, before the snapshots expire that hold them."""
+    kept = kept_commits(table) or {}
+    for snapshot in sorted(expiring, key=lambda one: one.id):
+        kept[snapshot.commit_user] = Committed(snapshot.commit_identifier, told_of(snapshot), snapshot.id)
+    files, path = table.file_io, _path_of_kept(table)
+    files.check_or_mkdirs(path.rsplit("/", 1)[0])
+    text = json.dumps({name: list(one) for name, one in kept.items()})
+    # The new one is whole before the old one goes; a crash between the two leaves the draft, which is as good.
+    draft = f"{path}.draft"
+    for one in (draft, path):
+        if files.exists(one):
+            files.delete(one)
+        files.write_file(one, text, False)
 
 
 def told_of(snapshot: Any) -> dict[str, Any]:
@@ -73,6 +113,7 @@ class TableWriter:
         """
         self._config, self.name, self._writer = config, name, writer
         self._open()
+        self._checked = self._newest()
         self.last = last_commit(self.table, writer)
 
     def _open(self) -> None:
@@ -82,6 +123,10 @@ class TableWriter:
         self.schema: pa.Schema = PyarrowFieldParser.from_paimon_schema(self.table.table_schema.fields)
         builder = self.table.new_stream_write_builder()._with_commit_user(self._writer)
         self._write, self._commit = builder.new_write(), builder.new_commit()
+
+    def _newest(self) -> int:
+        newest = self.table.snapshot_manager().get_latest_snapshot()
+        return newest.id if newest else 0
 
     def reopen(self) -> None:
         """Goes on with the table's columns as they are now; nothing may be written that is not committed."""
@@ -115,10 +160,11 @@ class TableWriter:
             self._commit.abort(messages)
             return
         with writing(self._config, self.name):
-            if last_commit(self.table, self._writer).epoch != self.last.epoch:
+            if last_commit(self.table, self._writer, self._checked).epoch not in (NOTHING.epoch, self.last.epoch):
                 raise ValueError(f"another process writes {self.name!r} as {self._writer!r}: a job of launch.lake runs once")
             self._commit.commit(messages, epoch, snapshot_properties={TOLD: json.dumps(told, separators=(",", ":"))})
-        self.last = Committed(epoch, told, self.last.snapshot)
+            self._checked = self._newest()
+        self.last = Committed(epoch, told, self._checked)
 
     def close(self) -> None:
         """Lets go of the table; what was not committed is lost."""

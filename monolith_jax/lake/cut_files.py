@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,18 +24,20 @@ def folder_of(table: Any) -> str:
     return f"{str(table.table_path).rstrip('/')}/cuts"
 
 
-def _path(table: Any, part: int, epoch: int) -> str:
-    return f"{folder_of(table)}/{part}-{epoch:012d}.jsonl"
+def _path(table: Any, part: int, epoch: int, token: str) -> str:
+    return f"{folder_of(table)}/{part}-{epoch:012d}-{token}.jsonl"
 
 
-def save(table: Any, part: int, epoch: int, first: int, cuts: Sequence[Cut]) -> None:
-    """Writes the cuts of an epoch: number `first` and those behind it; in place of what a crash may have left there."""
-    lines = [json.dumps({"first": first}).encode(), *map(to_bytes, cuts)]
-    path = _path(table, part, epoch)
+def save(table: Any, part: int, epoch: int, first: int, cuts: Sequence[Cut]) -> str:
+    """Writes the cuts of an epoch, number `first` and those behind it, beside what a crash may have left of one of that number.
+
+    Returns:
+        What tells the file from others of that epoch.
+    """
+    lines, token = [json.dumps({"first": first}).encode(), *map(to_bytes, cuts)], uuid.uuid4().hex[:12]
     table.file_io.check_or_mkdirs(folder_of(table))
-    if table.file_io.exists(path):
-        table.file_io.delete(path)
-    table.file_io.write_file(path, b"\n".join(lines).decode(), False)
+    table.file_io.write_file(_path(table, part, epoch, token), b"\n".join(lines).decode(), False)
+    return token
 
 
 def hand_over(table: Any, part: int, told: Mapping[str, Any], folder: Path) -> Position:
@@ -54,8 +57,10 @@ def hand_over(table: Any, part: int, told: Mapping[str, Any], folder: Path) -> P
     shutil.rmtree(folder, ignore_errors=True)
     expected = None
     with closing(CutLog(folder, rewind)) as log:
-        for epoch, _ in told["epochs"]:
-            path = _path(table, part, epoch)
+        for epoch, _, token in told["epochs"]:
+            path = _path(table, part, epoch, token)
+            if not table.file_io.exists(path):
+                raise ValueError(f"{path} is not there: were files removed? Take another snapshot (LakeConfig.as_of)")
             head, *lines = table.file_io.read_file_utf8(path).split("\n")
             first = json.loads(head)["first"]
             if expected is not None and first != expected:
@@ -73,14 +78,22 @@ def hand_over(table: Any, part: int, told: Mapping[str, Any], folder: Path) -> P
     return position | {"pending": 0}
 
 
-def remove_before(table: Any, oldest: Any) -> int:
-    """Removes the files of epochs that no snapshot from the oldest on needs; returns how many."""
-    parts = told_of(oldest).get("parts", {})
-    needed = {int(name): min([epoch for epoch, _ in told["epochs"]], default=0) for name, told in parts.items()}
+def remove_before(table: Any, needed: Sequence[Any]) -> int:
+    """Removes the files of epochs that no snapshot needs; returns how many.
+
+    Args:
+        table: `examples`.
+        needed: The oldest snapshot that stays, and those that tags keep.
+    """
+    first: dict[int, int] = {}
+    for snapshot in needed:
+        for name, told in told_of(snapshot).get("parts", {}).items():
+            epoch = min([one[0] for one in told["epochs"]], default=told["epoch"])
+            first[int(name)] = min(first.get(int(name), epoch), epoch)
     removed = 0
     for one in table.file_io.list_status(folder_of(table)) if table.file_io.exists(folder_of(table)) else []:
-        part, _, epoch = one.path.rsplit("/", 1)[-1].removesuffix(".jsonl").partition("-")
-        if int(epoch) < needed.get(int(part), 0):
+        part, epoch, _ = one.path.rsplit("/", 1)[-1].split("-")
+        if int(epoch) < first.get(int(part), 0):
             table.file_io.delete_quietly(one.path)
             removed += 1
     return removed

@@ -44,8 +44,8 @@ class _Part:
     """Examples so far."""
     saved: int
     """Cuts before this one are in files."""
-    epochs: deque[tuple[int, int]]
-    """Epochs that have files of cuts which are still needed, and where each ends."""
+    epochs: deque[tuple[int, int, str]]
+    """Epochs that have files of cuts which are still needed, where each ends, and what the file is called."""
     chunks: Iterator[Chunk] = field(init=False)
     ended: bool = False
 
@@ -53,12 +53,12 @@ class _Part:
         """Begins to read."""
         self.chunks = self.reading.chunks()
 
-    def told(self) -> dict[str, Any]:
-        """Returns what goes on from here needs, JSON-able."""
+    def told(self, epoch: int) -> dict[str, Any]:
+        """Returns what is needed to go on behind an epoch, JSON-able."""
         position = dict(self.reading.position)
         while self.epochs and self.epochs[0][1] <= position["rewind"]:
             self.epochs.popleft()
-        return {"position": position, "rows": self.rows, "epochs": list(self.epochs)}
+        return {"position": position, "rows": self.rows, "epoch": epoch, "epochs": list(self.epochs)}
 
 
 class Examples:
@@ -132,9 +132,9 @@ class Examples:
             position = part.reading.position
             cuts = list(part.reading.cuts.read(part.saved, position["cut"]))
             if cuts:
-                save(self._writer.table, part.number, epoch, part.saved, cuts)
+                token = save(self._writer.table, part.number, epoch, part.saved, cuts)
                 part.saved = position["cut"]
-                part.epochs.append((epoch, part.saved))
+                part.epochs.append((epoch, part.saved, token))
             if found[part.number]:
                 tables.append(_rows_of(part, concatenated(found[part.number])))
         if not tables and not any(part.epochs and part.epochs[-1][0] == epoch for part in self._parts):
@@ -143,7 +143,7 @@ class Examples:
         for table in tables:
             self._writer.write(table)
         told = {
-            "parts": {str(part.number): part.told() for part in self._parts},
+            "parts": {str(part.number): part.told(epoch) for part in self._parts},
             "dead_letters": self._dead_letters.get_state(),
         }
         self._writer.commit(epoch, told)
@@ -168,7 +168,7 @@ def _open(log: LogConfig, table: Any, folder: Path, number: int, parts: int, tol
         position = {}
         shutil.rmtree(where, ignore_errors=True)
     reading = LiveReading(log, where, BATCH_ROWS, number, parts, float("inf"), position)
-    epochs = deque((epoch, end) for epoch, end in told["epochs"]) if told else deque()
+    epochs = deque(map(tuple, told["epochs"])) if told else deque()
     return _Part(number, reading, told["rows"] if told else 0, position.get("cut", 0), epochs)
 
 

@@ -47,6 +47,8 @@ class TidyConfig:
     """Files that no snapshot names are removed when they are so old: younger ones may be of an epoch that is being written."""
     target_bytes: int = 128 << 20
     """Files of append tables that are larger stay as they are."""
+    most_files: int = 32
+    """So many files of a bucket are brought together in any case; from 4 on only where it pays."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if a field is out of range."""

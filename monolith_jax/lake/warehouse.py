@@ -166,10 +166,57 @@ def writing(config: WarehouseConfig, name: str) -> Iterator[None]:
         os.close(file)
 
 
+@contextlib.contextmanager
+def alone(config: WarehouseConfig, job: str) -> Iterator[None]:
+    """Keeps a second process of the same job out, before it touches anything of the first's.
+
+    Raises:
+        ValueError: There is one. (In an object store nobody knows.)
+    """
+    if not config.is_local:
+        yield
+        return
+    folder = Path(config.path) / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / f"job.{job}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(
+            f"another process runs {job!r} on {config.path}: a job of launch.lake runs once; stop that one"
+        ) from None
+    finally:
+        os.close(file)
+
+
+def storable(rows: pa.Table, known: pa.Schema, reserved: Sequence[str] = ()) -> tuple[pa.Table, list[str]]:
+    """Returns rows without the columns that a table cannot take, and the names of those.
+
+    Args:
+        rows: With columns that an impression may have been logged with.
+        known: The table's columns.
+        reserved: Names that are the table's own.
+    """
+    refused = []
+    for field in rows.schema:
+        there = known.field(field.name).type if field.name in known.names else None
+        if field.name in reserved or not _is_storable(field.type) or (there is not None and there != field.type):
+            refused.append(field.name)
+    return rows.drop_columns(refused) if refused else rows, refused
+
+
+def _is_storable(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind):
+        return _is_storable(kind.value_type)
+    return kind in (pa.bool_(), pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.string(), pa.binary())
+
+
 def add_columns(config: WarehouseConfig, name: str, fields: Sequence[pa.Field]) -> None:
     """Adds columns to a table; what was written before has nulls there."""
     from pypaimon.schema.data_types import PyarrowFieldParser  # pyright: ignore[reportMissingImports]
     from pypaimon.schema.schema_change import SchemaChange  # pyright: ignore[reportMissingImports]
 
     changes = [SchemaChange.add_column(one.name, PyarrowFieldParser.to_paimon_type(one.type, True)) for one in fields]
-    catalog_of(config).alter_table(f"{DATABASE}.{name}", changes)
+    with writing(config, name):
+        catalog_of(config).alter_table(f"{DATABASE}.{name}", changes)
