@@ -96,8 +96,8 @@ def _check(asked: argparse.Namespace, lake: LakeConfig) -> None:
             "nobody says where the tables user_profiles and video_profiles are: give --postgres='host=... dbname=...', or "
             "--gin.LakeJobsConfig.postgres=@PostgresConfig()"
         )
-    if "tag" in jobs and not asked.name:
-        raise ValueError("--name is missing: what the tag is called")
+    if "tag" in jobs and (not asked.name or asked.name.isdigit()):
+        raise ValueError("--name is missing, or a number, which means a snapshot: say what the tag is called")
 
 
 def _with_postgres(jobs: LakeJobsConfig, dsn: str) -> LakeJobsConfig:
@@ -147,11 +147,13 @@ def _ingest(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event) 
 
     assert lake.log is not None
     letters, jobs = DeadLetters(asked.workdir / "dead_letters.ingest.jsonl"), lake.jobs
+    told: set[str] = set()
     ingest, line = Ingest(lake.log, lake.warehouse, letters, jobs.counts, jobs.out_of_order_s), _Line("ingest", "events")
     try:
         while not stop.is_set():
             number = ingest.step(lake.jobs.commit_s, _EPOCH_BYTES)
             line.told(number, ingest.epoch, {"messages behind": ingest.unread(), **ingest.counts.metrics(), **letters.counts})
+            _tell_not_kept(ingest.not_kept, told)
             if asked.until_end and not number and not ingest.unread():
                 break
     finally:
@@ -167,13 +169,20 @@ def _examples(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event
     log = dataclasses.replace(lake.log, ends=lake.log.ends or asked.until_end)
     letters = DeadLetters(asked.workdir / "dead_letters.examples.jsonl")
     examples = Examples(log, lake.warehouse, asked.workdir / "stream", letters, asked.partitions)
-    line = _Line("examples", "examples")
+    line, told = _Line("examples", "examples"), set()
     try:
         while not stop.is_set() and not examples.ended:
             line.told(examples.step(lake.jobs.commit_s, _EPOCH_ROWS), examples.epoch, letters.counts)
+            _tell_not_kept(examples.not_kept, told)
     finally:
         examples.close()
         line.end()
+
+
+def _tell_not_kept(columns: set[str], told: set[str]) -> None:
+    for name in sorted(columns - told):
+        print(f"the column {name!r} of impressions is not kept: its name or type is none that the table can take", flush=True)
+        told.add(name)
 
 
 def _profiles(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event) -> None:
@@ -233,6 +242,7 @@ def show(lake: LakeConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from monolith_jax.lake.history import tag_names
     from monolith_jax.lake.warehouse import TABLES, open_table
 
     table = Table(title=f"the lake in {lake.warehouse.path}")
@@ -244,7 +254,7 @@ def show(lake: LakeConfig) -> None:
         snapshots = opened.snapshot_manager().list_snapshots()
         newest = max(snapshots, key=lambda one: one.id, default=None)
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(newest.time_millis / 1000)) if newest else "-"
-        tags = [one if isinstance(one, str) else one.tag_name for one in opened.list_tags() or []]
+        tags = tag_names(opened)
         rows, size = sum(one.row_count for one in files), sum(one.file_size for one in files) / 1e6
         cells = (f"{rows:,}", f"{len(files):,}", f"{size:,.1f}", f"{len(snapshots):,}", at, ", ".join(tags))
         table.add_row(name, *cells)
@@ -252,12 +262,15 @@ def show(lake: LakeConfig) -> None:
 
 
 def tag(lake: LakeConfig, name: str) -> None:
-    """Keeps each table as it is now under a name; `LakeConfig.as_of` reads it, and tidy leaves it."""
+    """Keeps each table as it is now under a name, which `LakeConfig.as_of` reads and tidy leaves; one that has it stays so."""
+    from monolith_jax.lake.history import tag_names
     from monolith_jax.lake.warehouse import TABLES, open_table, writing
 
     for table in TABLES:
         opened = open_table(lake.warehouse, table)
-        if opened.snapshot_manager().get_latest_snapshot():
+        if name in tag_names(opened):
+            print(f"{table}: {name} is there already")
+        elif opened.snapshot_manager().get_latest_snapshot():
             with writing(lake.warehouse, table):
                 opened.create_tag(name)
             print(f"{table}: {name}")

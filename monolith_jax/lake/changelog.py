@@ -115,10 +115,23 @@ class Moment(NamedTuple):
 
 
 def table_at(table: Any, moment: Moment) -> Any:
-    """Returns a table as it was, with the columns that it had."""
+    """Returns a table as it was, with the columns that it had.
+
+    Raises:
+        ValueError: The moment has expired, or the tag was removed.
+    """
+    if not moment.snapshot:
+        return table
     if moment.tag:
+        if table.tag_manager().get(moment.tag) is None:
+            raise ValueError(f"{table.identifier} has no tag {moment.tag!r} any more")
         return table.copy({"scan.tag-name": moment.tag})
-    return table.copy({"scan.snapshot-id": str(moment.snapshot)}) if moment.snapshot else table
+    if table.snapshot_manager().get_snapshot_by_id(moment.snapshot) is None:
+        raise ValueError(
+            f"snapshot {moment.snapshot} of {table.identifier} has expired: begin anew, and keep what is read for long under a "
+            "name (python -m launch.lake tag)"
+        )
+    return table.copy({"scan.snapshot-id": str(moment.snapshot)})
 
 
 def read_at(table: Any, moment: Moment, columns: Sequence[str] = (), where: Any = None) -> pa.Table:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from monolith_jax.lake.warehouse import WarehouseConfig, open_table, writing
+from monolith_jax.stream.dead_letter import DeadLetters
 
 TOLD = "monolith_jax"
 """Property of a snapshot: what its writer needs to go on, as JSON."""
@@ -100,6 +101,15 @@ def keep_commits(table: Any, expiring: Sequence[Any]) -> None:
 def told_of(snapshot: Any) -> dict[str, Any]:
     """Returns what the writer of a snapshot said, {} if nothing."""
     return json.loads((snapshot.properties or {}).get(TOLD, "{}"))
+
+
+def resume_letters(letters: DeadLetters, state: Mapping[str, Any]) -> None:
+    """Goes on with a file of dead letters; with a new one where it is gone, as in another run folder: the counts stay.
+
+    Raises:
+        ValueError: The file is shorter than it was.
+    """
+    letters.set_state(state if letters.path.exists() else {**state, "bytes": 0})
 
 
 class TableWriter:

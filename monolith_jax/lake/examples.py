@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from monolith_jax.lake.commits import TableWriter
+from monolith_jax.lake.commits import TableWriter, resume_letters
 from monolith_jax.lake.cut_files import hand_over, save
-from monolith_jax.lake.warehouse import EXAMPLES_FIRST, WarehouseConfig, add_columns
+from monolith_jax.lake.warehouse import EXAMPLES_FIRST, WarehouseConfig, add_columns, alone, storable
 from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.stream.live import LiveReading
 from monolith_jax.stream.log_source import LogConfig
@@ -30,6 +30,7 @@ from monolith_jax.stream.run_schema import concatenated
 from monolith_jax.types import Chunk
 
 WRITER = "examples"
+IDLE_S = 30.0
 BATCH_ROWS = 1 << 20
 """The stream ends no batch early for want of examples: nobody waits for one."""
 
@@ -80,7 +81,11 @@ class Examples:
             ValueError: There is no such log, topic or table; or the lake's examples are of another number of parts.
         """
         self._warehouse, self._dead_letters = warehouse, dead_letters
+        self.not_kept: set[str] = set()
+        """Columns of impressions that the table cannot take."""
+        self._committed_s = time.monotonic()
         with ExitStack() as opened:
+            opened.enter_context(alone(warehouse, WRITER))
             self._writer = opened.enter_context(closing(TableWriter(warehouse, "examples", WRITER)))
             last = self._writer.last
             self.epoch, states = last.epoch, last.told.get("parts", {})
@@ -90,7 +95,7 @@ class Examples:
                     "number stays for the table's life"
                 )
             if states:
-                dead_letters.set_state(last.told["dead_letters"])
+                resume_letters(dead_letters, last.told["dead_letters"])
             self._parts = [
                 _open(log, self._writer.table, folder, number, parts, states.get(str(number))) for number in range(parts)
             ]
@@ -128,6 +133,8 @@ class Examples:
 
     def _commit(self, found: Mapping[int, list[pa.RecordBatch]]) -> int:
         epoch, tables = self.epoch + 1, []
+        if not any(found.values()) and not self.ended and time.monotonic() - self._committed_s < IDLE_S:
+            return 0  # Where nothing comes, where the stream is need not be told each time.
         for part in self._parts:
             position = part.reading.position
             cuts = list(part.reading.cuts.read(part.saved, position["cut"]))
@@ -136,7 +143,9 @@ class Examples:
                 part.saved = position["cut"]
                 part.epochs.append((epoch, part.saved, token))
             if found[part.number]:
-                tables.append(_rows_of(part, concatenated(found[part.number])))
+                rows, refused = storable(_rows_of(part, concatenated(found[part.number])), self._writer.schema)
+                self.not_kept |= {*refused}
+                tables.append(rows)
         if not tables and not any(part.epochs and part.epochs[-1][0] == epoch for part in self._parts):
             return 0
         self._add_columns(tables)
@@ -147,7 +156,7 @@ class Examples:
             "dead_letters": self._dead_letters.get_state(),
         }
         self._writer.commit(epoch, told)
-        self.epoch = epoch
+        self.epoch, self._committed_s = epoch, time.monotonic()
         return sum(table.num_rows for table in tables)
 
     def _add_columns(self, tables: Sequence[pa.Table]) -> None:
@@ -184,4 +193,5 @@ def _rows_of(part: _Part, examples: pa.RecordBatch) -> pa.Table:
     ]
     part.rows += number
     names = [one.name for one in EXAMPLES_FIRST]
-    return pa.Table.from_arrays([*first, *examples.columns], names=[*names, *examples.schema.names])
+    kept = [name for name in examples.schema.names if name not in names]
+    return pa.Table.from_arrays([*first, *(examples.column(name) for name in kept)], names=[*names, *kept])

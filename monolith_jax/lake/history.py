@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from monolith_jax.lake.changelog import Moment, read_at, table_at
-from monolith_jax.lake.commits import told_of
+from monolith_jax.lake.commits import kept_commits, told_of
 from monolith_jax.lake.cut_files import hand_over
 from monolith_jax.lake.examples import WRITER
 from monolith_jax.lake.feature_history import FeatureHistory
@@ -84,6 +84,11 @@ def _time_ms(text: str, field: str) -> int:
     return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
+def tag_names(table: Any) -> list[str]:
+    """Returns the tags of a table."""
+    return [one if isinstance(one, str) else one.tag_name for one in table.list_tags() or []]
+
+
 def moment_of(table: Any, as_of: str) -> Moment:
     """Returns the moment that `LakeConfig.as_of` names.
 
@@ -100,7 +105,12 @@ def moment_of(table: Any, as_of: str) -> Moment:
         return Moment(int(as_of))
     if (tag := table.tag_manager().get(as_of)) is not None:
         return Moment(tag.id, as_of)
-    found = manager.earlier_or_equal_time_mills(_time_ms(as_of, "as_of"))
+    try:
+        time_ms = _time_ms(as_of, "as_of")
+    except ValueError as error:
+        names = ", ".join(tag_names(table)) or "none"
+        raise ValueError(f"{error}, the number of a snapshot, or a tag; tags of {table.identifier}: {names}") from None
+    found = manager.earlier_or_equal_time_mills(time_ms)
     if found is None:
         raise ValueError(f"{table.identifier} has no snapshot that is as old as {as_of}; the oldest ones have expired")
     return Moment(found.id)
@@ -117,12 +127,16 @@ def told_at(table: Any, moment: Moment) -> dict[str, Any]:
     for number in range(moment.snapshot, 0, -1):
         found = found or manager.get_snapshot_by_id(number)
         if found is None:
+            kept = (kept_commits(table) or {}).get(WRITER)
+            if kept is not None and kept.snapshot <= number:
+                return dict(kept.told)
             raise ValueError(
                 f"{table.identifier} does not tell any more where its stream was at snapshot {moment.snapshot}: snapshot "
                 f"{number} has expired; take a newer one"
             )
-        if found.commit_user == WRITER:
-            return told_of(found)
+        # A snapshot of tidying tells what was told before it.
+        if told := told_of(found):
+            return told
         found = None
     return {}
 
@@ -197,20 +211,27 @@ class LakeSource:
             table = open_table(self.config.warehouse, "examples")
             moment = Moment(*at["moment"]) if "moment" in at else moment_of(table, self.config.as_of)
             parts = self._parts(told_at(table, moment))
+            # Before anything is learned: whoever cannot go on is to know now.
+            behind = self._hand_over(table, parts) if self.config.live else {}
             yield from self._history(table, moment, parts, at)
             if self.config.live is None:
                 return
-            if len(parts) > 1:
-                raise ValueError(
-                    f"the lake's examples are of {len(parts) * self.number} partitions of the stream, and this run has "
-                    f"{self.number}: to go on from the log, TrainConfig.partitions must be as many as launch.lake examples had"
-                )
-            (told,) = parts.items() if parts else ((self.index, None),)
-            at = {"log": hand_over(table, told[0], told[1], self.folder) if told[1] else {}}
+            at = {"log": behind}
         assert self.config.live is not None
         log = LogSource(self.config.live, self.folder, self.batch_rows, self.index, self.number, self.max_lag_s)
         for chunk in log.read(at["log"]):
             yield _placed(chunk, {"log": dict(chunk.position)})
+
+    def _hand_over(self, table: Any, parts: Mapping[int, Mapping[str, Any]]) -> Position:
+        """Returns where the log goes on behind history."""
+        if len(parts) > 1:
+            raise ValueError(
+                f"the lake's examples are of {len(parts) * self.number} partitions of the stream, and this run has "
+                f"{self.number}: to go on from the log, TrainConfig.partitions must be as many as launch.lake examples had"
+            )
+        for part, told in parts.items():
+            return hand_over(table, part, told, self.folder)
+        return {}
 
     def _parts(self, told: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
         """Returns the partitions of the stream that are this partition of the run's, and what the writer said of each."""

@@ -12,20 +12,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from monolith_jax.lake.commits import TableWriter, told_of
+from monolith_jax.lake.commits import TableWriter, resume_letters, told_of
 from monolith_jax.lake.counters import WindowCountsConfig
-from monolith_jax.lake.tables import DAY
+from monolith_jax.lake.tables import DAY, events_schema
 from monolith_jax.lake.times import day_of
 from monolith_jax.lake.video_counts import Counted, VideoCounts
-from monolith_jax.lake.warehouse import WarehouseConfig, add_columns
+from monolith_jax.lake.warehouse import WarehouseConfig, add_columns, alone, storable
 from monolith_jax.stream.dead_letter import DeadLetters
 from monolith_jax.stream.decoder import Decoder
+from monolith_jax.stream.events import ACTION, IMPRESSION
 from monolith_jax.stream.formats import Schemas
 from monolith_jax.stream.log import LogPartition, Message, open_log
 from monolith_jax.stream.log_source import LogConfig
@@ -53,11 +54,13 @@ class Decoded(NamedTuple):
     events: pa.RecordBatch
     offsets: np.ndarray
     """int64 [B], of the message of each."""
+    appended_ms: int
+    """When the log took the last message: no event moves time further than that."""
 
 
 def events_of(decoded: Decoded) -> pa.Table:
     """Returns rows of the table `events`."""
-    partition, events, offsets = decoded
+    partition, events, offsets, _ = decoded
     columns = dict(zip(events.schema.names, events.columns, strict=True))
     number = events.num_rows
     columns["topic"] = pa.DictionaryArray.from_arrays(np.zeros(number, np.int32), [partition.topic]).cast(pa.string())
@@ -116,7 +119,12 @@ class Ingest:
             ValueError: There is no such log, topic or table, or the log does not reach back to where the lake ends.
         """
         self._config, self._warehouse, self._dead_letters = log, warehouse, dead_letters
+        self.not_kept: set[str] = set()
+        """Columns of impressions that the table cannot take."""
+        self._whole = False
+        """Whether all tables have all that was counted."""
         with ExitStack() as opened:
+            opened.enter_context(alone(warehouse, WRITER))
             self._log = opened.enter_context(closing(open_log(log.url, log.options)))
             schemas = opened.enter_context(closing(open_log(log.url, log.options)))
             formats = (log.format, Schemas(schemas, log.impressions)), (log.format, Schemas(schemas, log.actions))
@@ -138,7 +146,25 @@ class Ingest:
 
     def close(self) -> None:
         """Lets go of log and tables; what no epoch holds is read again next time."""
-        self._opened.close()
+        try:
+            self._save(at_once=True)
+        finally:
+            self._opened.close()
+
+    def _save(self, at_once: bool) -> None:
+        """Saves the counts, so that the next start need not count again, and whatever it needs of the log beside them."""
+        if self._whole and self.epoch >= 0:
+            self.counts.save(self.epoch, {**self._state(), "newest_ms": self._newest_ms}, at_once)
+
+    def _state(self) -> dict[str, Any]:
+        schemas = {topic: decoder.get_state() for topic, decoder in self._decoders.items()}
+        return {"schemas": schemas, "dead_letters": self._dead_letters.get_state()}
+
+    def _set_state(self, state: Mapping[str, Any]) -> None:
+        for topic, schema in state["schemas"].items():
+            self._decoders[topic].set_state(schema)
+        resume_letters(self._dead_letters, state["dead_letters"])
+        self._newest_ms = dict(state["newest_ms"])
 
     def unread(self) -> int:
         """Returns how many messages are ahead, asking the log."""
@@ -157,12 +183,14 @@ class Ingest:
                     "topic made anew, or has retention taken what was not read? Take another warehouse, or a longer retention"
                 )
         if last.epoch >= 0:
-            for topic, state in last.told["schemas"].items():
-                self._decoders[topic].set_state(state)
-            self._dead_letters.set_state(last.told["dead_letters"])
-            self.counts.restore(last.epoch, self._since)
-            self._newest_ms = dict(last.told["newest_ms"])
-            self._make(Read(last.told["begin"], last.told["end"]), last.epoch, last.told["watermark_ms"])
+            is_whole = all(writer.last.epoch >= last.epoch for writer in self._writers.values())
+            if is_whole and (saved := self.counts.load(last.epoch)) is not None:
+                self._set_state(saved)
+                self._watermark_ms, self._whole = last.told["watermark_ms"], True
+            else:
+                self._set_state(last.told)
+                self.counts.restore(last.epoch, self._since)
+                self._make(Read(last.told["begin"], last.told["end"]), last.epoch, last.told["watermark_ms"])
         for partition in self._partitions:
             self._log.seek(partition, self._next[_key(partition)])
 
@@ -174,9 +202,11 @@ class Ingest:
         while number > 0 and len(found) < self.epoch - epoch:
             snapshot = manager.get_snapshot_by_id(number)
             if snapshot is None:
+                if epoch < 0:
+                    break  # Nothing was saved, or it was removed: they begin with what is still told.
                 raise ValueError(
                     f"the counts of videos were saved at epoch {epoch}, and the snapshot {number} of `events`, which tells "
-                    "what was read since, is gone: run python -m launch.lake tidy with a longer retention"
+                    "what was read since, is gone: remove state/counts-* of the table to begin to count anew"
                 )
             if snapshot.commit_user == WRITER:
                 found[snapshot.commit_identifier] = told_of(snapshot)
@@ -212,13 +242,14 @@ class Ingest:
                 self._came_s[_key(partition)] = now
                 size += sum(len(one.payload) for one in found)
         if not messages:
+            self._save(at_once=True)
             return 0
         return self._make(Read(begin, dict(self._next)), self.epoch + 1, None, messages)
 
     def _note_times(self, decoded: Sequence[Decoded]) -> None:
         for one in decoded:
             if one.events.num_rows:
-                newest_ms: int = pc.max(one.events.column("event_time_ms")).as_py()
+                newest_ms: int = min(pc.max(one.events.column("event_time_ms")).as_py(), one.appended_ms)
                 name = _key(one.partition)
                 self._newest_ms[name] = max(self._newest_ms.get(name, newest_ms), newest_ms)
 
@@ -240,24 +271,19 @@ class Ingest:
         messages: dict[LogPartition, list[Message]] | None = None,
     ) -> int:
         """Writes an epoch to the tables that lack it; `watermark_ms`: what it was decided to be, None: is decided now."""
-        newest_ms = dict(self._newest_ms)
-        told = {
-            "begin": read.begin,
-            "end": read.end,
-            # Both as they are before the epoch: whoever makes it again begins with them.
-            "schemas": {topic: decoder.get_state() for topic, decoder in self._decoders.items()},
-            "dead_letters": self._dead_letters.get_state(),
-        }
+        self._whole = False
+        # As it is before the epoch: whoever makes it again begins with that.
+        told = {"begin": read.begin, "end": read.end, **self._state(), "newest_ms": dict(self._newest_ms)}
         decoded, rejected = self._decoded(self._again(read) if messages is None else messages)
         self._dead_letters.add(rejected)
         impressions, actions = self._by_kind(decoded)
         self._note_times(decoded)
         self._watermark_ms = self._watermark() if watermark_ms is None else watermark_ms
-        told |= {"watermark_ms": self._watermark_ms, "newest_ms": newest_ms}
+        told["watermark_ms"] = self._watermark_ms
         counts = self.counts.add(Counted(impressions, actions, self._watermark_ms))
         activity = activity_of(impressions)
         rows = {
-            "events": [events_of(one) for one in decoded],
+            "events": [self._kept(one) for one in decoded],
             "user_features_log": [activity],
             "video_features_log": [counts],
             "user_features": [newest_of(activity, "user_id", "activity_ms")],
@@ -269,9 +295,21 @@ class Ingest:
                 for of_table in rows[name]:
                     writer.write(of_table)
                 writer.commit(epoch, told if name == "events" else {})
-        self.epoch = epoch
-        self.counts.save(epoch)
+        self.epoch, self._whole = epoch, True
+        self._save(at_once=False)
         return sum(one.events.num_rows for one in decoded)
+
+    def _kept(self, decoded: Decoded) -> pa.Table:
+        """Returns rows of `events`, without the columns that it cannot take: of actions only what all have."""
+        events = decoded.events
+        if decoded.partition.topic == self._config.actions:
+            events = events.select(ACTION.names)
+        own = [one for one in events_schema().names if one not in (*IMPRESSION.names, *ACTION.names)]
+        strange = [name for name in events.schema.names if name in own]
+        rows = events_of(decoded._replace(events=events.drop_columns(strange) if strange else events))
+        rows, refused = storable(rows, self._writers["events"].schema)
+        self.not_kept |= {*strange, *refused}
+        return rows
 
     def _add_columns(self, events: Sequence[pa.Table]) -> None:
         """Gives `events` the columns of features that impressions were logged with."""
@@ -289,7 +327,8 @@ class Ingest:
                 decoder = self._decoders[partition.topic]
                 events, rejected, offsets = decoder.decode_with_offsets(partition, messages[partition])
                 bad += rejected
-                decoded.append(Decoded(partition, events, offsets))
+                appended_ms = max(one.timestamp_ms for one in messages[partition])
+                decoded.append(Decoded(partition, events, offsets, appended_ms))
         return decoded, bad
 
     def _by_kind(self, decoded: Sequence[Decoded]) -> tuple[pa.RecordBatch, pa.RecordBatch]:

@@ -7,6 +7,7 @@ then the files that only they named; what the last commit of each writer told is
 goes when it is old.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json
@@ -18,6 +19,7 @@ from typing import Any
 from monolith_jax.lake.commits import TOLD, keep_commits, last_commit
 from monolith_jax.lake.cut_files import remove_before
 from monolith_jax.lake.examples import WRITER as EXAMPLES
+from monolith_jax.lake.history import tag_names
 from monolith_jax.lake.ingest import WRITER as INGEST
 from monolith_jax.lake.jobs import TidyConfig
 from monolith_jax.lake.video_counts import saved_epochs
@@ -48,10 +50,10 @@ def is_foreign(config: WarehouseConfig, name: str) -> bool:
 
 
 def compact(config: WarehouseConfig, name: str, tidy: TidyConfig) -> tuple[int, int]:
-    """Brings the files of each bucket together, where it pays; returns how many there were and are, of buckets that were touched."""
+    """Brings the files of each bucket together, where it pays; returns how many there were and are, of those buckets."""
     before = after = 0
     for where in _crowded(open_table(config, name), tidy):
-        # Writers wait: rows that came meanwhile would stand before those that are older, and of equal times the later row counts.
+        # Writers wait: what came meanwhile would stand before what is older, and of equal times the later row counts.
         with writing(config, name):
             table = open_table(config, name)
             chosen = _crowded(table, tidy).get(where)
@@ -126,10 +128,10 @@ class _Named:
         return added - deleted, added | deleted
 
     def _read(self, name: str) -> tuple[frozenset[str], frozenset[str]]:
-        added: tuple[set[str], set[str]] = set(), set()
+        of_kinds: list[set[str]] = [set(), set()]
         for entry in self._files.read(name):
-            added[entry.kind] |= {entry.file.file_name, *(entry.file.extra_files or [])}
-        return frozenset(added[0]), frozenset(added[1])
+            of_kinds[entry.kind] |= {entry.file.file_name, *(entry.file.extra_files or [])}
+        return frozenset(of_kinds[0]), frozenset(of_kinds[1])
 
 
 def expire(config: WarehouseConfig, name: str, tidy: TidyConfig, now_s: float | None = None) -> tuple[int, int]:
@@ -149,7 +151,7 @@ def expire(config: WarehouseConfig, name: str, tidy: TidyConfig, now_s: float | 
     needed = min(saved_epochs(table), default=-1) if name == "events" else None
     old = _old(snapshots, tidy, now_s, needed)
     kept, named = snapshots[len(old) :], _Named(table)
-    tags = [tag for tag in (table.tag_manager().get(one) for one in _tag_names(table)) if tag]
+    tags = [tag for tag in (table.tag_manager().get(one) for one in tag_names(table)) if tag]
     # What was removed from a table never comes back: what the first snapshot that stays does not need, none behind it does,
     # but for what came behind it.
     live = {one for snapshot in [kept[0], *tags] for one in named.by(snapshot)[0]}
@@ -193,10 +195,6 @@ def _old(snapshots: list[Any], tidy: TidyConfig, now_s: float, needed: int | Non
             break
         old.append(snapshot)
     return old
-
-
-def _tag_names(table: Any) -> list[str]:
-    return [one if isinstance(one, str) else one.tag_name for one in table.list_tags() or []]
 
 
 def _listed(table: Any) -> dict[str, float]:

@@ -7,6 +7,7 @@ the table `events` now and then; after a restart the epochs since are counted ag
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from monolith_jax.lake.tables import DAY, features_log_schema
 from monolith_jax.lake.times import day_of
 
 SAVE_EVERY_S = 60.0
+_BESIDE = "beside"
 _KEPT = 2
 
 
@@ -43,7 +45,7 @@ class VideoCounts:
             config: How much is kept.
         """
         self._table, self._counts = table, WindowCounts(config)
-        self._saved_s = -SAVE_EVERY_S
+        self._saved_s, self._saved_epoch = -SAVE_EVERY_S, -1
 
     def add(self, epoch: Counted) -> pa.Table:
         """Counts an epoch; returns what windows that have ended by its watermark tell, as rows of the log of features."""
@@ -57,12 +59,19 @@ class VideoCounts:
         late = {f"late_{name}": number for name, number in counts.num_late.items()}
         return late | {"unmatched_plays": counts.num_unmatched, "refused": counts.num_refused}
 
-    def save(self, epoch: int) -> None:
-        """Saves the counts as they are behind an epoch that all tables have, if it is time to."""
-        if time.monotonic() - self._saved_s < SAVE_EVERY_S:
+    def save(self, epoch: int, beside: Mapping[str, Any], at_once: bool = False) -> None:
+        """Saves the counts as they are behind an epoch that all tables have.
+
+        Args:
+            epoch: The epoch.
+            beside: What else the next start needs, JSON-able.
+            at_once: Whether it is to be saved although it was not long ago; of the same epoch nothing is saved twice.
+        """
+        if epoch == self._saved_epoch or (not at_once and time.monotonic() - self._saved_s < SAVE_EVERY_S):
             return
         data = io.BytesIO()
-        arrays: dict[str, Any] = self._counts.get_state()
+        arrays: dict[str, Any] = {_BESIDE: np.frombuffer(json.dumps(beside).encode(), np.uint8)}
+        arrays |= self._counts.get_state()
         np.savez(data, **arrays)
         held = data.getvalue()
         files = self._table.file_io
@@ -72,7 +81,7 @@ class VideoCounts:
             files.delete(path)
         with files.new_output_stream(path) as stream:
             stream.write(xxhash.xxh3_64_digest(held) + held)
-        self._saved_s = time.monotonic()
+        self._saved_s, self._saved_epoch = time.monotonic(), epoch
         for old in saved_epochs(self._table)[:-_KEPT]:
             files.delete_quietly(f"{self._folder}/counts-{old:012d}")
 
@@ -83,14 +92,30 @@ class VideoCounts:
             epoch: What it brings is to be counted next.
             since: Yields the epochs behind one, up to `epoch`, that excluded.
         """
-        begin = -1
-        for number in reversed(saved_epochs(self._table)):
-            if number < epoch and (data := self._read(number)) is not None:
-                self._counts.set_state(dict(np.load(io.BytesIO(data))))
-                begin = number
-                break
+        saved = [number for number in saved_epochs(self._table) if number < epoch]
+        begin = next((number for number in reversed(saved) if self.load(number) is not None), -1)
         for one in since(begin):
             self.add(one)
+
+    def load(self, epoch: int) -> dict[str, Any] | None:
+        """Takes over the counts that were saved behind an epoch; returns what was saved beside them, None where there are none.
+
+        Raises:
+            ValueError: They are of another `WindowCountsConfig`.
+        """
+        if epoch not in saved_epochs(self._table) or (data := self._read(epoch)) is None:
+            return None
+        arrays = dict(np.load(io.BytesIO(data)))
+        beside = json.loads(arrays.pop(_BESIDE).tobytes())
+        try:
+            self._counts.set_state(arrays)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} To count with other settings from now on, stop the ingest, remove {self._folder}/counts-*, and "
+                "start it again: counts are too low until the longest window is over"
+            ) from None
+        self._saved_epoch = epoch
+        return beside
 
     @property
     def _folder(self) -> str:

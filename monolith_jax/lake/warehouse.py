@@ -113,9 +113,9 @@ def open_table(config: WarehouseConfig, name: str) -> Any:
 
 def make_tables(config: WarehouseConfig, names: Sequence[str] = ()) -> None:
     """Makes the tables that are missing: all, or those named. Tables that are there stay as they are."""
+    catalog = catalog_of(config)
     from pypaimon import Schema  # pyright: ignore[reportMissingImports]
 
-    catalog = catalog_of(config)
     catalog.create_database(DATABASE, True)
     for name in names or TABLES:
         schema, primary, partition, options = layout_of(name)

@@ -1,15 +1,19 @@
 """A table as it grows: each row once, in order, and nothing of what merely rewrites it."""
 
+import threading
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 pytest.importorskip("pypaimon")
 
+from monolith_jax.lake import tidy
 from monolith_jax.lake.changelog import Changelog, Moment, read_at
-from monolith_jax.lake.commits import TableWriter, last_commit
+from monolith_jax.lake.commits import NOTHING, TableWriter, last_commit
 from monolith_jax.lake.jobs import TidyConfig
 from monolith_jax.lake.tidy import compact, expire, tidy_table
 from monolith_jax.lake.versions import FeatureState
@@ -17,12 +21,10 @@ from monolith_jax.lake.warehouse import add_columns, open_table
 from tests.lake.lake_of import Lake, make_lake, sorted_rows
 from tests.stream.event_log import World, make_world
 
-AT_ONCE = TidyConfig(retention_s=0.0, keep=1, orphan_s=0.0)
+AT_ONCE = TidyConfig(retention_s=0.0, keep=1, orphan_s=0.0, most_files=2)
 
 
 def upsert(lake: Lake, writer: str, epoch: int, rows: list[dict[str, Any]], name: str = "user_features") -> None:
-    import pyarrow as pa
-
     with closing(TableWriter(lake.warehouse, name, writer)) as one:
         one.write(pa.Table.from_pylist(rows, one.schema))
         one.commit(epoch, {"epoch": epoch})
@@ -104,16 +106,19 @@ def test_expiry_keeps_what_is_tagged_read_and_told(tmp_path: Path) -> None:
         upsert(lake, "busy", epoch, [user(2, epoch, str(epoch)), user(epoch, epoch, "x")])
     reader = lake.table("user_features")
     table = open_table(lake.warehouse, "user_features")
-    assert expire(lake.warehouse, "user_features", AT_ONCE) == (0, 0), "the oldest is the last of a writer"
-    upsert(lake, "quiet", 1, [user(1, 1, "at")])
     done = tidy_table(lake.warehouse, "user_features", AT_ONCE)
     assert done.files_before > done.files_after and done.snapshots_expired >= 11 and done.files_removed > 10
     assert sorted_rows(lake.rows("user_features")) == sorted_rows(reader.to_pylist())
     moment = Moment(table.tag_manager().get("then").id, "then")
     assert sorted_rows(read_at(table, moment).to_pylist()) == tagged
     assert last_commit(open_table(lake.warehouse, "user_features"), "busy").epoch == 11
-    assert last_commit(open_table(lake.warehouse, "user_features"), "quiet").told == {"epoch": 1}
+    # Writers go on, although the snapshots that told where they were are gone; and new ones begin.
+    for writer, epoch in (("quiet", 0), ("busy", 11)):
+        assert last_commit(open_table(lake.warehouse, "user_features"), writer).told == {"epoch": epoch}
+    assert last_commit(open_table(lake.warehouse, "user_features"), "new") == NOTHING
     upsert(lake, "busy", 12, [user(3, 99, "goes on")])
+    upsert(lake, "quiet", 0, [user(3, 100, "was there already")])
+    upsert(lake, "new", 0, [user(4, 4, "x")])
     assert len(lake.rows("user_features")) == 11
 
 
@@ -137,31 +142,29 @@ def test_compaction_of_appended_rows_keeps_their_order_and_what_comes_meanwhile(
         feed.send_world(World(world.impressions[:1500], first, {}))
         lake.examples(most_rows=40)
         before = lake.table("examples").sort_by("stream_row")
-        import monolith_jax.lake.tidy as tidy
+        rewrite, writers = tidy._rewrite, []
 
-        batches = tidy._batches
-
-        def slow(*arguments: Any) -> Any:
-            found = list(batches(*arguments))
+        def slow(*arguments: Any) -> int:
             feed.send_world(World(world.impressions[1500:], rest, {}))
-            lake.examples()
-            return found
+            writers.append(threading.Thread(target=lake.examples))
+            writers[-1].start()
+            time.sleep(1.0)
+            assert writers[-1].is_alive(), "writers wait"
+            return rewrite(*arguments)
 
-        monkeypatch.setattr(tidy, "_batches", slow)
+        monkeypatch.setattr(tidy, "_rewrite", slow)
         files, left = compact(lake.warehouse, "examples", AT_ONCE)
-        assert files > 5 and left == 1
+        assert files > 5 and left == 1 and len(writers) == 1
+        writers[0].join()
     after = lake.table("examples").sort_by("stream_row")
     assert after.num_rows > before.num_rows == 1500 and after.slice(0, 1500).to_pylist() == before.to_pylist()
     table = open_table(lake.warehouse, "examples")
-    (newest,) = [table.snapshot_manager().get_latest_snapshot()]
-    assert newest.commit_user == "tidy"
+    assert "tidy" in {one.commit_user for one in table.snapshot_manager().list_snapshots()}
     lake.examples()
     assert lake.table("examples").num_rows == after.num_rows, "its writer goes on behind it"
 
 
 def test_columns_that_came_later_are_null_before(tmp_path: Path) -> None:
-    import pyarrow as pa
-
     lake = make_lake(tmp_path)
     upsert(
         lake,
@@ -176,3 +179,15 @@ def test_columns_that_came_later_are_null_before(tmp_path: Path) -> None:
     upsert(lake, "one", 1, [row], "examples")
     assert [one["further"] for one in lake.rows("examples")] == [None, 0.5]
     assert old.poll().rows.num_rows == 2
+
+
+def test_rows_of_equal_times_stay_in_the_order_in_which_they_came(tmp_path: Path) -> None:
+    lake = make_lake(tmp_path)
+    with closing(TableWriter(lake.warehouse, "user_features_log", "one")) as writer:
+        for epoch in range(80):
+            row = {"event_time_ms": 5, "day": "1970-01-01", "user_id": 1, "activity_ms": 5, "last_video_id": epoch}
+            writer.write(pa.Table.from_pylist([row], writer.schema))
+            writer.commit(epoch, {})
+    assert compact(lake.warehouse, "user_features_log", AT_ONCE) == (80, 1)
+    rows = [row["last_video_id"] for row in lake.rows("user_features_log")]
+    assert rows == list(range(80))

@@ -13,6 +13,8 @@ pytest.importorskip("pypaimon")
 
 from monolith_jax.lake.commits import TableWriter
 from monolith_jax.lake.history import LakeConfig, LakeSource
+from monolith_jax.lake.jobs import TidyConfig
+from monolith_jax.lake.tidy import tidy_table
 from monolith_jax.lake.warehouse import open_table
 from monolith_jax.stream.log_source import LogSource
 from monolith_jax.types import Chunk
@@ -114,7 +116,7 @@ def _cuts_of(lake: Lake, index: int, parts: int, tmp_path: Path) -> Path:
     table = open_table(lake.warehouse, "examples")
     told = told_at(table, moment_of(table, ""))["parts"][str(index)]
     files = sorted(Path(table.table_path, "cuts").glob(f"{index}-*.jsonl"))
-    epochs = [[int(path.stem.partition("-")[2]), 0] for path in files]
+    epochs = [[int(path.stem.split("-")[1]), 0, path.stem.split("-")[2]] for path in files]
     whole = {"position": {**told["position"], "rewind": 0}, "epochs": epochs}
     folder = tmp_path / f"whole{index}"
     hand_over(table, index, whole, folder)
@@ -203,3 +205,36 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
 
 def _elsewhere(lake: Lake) -> Any:
     return dataclasses.replace(lake.warehouse, path=str(lake.folder / "nowhere"))
+
+
+def test_a_tag_keeps_all_that_going_on_from_it_needs(tmp_path: Path) -> None:
+    lake, (first, rest) = make_lake(tmp_path), halves(WORLD)
+    at_once = TidyConfig(retention_s=0.0, keep=1, orphan_s=0.0)
+    send(lake, first)
+    with closing(_examples(lake, 1)) as examples:
+        while sum(part.rows for part in examples._parts) < 300:
+            examples.step(0.5, 50)
+    tidy_table(lake.warehouse, "examples", at_once)
+    table = open_table(lake.warehouse, "examples")
+    assert table.snapshot_manager().get_latest_snapshot().commit_user == "tidy", "the tag is of a snapshot of tidying"
+    table.create_tag("then")
+    send(lake, rest)
+    with closing(_examples(lake, 1)) as examples:
+        for _ in range(3):
+            examples.step(0.5, 100)
+    tidy_table(lake.warehouse, "examples", at_once)
+    chunks = chunks_of(source(lake, as_of="then", log=lake.log()))
+    assert sum("log" in chunk.position for chunk in chunks) > 5
+    assert found_in(examples_of(chunks)) == WORLD.examples
+
+
+def test_a_second_join_is_refused_before_it_touches_anything(tmp_path: Path) -> None:
+    lake = make_lake(tmp_path)
+    send(lake, WORLD)
+    with closing(_examples(lake, 1)) as examples:
+        examples.step(0.5, 100)
+        with pytest.raises(ValueError, match="another process runs 'examples'"):
+            _examples(lake, 1)
+        examples.step(0.5, 100)
+    lake.examples()
+    assert found_in(examples_of(chunks_of(source(lake)))) == WORLD.examples

@@ -34,6 +34,7 @@ def arguments(folder: Path, *jobs: str) -> list[str]:
         (("show", "tidy"), (), "show or tag alone"),
         (("profiles",), (), "give --postgres"),
         (("tag",), (), "--name is missing"),
+        (("tag",), ("--name=7",), "means a snapshot"),
         (("ingest",), ("--gin.Experiment.source=@LogConfig()",), "never used"),
         (("ingest",), ("--gin.LakeJobsConfig.commit_s=0.0",), "commit_s must be above 0"),
         (("ingest",), ("--gin.WAREHOUSE=",), "WarehouseConfig.path is empty"),
