@@ -40,7 +40,7 @@ def save(table: Any, part: int, epoch: int, first: int, cuts: Sequence[Cut]) -> 
     return token
 
 
-def hand_over(table: Any, part: int, told: Mapping[str, Any], folder: Path) -> Position:
+def hand_over(table: Any, part: int, told: Mapping[str, Any], folder: Path, again: bool = False) -> Position:
     """Makes the cut log of a run folder, in place of one that is there, and returns where its stream goes on.
 
     Args:
@@ -48,12 +48,17 @@ def hand_over(table: Any, part: int, told: Mapping[str, Any], folder: Path) -> P
         part: Which partition of the stream.
         told: What the writer said of it last: `position`, and `epochs` that have files of cuts.
         folder: Where the cut log is to be.
+        again: Whether a cut log that was handed over at the same place stays, with what the run has added to it: a run that
+            goes back to before that place then takes the same cuts once more.
 
     Raises:
         ValueError: A file of cuts is missing or damaged.
     """
     position: dict[str, Any] = dict(told["position"])
     rewind, end = position["rewind"], position["cut"]
+    mark, place = folder / "handed_over.json", json.dumps([part, rewind, end, told["epochs"]])
+    if again and mark.exists() and mark.read_text() == place:
+        return position | {"pending": 0}
     shutil.rmtree(folder, ignore_errors=True)
     expected = None
     with closing(CutLog(folder, rewind)) as log:
@@ -75,6 +80,7 @@ def hand_over(table: Any, part: int, told: Mapping[str, Any], folder: Path) -> P
             f"{folder_of(table)} holds {there} of the cuts {rewind} to {end}, from which the stream of partition {part} goes "
             "on; were files removed? Take an older snapshot of `examples` (LakeConfig.as_of), or begin the log anew"
         )
+    mark.write_text(place)
     return position | {"pending": 0}
 
 

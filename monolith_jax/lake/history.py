@@ -230,7 +230,7 @@ class LakeSource:
                 f"{self.number}: to go on from the log, TrainConfig.partitions must be as many as launch.lake examples had"
             )
         for part, told in parts.items():
-            return hand_over(table, part, told, self.folder)
+            return hand_over(table, part, told, self.folder, again=True)
         return {}
 
     def _parts(self, told: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
