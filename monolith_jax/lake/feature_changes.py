@@ -56,7 +56,7 @@ class FeatureChanges:
             rows = self._followed[subject].poll().rows
         except Expired:
             changelog = _log_of(self._config, subject)
-            held = [(subject, batch) for batch in self._held(subject)]
+            held: Changes = [(subject, batch) for batch in self._held(subject)]
             self._followed[subject] = changelog
             return held
         return [(subject, batch) for batch in rows.to_batches(_ROWS)]
