@@ -27,6 +27,8 @@ VERSIONS = 4
 """Versions that are held of each row, for examples that come late."""
 _MOST_ROWS = 1 << 20
 """Changes that are held at a time."""
+_PIECE_ROWS = 1 << 16
+"""Changes that are taken in at a time."""
 _FAR_MS = 3_600_000
 """What is so far before the examples is not held to be walked through with them."""
 
@@ -64,10 +66,9 @@ class _Walk:
         builder = table.new_read_builder().with_filter(where)
         try:
             splits = builder.new_scan().plan().splits()
-            for split in sorted(splits, key=lambda one: one.partition.to_dict()[DAY]):
-                for batch in builder.new_read().to_arrow_batch_reader([split]):
-                    for first in range(0, batch.num_rows, _MOST_ROWS):
-                        yield batch.slice(first, _MOST_ROWS)
+            splits = sorted(splits, key=lambda one: one.partition.to_dict()[DAY])
+            readers = (builder.new_read().to_arrow_batch_reader([split]) for split in splits)
+            yield from _pieces(itertools.chain.from_iterable(readers))
         except Exception:
             table_at(self.table, self.moment)  # Says so if it has expired meanwhile.
             raise
@@ -126,6 +127,18 @@ class _Walk:
         self.rest = [joined.rest]
         self.until_ms = int(times[-1]) if self.until_ms is None else max(self.until_ms, int(times[-1]))
         return [joined.examples]
+
+
+def _pieces(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yields small batches together."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(one.num_rows for one in waiting) >= _PIECE_ROWS:
+            yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
+            waiting = []
+    if waiting:
+        yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
 
 
 def _moment_of(table: Any, tag: str) -> Moment:
