@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from monolith_jax.lake.agreement import Agreement
 from monolith_jax.lake.changelog import Changelog
+from monolith_jax.lake.feature_changes import FeatureChanges
 from monolith_jax.lake.tables import GROUPS, Subject
 from monolith_jax.lake.versions import FeatureState
 from monolith_jax.lake.warehouse import WarehouseConfig
@@ -34,16 +35,16 @@ class Agreeing:
         Raises:
             ValueError: There are no such tables.
         """
-        self._topic, self._config = impressions, config
+        self._topic = impressions
         self._events = Changelog(config, "events")
         self._states: dict[Subject, FeatureState] = {}
-        self._logs: dict[Subject, Changelog] = {}
+        self._changes = FeatureChanges(config)
         self.agreements: dict[Subject, Agreement] = {}
         for subject in GROUPS:
             self._states[subject] = FeatureState(subject, max_rows, VERSIONS)
-            self._logs[subject] = Changelog(config, f"{subject}_features_log")
             self.agreements[subject] = Agreement(subject)
-            for batch in Changelog(config, f"{subject}_features").whole().to_batches():
+        for found in self._changes.whole():
+            for subject, batch in found:
                 self._states[subject].apply(batch)
         self._waiting: list[pa.RecordBatch] = []
         self._newest_ms = 0
@@ -54,9 +55,9 @@ class Agreeing:
         """Takes in what has come, and checks the impressions whose time is past; returns how many."""
         # Events first: what they were served with is committed before them, or known to be on its way.
         events = self._events.poll().rows
-        for subject, log in self._logs.items():
-            for batch in log.poll().rows.to_batches():
-                self._states[subject].apply(batch)
+        for subject, state in self._states.items():
+            for _, batch in self._changes.poll(subject):
+                state.apply(batch)
         if events.num_rows:
             self._newest_ms = max(self._newest_ms, int(events.column("event_time_ms").to_numpy().max()))
             of_topic = events.column("topic").to_numpy(zero_copy_only=False) == self._topic

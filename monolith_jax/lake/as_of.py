@@ -67,6 +67,24 @@ def as_of_join(examples: pa.RecordBatch, changes: pa.RecordBatch, state: Feature
     return Joined(with_columns(examples, state.rows.decode(seen)), rest)
 
 
+def take_in(changes: pa.RecordBatch, state: FeatureState, until_ms: int) -> pa.RecordBatch:
+    """Takes changes in that count before a time, when no example is between them; returns the others.
+
+    Args:
+        changes: Rows of the features log, in any order, but of equal times in the order in which they were written.
+        state: Of the walk so far.
+        until_ms: An example of this time would see what is taken in.
+
+    Raises:
+        ValueError: The changes are no rows of a features log.
+    """
+    encoded = state.rows.encode(changes)
+    entries = encoded.entry_rows, encoded.entry_groups
+    early = encoded.times_ms[entries] < until_ms
+    state.write(encoded._replace(entry_rows=entries[0][early], entry_groups=entries[1][early]))
+    return changes.take(pa.array(entries[0][~early]))
+
+
 def _asked(examples: pa.RecordBatch, state: FeatureState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns ids, times, and which rows have both."""
     ids, has_id = ids_of(examples, key_of(state.subject), "the key of the features")

@@ -26,7 +26,7 @@ from monolith_jax.stream.history import take_over
 
 COUNTED = ("written", "ignored", "refused", "evicted", "without_id", "reads", "too_old")
 """What is counted: versions that were taken, versions that came so late that no room is left for them, versions of ids for
-which there is no room, ids that made room, rows without an id, groups that were read, and those of them that were too old."""
+which no room was found, ids that made room, rows without an id, groups that were read, and those of them that were too old."""
 _READS, _TOO_OLD = COUNTED.index("reads"), COUNTED.index("too_old")
 _WINDOW = 8
 """Rows that are looked at for each that must make room: the one of which nothing came for longest goes."""
@@ -92,9 +92,12 @@ class FeatureState:
     def write(self, changes: Encoded) -> None:
         """Takes changes in that `rows.encode` returned."""
         self._told[COUNTED.index("without_id")] += changes.without_id
-        rows = self._rows_for(changes, changes.entry_rows, changes.entry_groups)
-        entries = changes.entry_rows, changes.entry_groups
-        version_kernels.write(self._table, self._of_row, rows, *entries, changes.times_ms, changes.words, self._told)
+        # In pieces of which each finds room: else those that come last would find none, of however many at once.
+        for first in range(0, changes.entry_rows.size, self.max_rows):
+            piece = slice(first, first + self.max_rows)
+            entries = changes.entry_rows[piece], changes.entry_groups[piece]
+            rows = self._rows_for(changes, *entries)
+            version_kernels.write(self._table, self._of_row, rows, *entries, changes.times_ms, changes.words, self._told)
 
     def as_of(self, ids: np.ndarray, times_ms: np.ndarray, columns: Sequence[str] | None = None) -> pa.RecordBatch:
         """Returns what was known of ids just before times.
@@ -147,12 +150,22 @@ class FeatureState:
         of_entries = changes.times_ms[changes.entry_rows, changes.entry_groups]
         assert (np.diff(of_entries) >= 0).all(), "changes in the order of time"
         number = int(np.searchsorted(of_entries, times_ms.max())) if times_ms.size else 0
-        entries = changes.entry_rows[:number], changes.entry_groups[:number]
-        changed = self._rows_for(changes, *entries)
         seen, order = self._nothing(ids.size), np.argsort(times_ms, kind="stable")
-        of_changes = changed, *entries, changes.times_ms, changes.words
-        rows = self._lookup(ids, valid)
-        version_kernels.walk(self._table, self._of_row, rows, times_ms, order, *of_changes, *seen, self._told)
+        in_order, begin = times_ms[order], 0
+        for first in range(0, max(number, 1), self.max_rows):  # As `write` does.
+            last = min(first + self.max_rows, number)
+            end = int(np.searchsorted(in_order, of_entries[last], "right")) if last < number else order.size
+            entries = changes.entry_rows[first:last], changes.entry_groups[first:last]
+            changed = self._rows_for(changes, *entries)
+            of_changes = *entries, changes.times_ms, changes.words
+            rows, which = self._lookup(ids, valid), order[begin:end]
+            version_kernels.walk(self._table, self._of_row, rows, times_ms, which, changed, *of_changes, *seen, self._told)
+            # What no example of this piece was behind comes before those of the next.
+            left = first + int(np.searchsorted(of_entries[first:last], in_order[end - 1])) if end > begin else first
+            entries = changes.entry_rows[left:last], changes.entry_groups[left:last]
+            of_changes = *entries, changes.times_ms, changes.words
+            version_kernels.write(self._table, self._of_row, changed, *of_changes, self._told)
+            begin = end
         return seen, number
 
     def _nothing(self, number: int) -> Seen:
@@ -176,7 +189,7 @@ class FeatureState:
             return out
         # In stream order, so that who finds a place does not depend on where batches are cut.
         distinct, first, inverse = np.unique(changes.ids[entry_rows], return_index=True, return_inverse=True)
-        order = np.argsort(first)[: self.max_rows]
+        order = np.argsort(first)
         wanted = distinct[order]
         flat = np.full(distinct.size, -1, np.int64)
         flat[order] = self._lookup(wanted)

@@ -105,7 +105,29 @@ def test_ids_of_which_nothing_came_for_long_make_room() -> None:
     metrics = state.metrics()
     assert metrics["evicted"] == 215 - 50 and metrics["refused"] == 0
     state.apply(log_of("video", [counts(id, 50_000, id) for id in range(1000, 1060)]))
-    assert len(state) == 50 and state.metrics()["refused"] == 10, "more in one batch than there is room for"
+    assert len(state) == 50 and state.metrics()["refused"] == 0, "more in one batch than there is room for"
+    last = state.as_of(np.arange(1050, 1060), np.full(10, 60_000), ["video_views_5m"]).column(0).to_pylist()
+    assert last == list(range(1050, 1060))
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("rows", (1, 7, 40, 200))
+def test_those_that_changed_last_stay_however_many_come_at_once(rows: int) -> None:
+    log = log_of("video", [counts(id, 1000 + id, id) for id in range(200)])
+    state = FeatureState("video", 40)
+    for start in range(0, 200, rows):
+        state.apply(log.slice(start, rows))
+    known = state.as_of(np.arange(200), np.full(200, 2000), ["video_known"]).column(0).to_numpy(False)
+    assert known[180:].all() and not known[:120].any() and state.metrics()["refused"] == 0
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_walk_finds_room_for_those_that_come_last() -> None:
+    state, ids = FeatureState("video", 40), np.arange(0, 200, 5)
+    changes = state.rows.encode(log_of("video", [counts(id, 1000 + id, id) for id in range(200)]))
+    seen, taken = state.walk(ids, 1001 + ids, changes)
+    assert seen.known.all() and (seen.times_ms[:, 1] == 1000 + ids).all() and taken == 196
+    assert state.metrics()["refused"] == 0 and state.metrics()["evicted"] == 156
 
 
 @pytest.mark.usefixtures("at_once")
