@@ -245,7 +245,6 @@ def _agreement(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     _run_ingest(log, warehouse, folder, 0.2)
     cache = FeatureCache(FeatureCacheConfig(max_users=400_000, max_videos=100_000))
     states = {one: FeatureState(one, 400_000, 4) for one in ("user", "video")}
-    tables = {one: Changelog(warehouse, f"{one}_features", 0) for one in ("user", "video")}
     logs = {one: Changelog(warehouse, f"{one}_features_log", 0) for one in ("user", "video")}
     rng, epochs = np.random.default_rng(1), logs["user"].newest()
     each = -(-asked.lookups // (2 * epochs))
@@ -253,9 +252,8 @@ def _agreement(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for epoch in range(1, epochs + 1):
         newest = 0
         for subject in ("user", "video"):
-            for batch in tables[subject].poll(epoch).rows.to_batches():
-                cache.observe(subject, batch)
             for batch in logs[subject].poll(epoch).rows.to_batches():
+                cache.observe(subject, batch)
                 states[subject].apply(batch)
                 if subject == "user":
                     newest = max(newest, max(batch.column("event_time_ms").to_pylist(), default=0))

@@ -50,7 +50,7 @@ class LakeConfig:
     """Columns of features that examples are joined with, as they were at the moment of the impression: `user_country`,
     `video_views_1h`, ... In history only: in a log, impressions are logged with the features that they were shown by."""
     joined_rows: int = 1_000_000
-    """Users, and videos, whose features are held for that: those that changed last. About half a kilobyte each."""
+    """Users, and videos, whose features are held for that: all that change, or it is refused. About half a kilobyte each."""
     log: LogConfig | None = None
     """The log that the examples are of; None: it is not to be read."""
     follow: bool = True
@@ -255,7 +255,8 @@ class LakeSource:
         for part, walk in walks.items():
             if joined:
                 place = features.get(str(part))
-                walk.features = FeatureHistory(self.config.warehouse, joined, self.config.joined_rows, place)
+                tag = moment.tag
+                walk.features = FeatureHistory(self.config.warehouse, joined, self.config.joined_rows, place, tag)
                 walk.before = walk.features.position
         while waiting := [part for part in parts if walks[part].rows < parts[part]["rows"]]:
             part = min(waiting, key=lambda one: (walks[one].time_ms, one))
