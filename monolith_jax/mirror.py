@@ -5,6 +5,9 @@ In: a run folder with a snapshot that is whole, and a path or URL (`s3://`, `hdf
 `beside/<name>/<size>-<time>`; and, last of all, `manifests/<step>.json`, which names every file. A snapshot without a readable
 manifest is not there, and no file is written twice: whatever is cut short, by a kill or by the network, is never taken. A file
 beside the snapshots may be longer than its snapshot knows; a run that goes on cuts it.
+
+Copies are made beside the training, one at a time, from hard links in `.mirrored/` of the run folder, so that what the run
+deletes meanwhile is still copied whole. Training, saving and the end of the process wait for none of them longer than is said.
 """
 
 from __future__ import annotations
@@ -13,13 +16,13 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import xxhash
 from pyarrow import fs
 
@@ -27,11 +30,32 @@ from monolith_jax.ids.messages import everyone
 from monolith_jax.stream.remote import RemotePath, is_remote
 from monolith_jax.types import Exchange
 
-_FAULTS = (OSError, pa.ArrowException)
+DEADLINE_S = 300.0
+"""After so long a copy counts as not made: people are told, and the end of the run waits no longer. The copy itself goes on."""
 _PIECE_BYTES = 8 << 20
 _AT_ONCE = 8
 _DELTAS = "deltas"
 """What is published does not go with the snapshots: it has a place of its own where it is to outlive the machine."""
+_SPILL = "spill"
+"""What a joiner has no memory for (see `stream.spill`); a run that goes on empties it."""
+_LINKS = ".mirrored"
+_SPARSE_BYTES, _SPARSE = 1 << 30, 16
+"""A file of so many bytes with holes and less than that part of them on disk is room that a store set apart."""
+
+
+@dataclass(eq=False)
+class _Sent:
+    """A snapshot on its way."""
+
+    step: int
+    files: dict[str, Path]
+    """By their names in the run folder: where they are read."""
+    tell: Callable[[str], None]
+    whole: float = field(default_factory=time.monotonic)
+    """Since when it is to be copied."""
+    told: bool = False
+    timer: threading.Timer = field(init=False)
+    """Says that it takes too long."""
 
 
 class Mirror:
@@ -44,6 +68,9 @@ class Mirror:
             place: Where the mirror is; no other run may have it.
             folder: The run's own snapshots, in its run folder.
             keep: Snapshots kept in the mirror.
+
+        Raises:
+            ValueError: The place is in the run folder.
         """
         self.place, self._folder, self._run, self._keep = place.rstrip("/"), folder, folder.parent, keep
         self.origin = ""
@@ -54,32 +81,106 @@ class Mirror:
             self._files, self._at = RemotePath(self.place).filesystem()
         else:
             self._files, self._at = fs.LocalFileSystem(), str(Path(self.place).absolute())
+            if Path(self.place).resolve().is_relative_to(self._run.resolve()):
+                raise ValueError(f"it is in the run folder {self._run}, and would be lost with it; name a place outside")
+        self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
+        self._running: _Sent | None = None
+        self._next: _Sent | None = None
 
     def steps(self) -> list[int]:
         """Returns the steps of all snapshots that are whole there, ascending."""
         found = [int(name[:-5]) for name, _ in self._listed("manifests") if name[:-5].isdigit() and name.endswith(".json")]
         return [step for step in sorted(found) if self._manifest(step)]
 
-    def try_to_put(self, step: int) -> str:
-        """Calls `put`; returns what came of it, for people. A place that cannot be reached stops no training."""
-        self.behind = ""
-        try:
-            return f"; in {self.place} after {self.put(step):.1f} s more"
-        except _FAULTS as error:
-            self.behind = f"the snapshot of step {step} is in {self._folder}, but not in {self.place}: {error}"
-            return f"; NOT in {self.place}, the next one may be: {error}"
+    def send(self, step: int, tell: Callable[[str], None]) -> None:
+        """Copies a snapshot that is whole here in a thread of its own; a place that cannot be reached stops no training.
 
-    def put(self, step: int) -> float:
-        """Copies a snapshot that is whole here; returns the seconds it took. Removes those that are not kept, and leftovers.
+        One copy runs at a time. One that still runs is left to finish, and the newest snapshot that was sent meanwhile is
+        copied after it; those between are not. A copy that has not ended after `DEADLINE_S` goes on, but counts as not made.
+
+        Args:
+            step: Of the snapshot; the run may delete it as soon as this returns.
+            tell: Is called once, mostly in another thread, with what came of it, for people: at the end of the copy, when the
+                deadline has passed or another copy's had already, or as soon as a newer snapshot takes its turn.
+        """
+        sent, passed = _Sent(step, self._linked(step), tell), None
+        over = f"the copy has not ended after {DEADLINE_S:,.0f} s; it goes on"
+        sent.timer = threading.Timer(DEADLINE_S, self._say, (sent, over, True))
+        sent.timer.daemon = True
+        with self._lock:
+            late = self._running if self._running and self._running.told else None
+            if self._running:
+                passed, self._next = self._next, sent
+            else:
+                self._running = sent
+                threading.Thread(target=self._copy_all, name="mirror", daemon=True).start()
+            if passed:
+                self._say(passed, f"the copy before it still runs, step {step:,} comes next")
+                self._unlink(passed)
+            if late:
+                self._say(sent, f"the copy of step {late.step:,} has not ended after {time.monotonic() - late.whole:,.0f} s")
+            else:
+                sent.timer.start()
+
+    def wait(self) -> None:
+        """Waits for the copies that were sent, at most `DEADLINE_S`; then `behind` is right, whatever they come to later."""
+        with self._lock:
+            if not self._idle.wait_for(lambda: not self._running, DEADLINE_S):
+                for sent in filter(None, (self._running, self._next)):
+                    self._say(sent, f"its copy has not ended, and the end of the run waited {DEADLINE_S:,.0f} s for it")
+
+    def catch_up(self) -> None:
+        """Sends the newest snapshot here if it is not there: a run may end between the two.
+
+        Raises:
+            OSError: The place cannot be reached.
+        """
+        shutil.rmtree(self._run / _LINKS, ignore_errors=True)
+        here = self._newest_here()
+        if here is not None and here > max(self.steps(), default=-1):
+            self.send(here, lambda _: None)
+
+    def _copy_all(self) -> None:
+        """Copies what was sent until there is nothing more."""
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # The devices and the planner go first.
+        while sent := self._running:
+            fault = ""
+            try:
+                self._put(sent.step, sent.files)
+            except Exception as error:  # Clients raise whatever they meet: fsspec's a RuntimeError, a ValueError.
+                fault = f"{error}" or type(error).__name__
+            with self._lock:
+                self._unlink(sent)
+                self._say(sent, fault)
+                self._running, self._next = self._next, None
+                self._idle.notify_all()
+
+    def _say(self, sent: _Sent, fault: str, unless_told: bool = False) -> None:
+        """Tells once what came of a copy; no fault: it is there."""
+        with self._lock:
+            if unless_told and sent.told:
+                return
+            first, sent.told = not sent.told, True
+            sent.timer.cancel()
+            self.behind = fault and f"the snapshot of step {sent.step} is in {self._folder}, but not in {self.place}: {fault}"
+        if first:
+            there = f"; in {self.place} after {time.monotonic() - sent.whole:.1f} s more"
+            sent.tell(f"; NOT in {self.place}, the next one may be: {fault}" if fault else there)
+
+    def put(self, step: int) -> None:
+        """Copies a snapshot that is whole here. Removes those that are not kept, and leftovers.
 
         Raises:
             OSError: The place cannot be reached or is full; the snapshots that were whole there still are.
         """
-        started = time.monotonic()
-        snapshot = self._folder / str(step)
+        self._put(step, self._files_of(step))
+
+    def _put(self, step: int, sources: dict[str, Path]) -> None:
+        """Copies the files of a snapshot, which are all there or missed, and what is beside it."""
         self._remove_file(f"manifests/{step}.json")
-        names = sorted(str(path.relative_to(self._run)) for path in snapshot.rglob("*") if path.is_file())
-        files = dict(zip(names, self._each(lambda name: self._put_file(name, name), names), strict=True))
+        files = dict(zip(sources, self._each(lambda name: self._put_file(sources[name], name), sources), strict=True))
         before = self._manifest(max(self.steps(), default=-1)) or {"beside": {}}
         names = self._beside()
         beside = dict(zip(names, self._each(lambda name: self._put_beside(name, before["beside"]), names), strict=True))
@@ -87,7 +188,36 @@ class Mirror:
         with self._writing(f"manifests/{step}.json") as stream:
             stream.write(json.dumps(manifest).encode())
         self._prune(step)
-        return time.monotonic() - started
+
+    def _files_of(self, step: int) -> dict[str, Path]:
+        snapshot = self._folder / str(step)
+        paths = sorted(path for path in snapshot.rglob("*") if path.is_file())
+        return {f"{self._folder.name}/{snapshot.name}/{path.relative_to(snapshot)}": path for path in paths}
+
+    def _linked(self, step: int) -> dict[str, Path]:
+        """Returns the files of a snapshot by hard links; the files themselves where the file system has none."""
+        files = self._files_of(step)
+        try:
+            with self._lock:
+                for name, path in files.items():
+                    to = self._run / _LINKS / name
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    os.link(path, to)
+        except OSError:  # Then a snapshot that goes meanwhile is not copied: `_put` misses its files by name.
+            return files
+        return {name: self._run / _LINKS / name for name in files}
+
+    def _unlink(self, sent: _Sent) -> None:
+        """Removes the links of a snapshot."""
+        with self._lock:
+            links = self._run / _LINKS
+            shutil.rmtree(links / self._folder.name / str(sent.step), ignore_errors=True)
+            with contextlib.suppress(OSError):  # Another snapshot has its own there.
+                (links / self._folder.name).rmdir()
+                links.rmdir()
+
+    def _newest_here(self) -> int | None:
+        return max((int(path.name) for path in self._folder.glob("*") if path.name.isdigit()), default=None)
 
     def fetch(self) -> int | None:
         """Copies the newest snapshot to the run folder where there is none; returns its step, None where nothing had to come.
@@ -98,7 +228,7 @@ class Mirror:
         """
         started = time.monotonic()
         folder = self._folder
-        here = max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=None)
+        here = self._newest_here()
         newest = max(self.steps(), default=None)
         if newest is None or here is not None:
             if newest is not None and here is not None and newest > here:
@@ -128,20 +258,46 @@ class Mirror:
         return newest
 
     def _beside(self) -> list[str]:
-        """Returns the files that go with the snapshots."""
-        found = (path.relative_to(self._run) for path in self._run.rglob("*") if path.is_file())
-        return sorted(
-            str(name) for name in found if name.parts[0] not in (self._folder.name, _DELTAS) and name.parts[0][0] != "."
-        )
+        """Returns the files that go with the snapshots: no spill, nothing hidden, no file that is mostly holes."""
+        found: list[str] = []
+        for folder, folders, names in os.walk(self._run):
+            top = Path(folder) == self._run
+            skipped = (_SPILL, self._folder.name, _DELTAS) if top else (_SPILL,)
+            folders[:] = [name for name in folders if name not in skipped and name[0] != "."]
+            paths = [Path(folder, name) for name in names if name not in skipped and name[0] != "."]
+            found += [str(path.relative_to(self._run)) for path in paths if path.is_file() and not _is_sparse(path)]
+        return sorted(found)
 
     def _each(self, work: Callable[[str], Any], names: Iterable[str]) -> list[Any]:
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return list(pool.map(work, names))
+        """Works at several names at once; in threads that the end of the process does not wait for."""
+        names = list(names)
+        done: list[Any] = [None] * len(names)
+        todo, lock, faults = iter(enumerate(names)), threading.Lock(), list[BaseException]()
 
-    def _put_file(self, name: str, to: str, most_bytes: int | None = None) -> tuple[int, str]:
+        def go_on() -> None:
+            while not faults:
+                with lock:
+                    index, name = next(todo, (-1, ""))
+                if index < 0:
+                    return
+                try:
+                    done[index] = work(name)
+                except BaseException as fault:  # The caller's to see.
+                    faults.append(fault)
+
+        threads = [threading.Thread(target=go_on, name="mirror", daemon=True) for _ in range(min(_AT_ONCE, len(names)))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if faults:
+            raise faults[0]
+        return done
+
+    def _put_file(self, path: Path, to: str, most_bytes: int | None = None) -> tuple[int, str]:
         """Copies a file, or its first bytes; returns its size and checksum."""
         told, size = xxhash.xxh3_64(), 0
-        with (self._run / name).open("rb") as file, self._writing(to) as stream:
+        with path.open("rb") as file, self._writing(to) as stream:
             while piece := file.read(_PIECE_BYTES if most_bytes is None else min(_PIECE_BYTES, most_bytes - size)):
                 stream.write(piece)
                 told.update(piece)
@@ -154,7 +310,7 @@ class Mirror:
             stat = (self._run / name).stat()
             to = f"beside/{name}/{stat.st_size}-{stat.st_mtime_ns}"
             known = before.get(name)
-            return known if known and known[0] == to else [to, *self._put_file(name, to, stat.st_size)]
+            return known if known and known[0] == to else [to, *self._put_file(self._run / name, to, stat.st_size)]
         except FileNotFoundError:
             return None
 
@@ -212,8 +368,20 @@ class Mirror:
                     self._files.delete_dir(f"{self._at}/{self._folder.name}/{name}")
 
 
+def _is_sparse(path: Path) -> bool:
+    """Returns whether a large file is mostly holes."""
+    try:
+        stat = path.stat()
+        if stat.st_size < _SPARSE_BYTES or stat.st_blocks * 512 > stat.st_size // _SPARSE:
+            return False
+        with path.open("rb") as file:  # Some file systems press files, or count blocks late: those have no holes.
+            return os.lseek(file.fileno(), 0, os.SEEK_HOLE) < stat.st_size
+    except OSError:
+        return False
+
+
 def open_mirror(place: str, folder: Path, keep: int, exchange: Exchange | None) -> Mirror | None:
-    """Fetches the newest snapshot if the folder has none. Process 0 has the mirror; the others wait until that is done.
+    """Fetches the newest snapshot if the folder has none, sends it if the mirror has not. Process 0 has it.
 
     Raises:
         ValueError: The mirror is ahead of the folder, damaged or not to be reached; in all processes.
@@ -223,7 +391,8 @@ def open_mirror(place: str, folder: Path, keep: int, exchange: Exchange | None) 
         try:
             mirror = Mirror(place, folder, keep)
             mirror.fetch()
-        except (*_FAULTS, ValueError, ImportError) as error:
+            mirror.catch_up()
+        except Exception as error:  # Every one: the other processes wait to hear of it.
             failed = f"SnapshotConfig.mirror = {place!r}: {error}"
     if failed := everyone(exchange, failed)[0]:
         raise ValueError(failed)

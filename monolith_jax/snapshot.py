@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class SnapshotConfig:
     """Snapshots kept; older ones are deleted."""
     mirror: str = ""
     """A second place for what a run goes on from: a folder, `s3://bucket/run` or `hdfs://namenode:port/run`. Each snapshot is
-    copied there when it is whole; a run whose own folder holds none goes on from the newest there. Empty: none."""
+    copied there when it is whole, beside the training, which waits for no copy; the end of the run waits 300 s at most. A run
+    whose own folder holds none goes on from the newest there. Not a folder in the run folder. Empty: none."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Snapshots:
             config: How many are kept.
             folder: Where they are.
             read_only: Leaves the folder as it is: another process may be writing there.
-            tell: Is called in another thread when a snapshot is whole.
+            tell: Is called in another thread when a snapshot is whole; with a mirror, when its copy has ended or is late.
             exchange: To the other processes that save and restore together; none: this is the only one.
 
         Raises:
@@ -182,14 +183,23 @@ class Snapshots:
                 self._manager.wait_until_finished()
                 seconds = time.monotonic() - started
                 if begun:
-                    mirrored = self._mirror.try_to_put(step) if self._mirror else ""
-                    if self._tell:
-                        self._tell(Committed(step, folder_bytes(self._folder / str(step)), seconds, mirrored))
+                    committed = Committed(step, folder_bytes(self._folder / str(step)), seconds)
+                    if self._mirror:
+                        self._mirror.send(step, lambda mirrored: self._tell_of(replace(committed, mirrored=mirrored)))
+                    else:
+                        self._tell_of(committed)
             except Exception as error:  # Every error is the caller's to see.
                 self._failed = error
 
         self._writer = threading.Thread(target=write, name="snapshot")
         self._writer.start()
+
+    def _tell_of(self, committed: Committed) -> None:
+        try:
+            if self._tell:
+                self._tell(committed)
+        except Exception as error:  # Every error is the caller's to see.
+            self._failed = error
 
     def _join(self) -> None:
         """Waits for the thread that writes; raises what it met."""
@@ -314,7 +324,7 @@ class Snapshots:
         self._join()
 
     def close(self) -> None:
-        """Waits for the background write, then releases the folder.
+        """Waits for the background write and for the last copy to the mirror (`mirror.DEADLINE_S` at most); frees the folder.
 
         Raises:
             Exception: Whatever the background write met.
@@ -324,6 +334,9 @@ class Snapshots:
             self._join()
         finally:
             self._manager.close()
+            if self._mirror:
+                self._mirror.wait()
+        self._join()  # What a telling met.
         if self._mirror and self._mirror.behind:
             raise ValueError(self._mirror.behind)
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 _HEADER = 64
 """Bytes before a batch: number of its schema and length, int64 each, and what aligns the batch."""
 _MOST_BYTES = 1 << 38
-"""Room in the address space; the file is as large as what it held at the most."""
+"""Room in the address space, and the file's size: it has holes, and takes as much of the disk as it held at the most."""
 
 
 class Spill:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,6 +50,34 @@ def test_a_snapshot_comes_back_from_hdfs(hdfs: HdfsServer, tmp_path: Path) -> No
 
 def test_a_run_goes_on_from_the_mirror(whole: Path, place: str, tmp_path: Path) -> None:
     test_mirror.check_run_goes_on(whole, tmp_path / "run", place)
+
+
+SENDS = """
+import sys
+from pathlib import Path
+from monolith_jax import mirror
+mirror.DEADLINE_S = 2.0
+here = mirror.Mirror(sys.argv[1], Path(sys.argv[2]), 1)
+here.send(5, print)
+here.wait()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["s3", "hdfs", "webhdfs"])
+def test_a_server_that_never_answers_holds_no_process(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if scheme == "hdfs":
+        pytest.importorskip("hdfs_native")
+    (tmp_path / "run" / "snapshots" / "5").mkdir(parents=True)
+    (tmp_path / "run" / "snapshots" / "5" / "a").write_text("x")
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+            monkeypatch.setenv(name, "any")
+        place = "s3://bucket/run" if scheme == "s3" else f"{scheme}://{address}/run"
+        command = [sys.executable, "-c", SENDS, place, str(tmp_path / "run" / "snapshots")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=test_flow.ROOT)
+    assert done.returncode == 0 and done.stdout.count(f"; NOT in {place}, ") == 1, done.stdout + done.stderr
 
 
 UPLOADS = """
