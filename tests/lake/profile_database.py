@@ -22,6 +22,8 @@ CREATE TABLE video_profiles (
     video_id bigint PRIMARY KEY, author_id bigint, sound_id integer, tag_id bigint[], duration_ms integer, quality numeric
 );
 CREATE TABLE other (id bigint);
+ALTER TABLE user_profiles REPLICA IDENTITY FULL;
+ALTER TABLE video_profiles REPLICA IDENTITY FULL;
 """
 COLUMNS = {
     "user": "user_id, country, language, age",
@@ -123,5 +125,5 @@ def read_until_quiet(reader: ProfileReader, lake: Lake, quiet_s: float = 0.3) ->
     while quiet < 2:
         changes = reader.poll(quiet_s)
         lake.add(changes)
-        quiet = 0 if changes.num_rows or changes.position == START else quiet + 1
+        quiet = 0 if changes.num_rows or changes.position == START or reader.is_away else quiet + 1
     return changes.position
