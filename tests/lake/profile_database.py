@@ -44,12 +44,12 @@ def administrate(server: PostgresServer, statement: str) -> list[tuple[Any, ...]
 
 
 @contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[PostgresServer]:
+def running_server(folder: Path, settings: dict[str, str] | None = None) -> Iterator[PostgresServer]:
     """Gives a server to tests that may kill it, and leave it running; skips where there is none, unless one is required."""
     if why := missing():
         assert not os.environ.get(REQUIRED), why
         pytest.skip(why)
-    server = PostgresServer(folder)
+    server = PostgresServer(folder, settings)
     server.start()
     yield server
     server.stop()
