@@ -59,7 +59,7 @@ def connect(config: PostgresConfig, strict: bool, replicating: bool = False) -> 
         # Not what libpq says of it: that may hold a part of a password.
         raise ValueError("PostgresConfig.dsn is no address as libpq takes it: 'host=... user=... dbname=...'") from None
     factory = LogicalReplicationConnection if replicating else None
-    more = {} if "connect_timeout" in parsed else {"connect_timeout": CONNECT_S}
+    more: dict[str, Any] = {} if "connect_timeout" in parsed else {"connect_timeout": CONNECT_S}
     try:
         # Whatever the database's encoding is: this is UTF-8.
         return psycopg2.connect(config.dsn, connection_factory=factory, client_encoding="UTF8", **more)

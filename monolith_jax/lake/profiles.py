@@ -48,8 +48,9 @@ class Profiles:
             self._number, self._is_whole = 0, True
             if any(one.last.epoch < last.epoch for one in self._writers.values()):
                 self._begin, self._end = last.told["begin"], last.told["end"]
+                self.position = self._begin
             # A transaction at a time where an epoch is made again, so as to stop exactly where it ended.
-            self._reader = self._new_reader(self._begin, max_rows=1) if self._end else self._new_reader(self.position)
+            self._reader = self._new_reader(self.position, **({"max_rows": 1} if self._end else {}))
             opened.callback(lambda: self._reader.close())
             if self._end and self._begin == START:
                 self._start_over()
@@ -134,7 +135,7 @@ class Profiles:
             self._begin = changes.position
         number = self._number - before
         self._commit(self.epoch, {})
-        self._go_on_at(self.position)
+        self._go_on_at(self._end)
         return number
 
     def _start_over(self) -> None:

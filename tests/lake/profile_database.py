@@ -88,6 +88,13 @@ class Database:
             cursor.execute(statement, values)
             return cursor.fetchall() if cursor.description else []
 
+    def drop_slot(self) -> None:
+        """Drops the replication slot, once the server has noticed that nobody reads it any longer."""
+        query, until = "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s AND active", time.monotonic() + 10
+        while self.run(query, self.name) and time.monotonic() < until:
+            time.sleep(0.02)
+        self.run("SELECT pg_drop_replication_slot(%s)", self.name)
+
     def config(self, **fields: Any) -> PostgresConfig:
         return PostgresConfig(**{"dsn": self.dsn, "slot": self.name, **fields})
 

@@ -173,7 +173,7 @@ def test_an_older_lake_has_all_rows_read_again(database: Database, gone: bool, c
     reader.close()
     time.sleep(0.2)
     if gone:
-        database.run("SELECT pg_drop_replication_slot(%s)", database.name)
+        database.drop_slot()
     reader = ProfileReader(database.config(snapshot_ms=0, start_over=gone), position)
     changes = reader.poll(5)
     assert changes.position == START and "all profiles are read again" in caplog.text

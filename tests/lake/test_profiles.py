@@ -190,7 +190,7 @@ def test_a_crash_while_all_rows_are_read_again_loses_nothing(
     database.run("INSERT INTO user_profiles SELECT 'x', i, 'de', 'de', 0 FROM generate_series(1, 5) AS i")
     database.run("INSERT INTO video_profiles VALUES (9, 5, 7, '{1,2}', 9000, 0.5)")
     bring_in(database, lake)
-    database.run("SELECT pg_drop_replication_slot(%s)", database.name)
+    database.drop_slot()
     database.run("UPDATE user_profiles SET age = 1; UPDATE video_profiles SET author_id = 6")
     with closing(Profiles(database.config(), lake.warehouse)) as profiles:
         for _ in range(2):

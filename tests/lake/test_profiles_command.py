@@ -82,5 +82,8 @@ def test_it_ends_when_it_is_told_to_while_it_waits_for_a_transaction(tmp_path: P
         while not database.run(query) and time.monotonic() < until:
             time.sleep(0.1)
         running.send_signal(signal.SIGTERM)
-        told, _ = running.communicate(timeout=10)
+        try:
+            told, _ = running.communicate(timeout=10)
+        finally:
+            running.kill()
     assert running.returncode == 0 and f"{WRITER} ended: 0 changes" in told, told
