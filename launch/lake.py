@@ -42,6 +42,8 @@ _WHAT = (
 _USAGE = "--workdir=FOLDER [--until_end] [...] JOB [JOB ...]"
 _EPOCH_BYTES, _EPOCH_ROWS = 64 << 20, 1 << 20
 _LINE_EVERY_S = 10.0
+_AWAY_S = 30.0
+"""`profiles --until_end` gives up when there was no database for so long at the start."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,11 +193,10 @@ def _profiles(asked: argparse.Namespace, lake: LakeConfig, stop: threading.Event
     assert lake.jobs.postgres is not None
     profiles, line = Profiles(lake.jobs.postgres, lake.warehouse), _Line("profiles", "changes")
     try:
-        while not stop.is_set():
+        end = profiles.end_now(_AWAY_S, stop) if asked.until_end else None
+        while not stop.is_set() and (end is None or profiles.position < end):
             number = profiles.step(min(lake.jobs.commit_s, 0.2))
             line.told(number, profiles.epoch, profiles.set_aside)
-            if asked.until_end and not number:
-                break
     finally:
         profiles.close()
         line.end()

@@ -29,6 +29,8 @@ CREATE TABLE user_profiles (user_id bigint PRIMARY KEY, country text, language t
 CREATE TABLE video_profiles (
     video_id bigint PRIMARY KEY, author_id bigint, sound_id bigint, tag_id bigint[], duration_ms integer, quality float8
 );
+ALTER TABLE user_profiles REPLICA IDENTITY FULL;
+ALTER TABLE video_profiles REPLICA IDENTITY FULL;
 """
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from monolith_jax.lake.counters import WindowCountsConfig
+
+_PASSWORD = re.compile(r"(^|[\s?&])(ssl)?password\s*=|^\s*\w+://[^:/?@]*:[^/?]*@", re.IGNORECASE)
+"""In the address of a database, in either of its forms."""
 
 
 @dataclass(frozen=True)
@@ -12,9 +16,10 @@ class PostgresConfig:
     """Where profiles are."""
 
     dsn: str
-    """Address, as libpq takes it: `host=... user=... dbname=...`. The user has REPLICATION, and may read the tables."""
+    """Address, as libpq takes it: `host=... user=... dbname=...`. The user has REPLICATION, and may read the tables. A password
+    stands in PGPASSWORD or in `~/.pgpass`, not here."""
     user_table: str = "user_profiles"
-    """Table of users, `name` or `schema.name`. Empty: none."""
+    """Table of users, `name` or `schema.name`; its REPLICA IDENTITY is FULL. Empty: none."""
     video_table: str = "video_profiles"
     """Table of videos. Empty: none."""
     user_columns: tuple[tuple[str, str], ...] = ()
@@ -33,6 +38,14 @@ class PostgresConfig:
     """Rows of one `ProfileChanges`, about: transactions are whole, however large they are."""
     ignore_truncate: bool = False
     """TRUNCATE, which does not say whose profiles are gone, does nothing. False: it is an error."""
+    start_over: bool = False
+    """Where the slot is gone, or no longer has what changed since the lake was written, all profiles are read again, with the
+    time of then. What was changed in between has no history, and who was deleted in between stays. False: it is an error."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if the address holds a password."""
+        if _PASSWORD.search(self.dsn):
+            raise ValueError("PostgresConfig.dsn holds a password, which is read by many: set PGPASSWORD, or write ~/.pgpass")
 
 
 @dataclass(frozen=True, kw_only=True)

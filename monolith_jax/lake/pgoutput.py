@@ -3,7 +3,7 @@
 In: messages of the protocol, and which tables and columns tell profiles. Out: Arrow rows of a subject's id, the time of the
 commit, and the columns of the group `profile`; a row that was deleted is one of nulls. A transaction comes whole, after its
 commit. A long value that an update did not touch is not told ("unchanged"): the old row has it where the table's replica
-identity is FULL, and whoever reads has to look it up where it is not.
+identity is FULL. Where it was not, whoever reads has to look it up, and gets that of now.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ them. The server keeps all changes (a replication slot) until they are confirmed
 them: one who is killed reads some changes again, which alters nothing, since they have the time of their commit.
 
 First come the rows that are there, with the time `snapshot_ms`: those of the very moment from which on the slot tells changes.
-No module but this one imports psycopg2.
+They come again, with the time of then, when the slot is ahead of the lake. That is so when the lake is an older one, restored;
+or when the server was told of changes of other tables and the lake was killed before it noted that. What was changed in between
+is made up for so, but for its history, and for rows that were deleted: those stay.
 """
 
 from __future__ import annotations
@@ -14,29 +16,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import select
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from monolith_jax.lake.jobs import PostgresConfig
-from monolith_jax.lake.pgoutput import UNCHANGED, Decoder, ProfileRows, ProfileTable, Row, identity_missing, profile_of
-from monolith_jax.lake.tables import Subject, key_of
-
-try:
-    import psycopg2
-    from psycopg2 import sql
-    from psycopg2.extras import LogicalReplicationConnection
-except ImportError as error:
-    raise ImportError("changes of PostgreSQL need the extra `lake`: pip install 'monolith_jax[lake]'") from error
+from monolith_jax.lake.pgoutput import UNCHANGED, Decoder, ProfileRows, ProfileTable, Row
+from monolith_jax.lake.postgres_checks import Slot, connect, end_of, gap_behind, psycopg2, publish, slot_of, sql, table_of
+from monolith_jax.lake.tables import Subject
 
 LOGGER = logging.getLogger("monolith_jax.postgres")
 LOGGER.addHandler(logging.NullHandler())
 START = 0
 """Position before anything: the rows that are there come first."""
-_PAUSE_S = 0.1
+RETRY_S = 1.0
+"""Time between two tries to connect."""
+_WAIT_S = 0.05
 # Not there, starting, ending, out of connections; a slot that the server thinks is still read by one who was killed.
 _PASSING = ("08", "57P", "53")
 _IN_USE = "55006"
@@ -48,7 +47,7 @@ class ProfileChanges:
 
     position: int
     """Up to here (LSN) everything is in these changes and those before, and nothing of what is behind. `START`: not all rows of
-    the start have come."""
+    the start have come, or not all that are read again."""
     rows: dict[Subject, pa.RecordBatch] = field(default_factory=dict)
     """Of each subject that has any, columns as in `profile_schema`."""
 
@@ -76,16 +75,24 @@ class ProfileReader:
         if not config.user_table and not config.video_table:
             raise ValueError("PostgresConfig names neither a user_table nor a video_table")
         self._config = config
-        self._position = position
-        self._snapshot: Iterator[ProfileChanges] | None = None
+        self._position, self._snapshot_ms = position, config.snapshot_ms
+        self._snapshot: Generator[ProfileChanges] | None = None
         self._stream: Any = None
         self._query: Any = None
         self._decoder: Decoder | None = None
         self._set_aside = 0
+        self._was_there = False
+        self._retry_at = 0.0
+        self._told_at: Any = None
+        self.is_away = False
+        """Whether there is no connection, and was none at the last try."""
+        self.answered = START
+        """Up to here psycopg2 may have confirmed by itself: what other tables wrote, when the server asked."""
         self.num_reconnects = 0
         """Times that a connection was lost, or not to be had."""
         self.num_looked_up = 0
-        """Rows whose unchanged long values had to be looked up, since the table's replica identity is not FULL."""
+        """Changes whose unchanged long values had to be looked up, so that they have those of now: made when the table's
+        replica identity was not FULL, which is refused at the start."""
 
     @property
     def num_set_aside(self) -> int:
@@ -95,24 +102,47 @@ class ProfileReader:
     def poll(self, timeout_s: float = 0.0) -> ProfileChanges:
         """Returns what has changed: what is there at once, else what comes first in so many seconds.
 
-        While the server is away there are no changes. The position may advance without any row.
+        While the server is away, or a transaction has to end before all rows can be read, there are no changes. The position
+        may advance without any row, and go back to `START`: then all rows come again.
 
         Raises:
-            ValueError: The server's tables, slot or publication are not as they have to be.
+            ValueError: The server's tables, slot or publication are not as they have to be, or it does not let us in.
         """
         until = time.monotonic() + timeout_s
         while True:
-            try:
-                return self._poll(until)
-            except (psycopg2.Error, OSError) as error:
-                self._lost(error)
-            except ValueError:
-                # It comes again at the next call, rather than that the message is passed over.
-                self.close()
-                raise
+            if (wait := self._retry_at - time.monotonic()) <= 0:
+                try:
+                    changes = self._poll(until)
+                    self.is_away = False
+                    return changes
+                except (psycopg2.Error, OSError) as error:
+                    self._lost(error)
+                except ValueError:
+                    # It comes again at the next call, rather than that the message is passed over.
+                    self.close()
+                    raise
+                wait = self._retry_at - time.monotonic()
             if (left := until - time.monotonic()) <= 0:
                 return ProfileChanges(self._position)
-            time.sleep(min(_PAUSE_S, left))
+            time.sleep(max(min(wait, left), 0.0))
+
+    def end_now(self, timeout_s: float, stop: threading.Event) -> int:
+        """Returns the position after all that the server has written by now; after `stop` was set, maybe `START`.
+
+        Raises:
+            OSError: In so many seconds it was not there.
+            ValueError: It does not let us in.
+        """
+        until = time.monotonic() + timeout_s
+        while not stop.is_set():
+            try:
+                with contextlib.closing(connect(self._config, strict=True)) as connection:
+                    return end_of(connection)
+            except psycopg2.Error as error:
+                if time.monotonic() + RETRY_S > until:
+                    raise OSError(f"PostgreSQL is not there: {str(error).strip()}") from error
+            stop.wait(RETRY_S)
+        return START
 
     def confirm(self, position: int) -> None:
         """Says that all up to a position is in the lake for good: the server need not keep it any longer."""
@@ -120,6 +150,7 @@ class ProfileReader:
             return
         try:
             self._stream.send_feedback(write_lsn=position, flush_lsn=position, apply_lsn=position, force=True)
+            self._told_at = self._stream.feedback_timestamp
         except psycopg2.Error as error:
             self._lost(error)
 
@@ -127,6 +158,8 @@ class ProfileReader:
         """Ends the connections. The slot stays."""
         if self._decoder:
             self._set_aside += self._decoder.num_set_aside
+        if self._snapshot is not None:
+            self._snapshot.close()
         self._snapshot = self._decoder = None
         for one in (self._stream and self._stream.connection, self._query):
             if one is not None:
@@ -137,11 +170,12 @@ class ProfileReader:
     def _poll(self, until: float) -> ProfileChanges:
         if self._query is None:
             self._connect()
-        if self._snapshot is not None:
+        while self._snapshot is not None:
             changes = next(self._snapshot, None)
-            if changes is not None:
+            if changes is None:
+                self._snapshot = None
+            elif changes.num_rows or changes.position != START or time.monotonic() >= until:
                 return changes
-            self._snapshot = None
         if self._decoder is None:
             self._start_stream()
         return self._read(until)
@@ -157,101 +191,53 @@ class ProfileReader:
         if code is not None and code != _IN_USE and not code.startswith(_PASSING):
             raise ValueError(f"PostgreSQL refuses: {str(error).strip()}") from error
         self.num_reconnects += 1
-        LOGGER.warning("PostgreSQL: %s; connecting anew", str(error).strip())
+        self._retry_at = time.monotonic() + RETRY_S
+        if not self.is_away:
+            LOGGER.warning("PostgreSQL: %s; connecting anew", str(error).strip())
+        self.is_away = True
 
     def _connect(self) -> None:
-        config = self._config
-        # Whatever the database's encoding is: this is UTF-8.
-        self._query = psycopg2.connect(config.dsn, client_encoding="UTF8")
+        config, strict = self._config, not self._was_there
+        self._query = connect(config, strict)
         self._query.autocommit = True
-        self._tables = [self._table(subject) for subject in _subjects(config)]
-        self._publish()
-        replication = psycopg2.connect(config.dsn, client_encoding="UTF8", connection_factory=LogicalReplicationConnection)
-        self._stream = replication.cursor()
-        slot = self._slot()
-        if self._position != START or (slot is not None and slot[0] != "pgoutput"):
-            if problem := _problem_of(slot, self._position):
-                raise ValueError(f"replication slot {config.slot!r}: {problem}; start over at START to read all profiles again")
-        else:
+        self._tables = [table_of(self._query, config, subject) for subject in _subjects(config)]
+        publish(self._query, config, self._tables)
+        self._stream = connect(config, strict, replicating=True).cursor()
+        self._was_there = True
+        slot = slot_of(self._query, config.slot)
+        if slot is not None and slot.plugin != "pgoutput":
+            raise ValueError(f"replication slot {config.slot!r} is of plugin {slot.plugin}, not pgoutput: give another one")
+        if self._position != START:
+            if problem := gap_behind(slot, self._position):
+                said = f"replication slot {config.slot!r}: {problem}"
+                if not config.start_over:
+                    raise ValueError(f"{said}; PostgresConfig.start_over reads all profiles again")
+                self._reread(said)
+            elif slot is not None and slot.confirmed > self._position:
+                self._reread(
+                    f"replication slot {config.slot!r}: changes up to {slot.confirmed} were confirmed, the lake has those "
+                    f"up to {self._position}: it is an older one, or was killed while only other tables changed"
+                )
+        if self._position == START:
             self._snapshot = self._snapshot_rows(slot)
 
-    def _table(self, subject: Subject) -> ProfileTable:
-        """Finds the table and its columns.
+    def _reread(self, why: str) -> None:
+        """Has all rows come again, with the time of then: later than whatever the lake has."""
+        LOGGER.warning("%s; all profiles are read again; those that were deleted in between stay", why)
+        self._position, self._snapshot_ms = START, -1
 
-        Raises:
-            ValueError: It is not there, or not as it has to be.
-        """
-        name, renamed = (
-            (self._config.user_table, self._config.user_columns)
-            if subject == "user"
-            else (self._config.video_table, self._config.video_columns)
-        )
-        names = [key_of(subject), *(column for column, _ in profile_of(subject).columns)]
-        if unknown := sorted({column for column, _ in renamed} - {*names}):
-            raise ValueError(f"PostgresConfig.{subject}_columns: no column of the features is {unknown}; there: {names}")
-        with self._query.cursor() as cursor:
-            cursor.execute(
-                "SELECT c.oid, n.nspname, c.relname, c.relreplident FROM pg_class c "
-                "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass(%s)",
-                (name,),
-            )
-            if (found := cursor.fetchone()) is None:
-                raise ValueError(f"PostgresConfig.{subject}_table: PostgreSQL has no table {name!r}")
-            oid, schema, plain, identity = found
-            cursor.execute(
-                "SELECT a.attname, a.atttypid::bigint, EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid "
-                "AND a.attnum = ANY (i.indkey) AND CASE %s WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END) "
-                "FROM pg_attribute a WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum",
-                (identity, oid),
-            )
-            columns = cursor.fetchall()
-        table = ProfileTable(subject, schema, plain, tuple({**{one: one for one in names}, **dict(renamed)}.values()))
-        table.places({column: kind for column, kind, _ in columns})
-        if identity != "f" and table.columns[0] not in {column for column, _, is_identity in columns if is_identity}:
-            raise ValueError(identity_missing(table))
-        return table
-
-    def _publish(self) -> None:
-        """Makes the publication unless it is there.
-
-        Raises:
-            ValueError: It is there, and lacks a table.
-        """
-        name = self._config.publication
-        with self._query.cursor() as cursor:
-            cursor.execute("SELECT 1 FROM pg_publication WHERE pubname = %s", (name,))
-            if not cursor.fetchone():
-                tables = sql.SQL(", ").join(sql.Identifier(table.schema, table.name) for table in self._tables)
-                statement = sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true)")
-                cursor.execute(statement.format(sql.Identifier(name), tables))
-            cursor.execute("SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %s", (name,))
-            there = {*cursor.fetchall()}
-        for table in self._tables:
-            if (table.schema, table.name) not in there:
-                raise ValueError(f"publication {name!r} does not hold table {table.schema}.{table.name}: ALTER PUBLICATION it")
-
-    def _slot(self) -> tuple[Any, ...] | None:
-        """Returns plugin, confirmed position, whether changes were lost, and the server's position; None: there is no slot."""
-        with self._query.cursor() as cursor:
-            cursor.execute(
-                "SELECT plugin, confirmed_flush_lsn - '0/0'::pg_lsn, wal_status = 'lost', pg_current_wal_lsn() - '0/0'::pg_lsn "
-                "FROM pg_replication_slots WHERE slot_name = %s",
-                (self._config.slot,),
-            )
-            return cursor.fetchone()
-
-    def _snapshot_rows(self, slot: tuple[Any, ...] | None) -> Iterator[ProfileChanges]:
-        """Yields what is in the tables, and last an empty one with the position of the slot."""
+    def _snapshot_rows(self, slot: Slot | None) -> Generator[ProfileChanges]:
+        """Yields what is in the tables, and last an empty one with the position of the slot; empty ones while it waits."""
         with self._query.cursor() as cursor:
             cursor.execute(
                 "SELECT floor(extract(epoch FROM clock_timestamp()) * 1000), txid_snapshot_xmax(txid_current_snapshot())"
             )
             now_ms, running = map(int, cursor.fetchone())
-            if slot is not None and slot[2]:
+            if slot is not None and slot.lost:
                 cursor.execute("SELECT pg_drop_replication_slot(%s)", (self._config.slot,))
                 slot = None
             if slot is None:
-                self._stream.create_replication_slot(self._config.slot, output_plugin="pgoutput")
+                yield from self._make_slot()
                 _, point, exported, _ = self._stream.fetchone()
                 cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                 cursor.execute("SET TRANSACTION SNAPSHOT %s", (exported,))
@@ -260,14 +246,39 @@ class ProfileReader:
                 # One was killed before it had all. What has changed since is told by the slot again, deletions too. As when a
                 # slot is made, those are waited for that run: they may have the time of their commit, and not be seen yet.
                 while cursor.execute("SELECT txid_snapshot_xmin(txid_current_snapshot())") or cursor.fetchone()[0] < running:
-                    time.sleep(0.01)
+                    time.sleep(_WAIT_S)
+                    yield ProfileChanges(START)
                 cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-                position = int(slot[1])
+                position = slot.confirmed
             for table in self._tables:
-                yield from self._rows_of(table, now_ms if self._config.snapshot_ms < 0 else self._config.snapshot_ms)
+                yield from self._rows_of(table, now_ms if self._snapshot_ms < 0 else self._snapshot_ms)
             cursor.execute("COMMIT")
         self._position = position
         yield ProfileChanges(position)
+
+    def _make_slot(self) -> Iterator[ProfileChanges]:
+        """Makes the slot, for which the server waits until those transactions have ended that are open now."""
+        stream, failed = self._stream, []
+
+        def make() -> None:
+            try:
+                stream.create_replication_slot(self._config.slot, output_plugin="pgoutput")
+            except psycopg2.Error as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=make, name="make slot", daemon=True)
+        thread.start()
+        try:
+            while thread.join(_WAIT_S) or thread.is_alive():
+                yield ProfileChanges(START)
+        finally:
+            # Closed meanwhile: a connection does not close while it waits. A slot that is not made whole is gone.
+            while thread.is_alive():
+                with contextlib.suppress(psycopg2.Error):
+                    stream.connection.cancel()
+                thread.join(_WAIT_S)
+        if failed:
+            raise failed[0]
 
     def _rows_of(self, table: ProfileTable, time_ms: int) -> Iterator[ProfileChanges]:
         names = sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(name)) for name in table.columns)
@@ -293,12 +304,15 @@ class ProfileReader:
         self._stream.start_replication(self._config.slot, start_lsn=self._position, options=options)
         self._decoder = Decoder(self._tables, self._look_up, self._config.ignore_truncate)
         self._decoder.position = self._position
+        self._told_at = self._stream.feedback_timestamp
 
     def _read(self, until: float) -> ProfileChanges:
         decoder, stream = self._decoder, self._stream
         assert decoder is not None
         while True:
             message = stream.read_message()
+            if stream.feedback_timestamp != self._told_at:
+                self._told_at, self.answered = stream.feedback_timestamp, stream.wal_end
             if message is not None:
                 decoder.feed(message.payload)
                 if decoder.is_open:
@@ -312,6 +326,7 @@ class ProfileReader:
                 decoder.position = max(decoder.position, stream.wal_end)
                 if decoder.num_rows:
                     break
+                self._position = max(self._position, decoder.position)
             if (left := until - time.monotonic()) <= 0:
                 break
             select.select([stream], [], [], left)
@@ -338,19 +353,3 @@ def _number_of(position: str) -> int:
     """Returns a position that is written as PostgreSQL does, `16/B374D848`."""
     high, low = position.split("/")
     return (int(high, 16) << 32) + int(low, 16)
-
-
-def _problem_of(slot: tuple[Any, ...] | None, position: int) -> str:
-    """Returns why changes after a position cannot be read, '' if they can."""
-    if slot is None:
-        return "there is none any longer, and what has changed since is not known"
-    plugin, confirmed, lost, written = slot
-    if plugin != "pgoutput":
-        return f"it is of plugin {plugin}, not pgoutput"
-    if lost:
-        return "the server has dropped what it was to keep (max_slot_wal_keep_size)"
-    if confirmed > position:
-        return f"changes up to {confirmed} were confirmed, the lake has those up to {position}: it is an older one"
-    if position > written:
-        return f"the server is at {written}, the lake at {position}: the server is another, or an older one"
-    return ""

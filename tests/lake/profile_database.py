@@ -22,6 +22,8 @@ CREATE TABLE video_profiles (
     video_id bigint PRIMARY KEY, author_id bigint, sound_id integer, tag_id bigint[], duration_ms integer, quality numeric
 );
 CREATE TABLE other (id bigint);
+ALTER TABLE user_profiles REPLICA IDENTITY FULL;
+ALTER TABLE video_profiles REPLICA IDENTITY FULL;
 """
 COLUMNS = {
     "user": "user_id, country, language, age",
@@ -42,12 +44,12 @@ def administrate(server: PostgresServer, statement: str) -> list[tuple[Any, ...]
 
 
 @contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[PostgresServer]:
+def running_server(folder: Path, settings: dict[str, str] | None = None) -> Iterator[PostgresServer]:
     """Gives a server to tests that may kill it, and leave it running; skips where there is none, unless one is required."""
     if why := missing():
         assert not os.environ.get(REQUIRED), why
         pytest.skip(why)
-    server = PostgresServer(folder)
+    server = PostgresServer(folder, settings)
     server.start()
     yield server
     server.stop()
@@ -86,6 +88,13 @@ class Database:
             cursor.execute(statement, values)
             return cursor.fetchall() if cursor.description else []
 
+    def drop_slot(self) -> None:
+        """Drops the replication slot, once the server has noticed that nobody reads it any longer."""
+        query, until = "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s AND active", time.monotonic() + 10
+        while self.run(query, self.name) and time.monotonic() < until:
+            time.sleep(0.02)
+        self.run("SELECT pg_drop_replication_slot(%s)", self.name)
+
     def config(self, **fields: Any) -> PostgresConfig:
         return PostgresConfig(**{"dsn": self.dsn, "slot": self.name, **fields})
 
@@ -123,5 +132,5 @@ def read_until_quiet(reader: ProfileReader, lake: Lake, quiet_s: float = 0.3) ->
     while quiet < 2:
         changes = reader.poll(quiet_s)
         lake.add(changes)
-        quiet = 0 if changes.num_rows or changes.position == START else quiet + 1
+        quiet = 0 if changes.num_rows or changes.position == START or reader.is_away else quiet + 1
     return changes.position

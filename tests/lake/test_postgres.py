@@ -33,10 +33,18 @@ def database(server: PostgresServer) -> Iterator[Database]:
         yield one
 
 
+def keep_short(database: Database) -> None:
+    """Has the tables hold no long values, so that changes need not come with the row before."""
+    for table, columns in (("user_profiles", ("country", "language")), ("video_profiles", ("tag_id",))):
+        database.run(f"ALTER TABLE {table} REPLICA IDENTITY DEFAULT")
+        for column in columns:
+            database.run(f"ALTER TABLE {table} ALTER {column} SET STORAGE PLAIN")
+
+
 def change(database: Database, generator: random.Random) -> None:
     """Does something to the tables, of which no row is of nulls only."""
     what, key = generator.random(), generator.randrange(20)
-    tags = [generator.getrandbits(62) for _ in range(generator.choice([0, 1, 3, 1000]))]
+    tags = [generator.getrandbits(62) for _ in range(generator.choice([0, 1, 3, 900]))]
     if what < 0.35:
         database.run(
             "INSERT INTO user_profiles VALUES ('x', %s, %s, %s, %s) ON CONFLICT (user_id) DO UPDATE SET age = EXCLUDED.age",
@@ -62,9 +70,8 @@ def change(database: Database, generator: random.Random) -> None:
 
 @pytest.mark.parametrize("identity", ["DEFAULT", "FULL"])
 def test_the_lake_comes_to_hold_what_the_tables_hold(database: Database, identity: str) -> None:
-    database.run(
-        f"ALTER TABLE user_profiles REPLICA IDENTITY {identity}; ALTER TABLE video_profiles REPLICA IDENTITY {identity}"
-    )
+    if identity == "DEFAULT":
+        keep_short(database)
     generator, lake, committed = random.Random(identity), Lake(), START
     for _ in range(50):
         change(database, generator)
@@ -83,8 +90,7 @@ def test_the_lake_comes_to_hold_what_the_tables_hold(database: Database, identit
             read_until_quiet(reader, lake)
         reader.close()
     assert lake.now() == database.now() and lake.now()["video"]
-    looked_up = reader.num_looked_up
-    assert not reader.num_set_aside and (identity == "DEFAULT" or not looked_up)
+    assert not reader.num_set_aside and not reader.num_looked_up
 
 
 def test_rows_at_the_start_have_the_time_that_is_set_and_changes_that_of_their_commit(database: Database) -> None:
@@ -137,7 +143,7 @@ def test_transactions_come_whole_and_not_with_what_is_behind(database: Database)
         again.close()
 
 
-def test_a_long_value_that_was_not_touched_is_there(database: Database) -> None:
+def test_a_long_value_that_was_not_touched_is_that_of_then(database: Database) -> None:
     reader = ProfileReader(database.config())
     lake = Lake()
     read_until_quiet(reader, lake, 0.05)
@@ -145,13 +151,17 @@ def test_a_long_value_that_was_not_touched_is_there(database: Database) -> None:
     tags = [generator.getrandbits(62) for _ in range(5000)]
     database.run("INSERT INTO video_profiles VALUES (1, 2, 3, %s::bigint[], 5, 0.5)", tags)
     database.run("UPDATE video_profiles SET author_id = 9")
-    read_until_quiet(reader, lake, 0.2)
-    assert lake.now() == database.now() and reader.num_looked_up == 1
-    database.run("ALTER TABLE video_profiles REPLICA IDENTITY FULL")
+    database.run("UPDATE video_profiles SET tag_id = '{1}'")
+    rows = []
+    while len(rows) < 3:
+        rows += reader.poll(5).rows["video"].to_pylist()
+    assert [row["tag_id"] for row in rows] == [tags, tags, [1]] and not reader.num_looked_up
+    # What was changed under another identity has the values of now, and is counted.
+    database.run("UPDATE video_profiles SET tag_id = %s::bigint[]", tags)
+    database.run("ALTER TABLE video_profiles REPLICA IDENTITY DEFAULT")
     database.run("UPDATE video_profiles SET author_id = 10")
     read_until_quiet(reader, lake, 0.2)
-    assert lake.now() == database.now() and reader.num_looked_up == 1
-    assert lake.rows["video"][1][1] == (10, 3, tags, 5, 0.5)
+    assert lake.rows["video"][1][1] == (10, 3, tags, 5, 0.5) and reader.num_looked_up == 1
 
 
 def test_arrays_with_nulls_and_dimensions(database: Database) -> None:
@@ -194,7 +204,7 @@ def test_the_server_may_be_killed(database: Database) -> None:
         database.connect()
     change(database, generator)
     read_until_quiet(reader, lake)
-    assert lake.now() == database.now() and reader.num_reconnects >= 3
+    assert lake.now() == database.now() and reader.num_reconnects >= 2
 
 
 READER = """

@@ -1,10 +1,11 @@
 """Holds what is wrong with the tables, the slot or the server to its name."""
 
+import contextlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import pytest
 from launch.bench.postgres_server import PostgresServer
 from tests.lake.profile_database import Database, Lake, new_database, read_until_quiet, running_server
 
-pytest.importorskip("psycopg2")
+psycopg2 = pytest.importorskip("psycopg2")
 
-from monolith_jax.lake.postgres import START, PostgresConfig, ProfileReader
+from monolith_jax.lake.postgres import START, PostgresConfig, ProfileReader  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def test_rows_without_a_key_are_set_aside(database: Database) -> None:
 
 def test_tables_may_have_other_names_and_further_columns(database: Database) -> None:
     database.run("CREATE SCHEMA app; CREATE TABLE app.people (id integer PRIMARY KEY, land text, language text, age bigint)")
+    database.run("ALTER TABLE app.people REPLICA IDENTITY FULL")
     config = database.config(user_table="app.people", video_table="", user_columns=(("user_id", "id"), ("country", "land")))
     reader, lake = ProfileReader(config), Lake()
     read_until_quiet(reader, lake, 0.05)
@@ -79,7 +81,36 @@ def test_tables_may_have_other_names_and_further_columns(database: Database) -> 
         ("ALTER TABLE user_profiles DROP COLUMN age", {}, r"user_profiles has no column age; there: note, user_id"),
         ("ALTER TABLE user_profiles ALTER age TYPE text", {}, r"column age .* expected bigint, integer or smallint"),
         ("ALTER TABLE video_profiles ALTER tag_id TYPE text", {}, r"column tag_id .* expected bigint\[\]"),
-        ("ALTER TABLE user_profiles DROP CONSTRAINT user_profiles_pkey", {}, r"REPLICA IDENTITY FULL"),
+        (
+            "ALTER TABLE user_profiles DROP CONSTRAINT user_profiles_pkey, REPLICA IDENTITY DEFAULT",
+            {},
+            r"does not hold user_id: ALTER TABLE public.user_profiles REPLICA IDENTITY FULL",
+        ),
+        (
+            "ALTER TABLE video_profiles REPLICA IDENTITY DEFAULT",
+            {},
+            r"public.video_profiles: .*\(of tag_id\).*: ALTER TABLE video_profiles REPLICA IDENTITY FULL",
+        ),
+        (
+            "CREATE PUBLICATION mine FOR TABLE user_profiles, video_profiles WITH (publish = 'insert, truncate')",
+            {"publication": "mine"},
+            "'mine' does not tell update, delete: ALTER PUBLICATION mine SET",
+        ),
+        (
+            "CREATE PUBLICATION mine FOR TABLE user_profiles, video_profiles WITH (publish = 'insert, update, delete')",
+            {"publication": "mine"},
+            "'mine' does not tell truncate",
+        ),
+        (
+            "CREATE PUBLICATION mine FOR TABLE user_profiles WHERE (user_id < 100), video_profiles",
+            {"publication": "mine"},
+            r"public.user_profiles only rows WHERE \(user_id < 100\)",
+        ),
+        (
+            "CREATE PUBLICATION mine FOR TABLE user_profiles (user_id, country), video_profiles",
+            {"publication": "mine"},
+            r"does not tell columns \['language', 'age'\] of table public.user_profiles",
+        ),
         ("SELECT 1", {"user_table": "nobody"}, "user_table: PostgreSQL has no table 'nobody'"),
         ("SELECT 1", {"user_columns": (("userid", "id"),)}, "no column of the features is .'userid'"),
         (
@@ -96,33 +127,152 @@ def test_what_is_wrong_is_named(database: Database, statement: str, fields: dict
         reader.poll(1)
 
 
+def test_partitions_have_to_tell_long_values_too(database: Database) -> None:
+    database.run(
+        "CREATE TABLE people (user_id bigint PRIMARY KEY, country text, language text, age int) PARTITION BY RANGE (user_id)"
+    )
+    database.run("CREATE TABLE people_1 PARTITION OF people FOR VALUES FROM (0) TO (100)")
+    database.run("ALTER TABLE people REPLICA IDENTITY FULL")
+    config = database.config(user_table="people")
+    with pytest.raises(ValueError, match="ALTER TABLE people_1 REPLICA IDENTITY FULL"):
+        ProfileReader(config).poll(1)
+    database.run("ALTER TABLE people_1 REPLICA IDENTITY FULL")
+    reader, lake = ProfileReader(config), Lake()
+    read_until_quiet(reader, lake, 0.05)
+    database.run("INSERT INTO people VALUES (7, 'de', 'de', 30)")
+    read_until_quiet(reader, lake, 0.1)
+    assert lake.now()["user"] == {7: ("de", "de", 30)}
+
+
 def test_a_position_that_the_slot_cannot_serve_is_refused(database: Database) -> None:
-    with pytest.raises(ValueError, match="there is none any longer"):
+    with pytest.raises(ValueError, match="there is none any longer.*start_over"):
         ProfileReader(database.config(), 5).poll()
     reader = ProfileReader(database.config())
-    position = read_until_quiet(reader, Lake(), 0.05)
+    read_until_quiet(reader, Lake(), 0.05)
     database.run("INSERT INTO user_profiles VALUES ('x', 1, 'de', 'de', 30)")
-    later = reader.poll(5).position
-    reader.confirm(later)
+    position = reader.poll(5).position
+    reader.confirm(position)
     reader.close()
     time.sleep(0.2)
-    with pytest.raises(ValueError, match="it is an older one"):
-        ProfileReader(database.config(), position).poll()
     with pytest.raises(ValueError, match="the server is another"):
-        ProfileReader(database.config(), later + 10**12).poll()
-    ProfileReader(database.config(), later).poll()
+        ProfileReader(database.config(), position + 10**12).poll()
+    ProfileReader(database.config(), position).poll()
     with pytest.raises(ValueError, match="max_rows"):
         ProfileReader(database.config(max_rows=0))
     with pytest.raises(ValueError, match="neither"):
         ProfileReader(database.config(user_table="", video_table=""))
 
 
-def test_a_server_that_is_not_there_is_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_older_lake_has_all_rows_read_again(database: Database, gone: bool, caplog: pytest.LogCaptureFixture) -> None:
+    lake, reader = Lake(), ProfileReader(database.config(snapshot_ms=0))
+    database.run("INSERT INTO user_profiles VALUES ('x', 1, 'de', 'de', 30), ('x', 2, 'de', 'de', 30)")
+    position = read_until_quiet(reader, lake, 0.05)
+    database.run("UPDATE user_profiles SET age = 31 WHERE user_id = 1")
+    reader.confirm(reader.poll(5).position)
+    reader.close()
+    time.sleep(0.2)
+    if gone:
+        database.drop_slot()
+    reader = ProfileReader(database.config(snapshot_ms=0, start_over=gone), position)
+    changes = reader.poll(5)
+    assert changes.position == START and "all profiles are read again" in caplog.text
+    lake.add(changes)
+    database.run("UPDATE user_profiles SET age = 32 WHERE user_id = 2")
+    assert read_until_quiet(reader, lake, 0.1) > position
+    assert lake.now() == database.now()
+
+
+def test_a_server_that_is_not_there_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     reader = ProfileReader(PostgresConfig("host=127.0.0.1 port=1 user=nobody dbname=nothing"))
     start = time.monotonic()
-    changes = reader.poll(0.3)
-    assert changes.position == START and not changes.num_rows and 0.25 < time.monotonic() - start < 5
-    assert reader.num_reconnects
+    for _ in range(10):
+        changes = reader.poll(0.25)
+        assert changes.position == START and not changes.num_rows
+    assert 2.4 < time.monotonic() - start < 5
+    assert reader.is_away and 2 <= reader.num_reconnects <= 4 and caplog.text.count("connecting anew") == 1
+    with pytest.raises(OSError, match="PostgreSQL is not there"):
+        reader.end_now(0.1, threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("dbname=nowhere", 'does not let us in: .*"nowhere" does not exist'),
+        ("user=nobody", 'does not let us in: .*"nobody" does not exist'),
+        ("dbname", "no address as libpq takes it"),
+        ("sslmode=require", "does not let us in: .*SSL"),
+    ],
+)
+def test_an_address_that_is_wrong_is_not_waited_for(database: Database, wrong: str, message: str) -> None:
+    reader = ProfileReader(PostgresConfig(f"{database.dsn} {wrong}"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            reader.poll(1)
+    with pytest.raises(ValueError, match=message):
+        reader.end_now(5, threading.Event())
+
+
+def test_a_wrong_password_is_not_waited_for(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = database.server.folder / "data"
+    database.run("CREATE ROLE guest LOGIN REPLICATION PASSWORD 'right'")
+    before = (folder / "pg_hba.conf").read_text()
+    (folder / "pg_hba.conf").write_text(f"host all guest 127.0.0.1/32 scram-sha-256\n{before}")
+    try:
+        database.run("SELECT pg_reload_conf()")
+        time.sleep(0.5)
+        for password, message in (("", "no password supplied"), ("secret", "password authentication failed")):
+            monkeypatch.setenv("PGPASSWORD", password)
+            with pytest.raises(ValueError, match=message) as raised:
+                ProfileReader(PostgresConfig(f"{database.dsn} user=guest")).poll(1)
+            assert "secret" not in str(raised.value)
+    finally:
+        (folder / "pg_hba.conf").write_text(before)
+        database.run("SELECT pg_reload_conf()")
+        database.run("DROP ROLE guest")
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "host=a password=secret",
+        "host=a PASSWORD = 'secret'",
+        "password=secret host=a",
+        "postgresql://me:secret@a/b",
+        "postgres://a/b?user=me&password=secret",
+        "host=a sslpassword=secret",
+    ],
+)
+def test_an_address_holds_no_password(dsn: str) -> None:
+    with pytest.raises(ValueError, match="PGPASSWORD") as raised:
+        PostgresConfig(dsn)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dsn", ["host=a passfile=b", "postgresql://me@a:5432/b", "postgresql://a:5432/b?user=me"])
+def test_an_address_without_a_password_is_taken(dsn: str) -> None:
+    assert PostgresConfig(dsn).dsn == dsn
+
+
+def test_polls_end_while_another_transaction_is_open_at_the_start(database: Database) -> None:
+    database.run("INSERT INTO user_profiles VALUES ('x', 1, 'de', 'de', 30)")
+    open_, lake = psycopg2.connect(database.dsn), Lake()
+    with contextlib.closing(open_):
+        open_.cursor().execute("INSERT INTO other VALUES (1)")
+        for _ in range(2):  # the second time after the first was closed while it waited
+            reader, start = ProfileReader(database.config()), time.monotonic()
+            for _ in range(3):
+                changes = reader.poll(0.2)
+                assert changes.position == START and not changes.num_rows
+            assert 0.5 < time.monotonic() - start < 2
+            reader.close()
+            assert time.monotonic() - start < 3
+            assert not database.run("SELECT 1 FROM pg_replication_slots WHERE slot_name = %s", database.name)
+        reader = ProfileReader(database.config())
+        reader.poll(0.2)
+        open_.rollback()
+        read_until_quiet(reader, lake)
+    assert lake.now() == database.now()
 
 
 def test_without_psycopg2_the_extra_is_named() -> None:
