@@ -147,7 +147,7 @@ class TableWriter:
         self._write.write_arrow(pa.Table.from_arrays(columns, schema=self.schema))
 
     def flush(self, epoch: int) -> None:
-        """Makes files of what was written of an epoch so far, which lets go of the memory; they are seen once it is committed."""
+        """Makes files of what was written of an epoch so far, which frees its memory; they are seen once it is committed."""
         self._flushed += self._write.prepare_commit(epoch)
 
     def commit(self, epoch: int, told: Mapping[str, Any]) -> None:

@@ -145,7 +145,7 @@ def test_partitions_have_to_tell_long_values_too(database: Database) -> None:
 
 
 def test_a_position_that_the_slot_cannot_serve_is_refused(database: Database) -> None:
-    with pytest.raises(ValueError, match="there is none any longer.*start_over"):
+    with pytest.raises(ValueError, match=r"there is none any longer.*start_over"):
         ProfileReader(database.config(), 5).poll()
     reader = ProfileReader(database.config())
     read_until_quiet(reader, Lake(), 0.05)
