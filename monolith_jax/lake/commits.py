@@ -133,6 +133,7 @@ class TableWriter:
         self.schema: pa.Schema = PyarrowFieldParser.from_paimon_schema(self.table.table_schema.fields)
         builder = self.table.new_stream_write_builder()._with_commit_user(self._writer)
         self._write, self._commit = builder.new_write(), builder.new_commit()
+        self._flushed: list[Any] = []
 
     def _newest(self) -> int:
         newest = self.table.snapshot_manager().get_latest_snapshot()
@@ -155,6 +156,10 @@ class TableWriter:
         ]
         self._write.write_arrow(pa.Table.from_arrays(columns, schema=self.schema))
 
+    def flush(self, epoch: int) -> None:
+        """Makes files of what was written of an epoch so far, which frees its memory; they are seen once it is committed."""
+        self._flushed += self._write.prepare_commit(epoch)
+
     def commit(self, epoch: int, told: Mapping[str, Any]) -> None:
         """Makes what was written visible, as an epoch; of one that the table has already, nothing.
 
@@ -165,7 +170,8 @@ class TableWriter:
         Raises:
             ValueError: Another process writes to the table as the same writer.
         """
-        messages = self._write.prepare_commit(epoch)
+        self.flush(epoch)
+        messages, self._flushed = self._flushed, []
         if epoch <= self.last.epoch:
             self._commit.abort(messages)
             return

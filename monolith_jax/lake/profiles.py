@@ -24,6 +24,8 @@ from monolith_jax.lake.warehouse import WarehouseConfig
 
 WRITER = "profiles"
 WAIT_S = 0.02
+FLUSH_ROWS = 1 << 19
+"""Of an epoch: at the start it is all rows, and files are made of so many."""
 IDLE_BYTES = 2**24
 """When other tables have written so much, an epoch without rows tells how far the lake is, so that it need not be kept."""
 
@@ -163,6 +165,9 @@ class Profiles:
             if subject in changes.rows and writer.last.epoch < epoch:
                 rows = pa.Table.from_batches([changes.rows[subject]])
                 writer.write(_log_of(rows) if name.endswith("_log") else newest_of(rows, key_of(subject), "profile_ms"))
+        if (self._number + changes.num_rows) // FLUSH_ROWS > self._number // FLUSH_ROWS:
+            for writer in self._writers.values():
+                writer.flush(epoch)
         self._number += changes.num_rows
 
     def _commit(self, epoch: int, told: dict[str, int]) -> None:

@@ -64,7 +64,7 @@ def new_database(server: PostgresServer) -> Iterator["Database"]:
     ours = f"FROM pg_replication_slots WHERE slot_name = '{one.name}'"
     administrate(server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{one.name}'")
     until = time.monotonic() + 10
-    while administrate(server, f"SELECT {ours} AND active") and time.monotonic() < until:
+    while administrate(server, f"SELECT 1 {ours} AND active") and time.monotonic() < until:
         time.sleep(0.02)
     administrate(server, f"SELECT pg_drop_replication_slot(slot_name) {ours}")
 

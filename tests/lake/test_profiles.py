@@ -169,6 +169,7 @@ def test_the_rows_of_the_start_are_written_as_they_come_and_seen_at_once(
         write(writer, rows)
 
     monkeypatch.setattr(TableWriter, "write", noted)
+    monkeypatch.setattr(profiles_module, "FLUSH_ROWS", 512)
     # Twice the same keys: the later row counts, wherever it stands.
     database.run("ALTER TABLE user_profiles DROP CONSTRAINT user_profiles_pkey")
     database.run("INSERT INTO user_profiles SELECT 'x', i %% 700, 'de', 'de', i FROM generate_series(0, 1399) AS i")
