@@ -50,13 +50,18 @@ class WarehouseConfig:
     path: str
     """Folder, or `s3://bucket/path`."""
     options: tuple[tuple[str, str], ...] = ()
-    """Options of the catalog: of an object store `s3.endpoint`, `s3.region`, `s3.access-key`, `s3.secret-key`, where they are
-    not in the environment, as S3's clients read it (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, ...)."""
+    """Options of the catalog: of an object store `s3.endpoint` and `s3.region`, where they are not in the environment, as S3's
+    clients read it (`AWS_ENDPOINT_URL`, `AWS_REGION`); keys are in the environment (`AWS_ACCESS_KEY_ID`, ...)."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError if there is no path."""
+        """Raises ValueError if there is no path, or a secret among the options."""
         if not self.path:
             raise ValueError("WarehouseConfig.path is empty; name a folder, or s3://bucket/path")
+        if secret := [name for name, _ in self.options if "secret" in name.lower()]:
+            raise ValueError(
+                f"WarehouseConfig.options has {secret[0]}, and every run folder holds its configuration: put keys into the "
+                "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+            )
 
     @property
     def is_local(self) -> bool:

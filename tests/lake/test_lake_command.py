@@ -38,6 +38,7 @@ def arguments(folder: Path, *jobs: str) -> list[str]:
         (("ingest",), ("--gin.Experiment.source=@LogConfig()",), "never used"),
         (("ingest",), ("--gin.LakeJobsConfig.commit_s=0.0",), "commit_s must be above 0"),
         (("ingest",), ("--gin.WAREHOUSE=",), "WarehouseConfig.path is empty"),
+        (("ingest",), ("--gin.WarehouseConfig.options=(('s3.secret-key', 'x'),)",), "put keys into the environment"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
