@@ -4,13 +4,11 @@ In: a folder. Out: an `HdfsServer` with two addresses: the native protocol's, an
 into `launch/bench/hdfs_jars`.
 """
 
-import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
-from launch.bench.kafka_broker import end_process, free_port, locked, start_watched
+from launch.bench.kafka_broker import end_process, fetched, free_port, start_watched
 
 HERE = Path(__file__).parent
 POM, JARS = HERE / "hdfs_server.pom.xml", HERE / "hdfs_jars"
@@ -19,20 +17,7 @@ REQUIRED = "MONOLITH_JAX_REQUIRE_HDFS"
 
 def missing() -> str:
     """Fetches the jars unless they are there; returns why there can be no server, '' if there can."""
-    for command in ("java", "mvn"):
-        if not shutil.which(command):
-            return f"no HDFS: there is no {command}"
-    with locked(HERE / "hdfs_jars.lock"):
-        if JARS.is_dir():
-            return ""
-        new = HERE / "hdfs_jars.new"
-        shutil.rmtree(new, ignore_errors=True)
-        command = ["mvn", "-q", "-B", "-f", str(POM), "dependency:copy-dependencies", f"-DoutputDirectory={new}"]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode or not any(new.glob("hadoop-client-minicluster*.jar")):
-            return f"no HDFS: Maven cannot fetch it: {(done.stdout + done.stderr)[-500:]}"
-        new.rename(JARS)
-    return ""
+    return fetched("HDFS", POM, JARS, "hadoop-client-minicluster*.jar")
 
 
 class HdfsServer:

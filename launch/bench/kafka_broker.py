@@ -47,22 +47,34 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def missing() -> str:
-    """Fetches the jars unless they are there; returns why there can be no broker, '' if there can."""
+def fetched(what: str, pom: Path, jars: Path, one: str) -> str:
+    """Fetches the jars of a pom by Maven unless they are there; returns why there can be no such server, '' if there can.
+
+    Args:
+        what: What the server is called.
+        pom: What it needs.
+        jars: Folder of the jars.
+        one: Pattern of a jar that must be among them.
+    """
     for command in ("java", "mvn"):
         if not shutil.which(command):
-            return f"no broker: there is no {command}"
-    with locked(HERE / "kafka_jars.lock"):
-        if JARS.is_dir():
+            return f"no {what}: there is no {command}"
+    with locked(jars.with_name(f"{jars.name}.lock")):
+        if jars.is_dir():
             return ""
-        new = HERE / "kafka_jars.new"
+        new = jars.with_name(f"{jars.name}.new")
         shutil.rmtree(new, ignore_errors=True)
-        command = ["mvn", "-q", "-B", "-f", str(POM), "dependency:copy-dependencies", f"-DoutputDirectory={new}"]
+        command = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", f"-DoutputDirectory={new}"]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode or not any(new.glob("kafka_*.jar")):
-            return f"no broker: Maven cannot fetch it: {(done.stdout + done.stderr)[-500:]}"
-        new.rename(JARS)
+        if done.returncode or not any(new.glob(one)):
+            return f"no {what}: Maven cannot fetch it: {(done.stdout + done.stderr)[-500:]}"
+        new.rename(jars)
     return ""
+
+
+def missing() -> str:
+    """Fetches the jars unless they are there; returns why there can be no broker, '' if there can."""
+    return fetched("broker", POM, JARS, "kafka_*.jar")
 
 
 def tests_pid() -> int:

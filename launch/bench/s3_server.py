@@ -76,14 +76,6 @@ class S3Server:
         keys = {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key}
         return keys | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_REGION": self.region, "AWS_EC2_METADATA_DISABLED": "true"}
 
-    @property
-    def paimon_options(self) -> dict[str, str]:
-        """Returns the options by which a catalog of pypaimon finds the server: its Python side, and its Rust core."""
-        both = {"endpoint": self.endpoint, "region": self.region, "path-style-access": "true"}
-        python = both | {"accessKeyId": self.access_key, "accessKeySecret": self.secret_key}
-        rust = both | {"access-key": self.access_key, "secret-key": self.secret_key}
-        return {f"fs.s3.{name}": value for name, value in python.items()} | {f"s3.{name}": v for name, v in rust.items()}
-
     def files(self) -> S3FileSystem:
         """Returns the server's files: `bucket/key`."""
         return S3FileSystem(

@@ -1,8 +1,8 @@
 """Examples with the features that were known just before each of them: the join that no later moment leaks into.
 
 In: examples, and a state of features or the log of their changes. Out: the examples with the columns of the features,
-`user_<column>` and `video_<column>`. Online, the state runs ahead of the examples by the joiner's window and holds some
-versions (`with_features`); in history, changes and examples are walked through together, so that one version is enough
+`user_<column>` and `video_<column>`. Where examples are checked later, the state is ahead of them and holds some
+versions (`features_of`); in history, changes and examples are walked through together, so that one version is enough
 (`as_of_join`).
 """
 
@@ -25,15 +25,6 @@ class Joined(NamedTuple):
     examples: pa.RecordBatch
     rest: pa.RecordBatch
     """Changes that are not before the last example, in the order of time: they come first the next time."""
-
-
-def with_features(examples: pa.RecordBatch, state: FeatureState) -> pa.RecordBatch:
-    """Returns examples with the columns of a state as of their times; columns of these names are replaced.
-
-    Raises:
-        ValueError: The examples have no ids or times.
-    """
-    return with_columns(examples, features_of(examples, state))
 
 
 def features_of(examples: pa.RecordBatch, state: FeatureState) -> pa.RecordBatch:

@@ -48,12 +48,6 @@ class WindowCountsConfig:
     """Impressions that plays are waited for; of more, the first ones are forgotten, and counted. Costs 40 to 56 bytes each."""
 
 
-def watermark_after(newest_ms: int, out_of_order_s: float) -> int:
-    """Returns the watermark once an event of this time has come, if none is later than that by more than `out_of_order_s`."""
-    # As Flink SQL has it (WATERMARK FOR t AS t - INTERVAL ...), so that the same windows fire at the same event.
-    return newest_ms - round(1000 * out_of_order_s)
-
-
 @jit
 def _merged(cells_1, counts_1, cells_2, counts_2, cells, counts):
     """Merges counts of distinct cells in order, int64 each, into room for both; returns how many cells there are."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monolith_jax.lake.as_of import as_of_join, with_features
+from monolith_jax.lake.as_of import as_of_join, features_of, with_columns
 from monolith_jax.lake.tables import Subject
 from monolith_jax.lake.versions import FeatureState
 from tests.lake.feature_oracle import Change, Oracle, changes_of, int64, log_of
@@ -84,7 +84,7 @@ def held(examples: pa.RecordBatch, log: pa.RecordBatch) -> np.ndarray:
     state = FeatureState("video", 20, 3 * NUMBER)
     for start in range(0, log.num_rows, 100):
         state.apply(log.slice(start, 100))
-    return with_features(examples, state).column("video_views_5m").to_numpy()
+    return features_of(examples, state).column("video_views_5m").to_numpy()
 
 
 def latest(examples: pa.RecordBatch, log: pa.RecordBatch) -> np.ndarray:
@@ -146,5 +146,5 @@ def test_logged_columns_are_replaced_and_rows_without_an_id_know_nothing() -> No
     log = log_of("user", [Change(1, 0, 4, ("at", "de", 33)), Change(0, 0, 4, ("at", "de", 34))])
     state = FeatureState("user", 5)
     joined = as_of_join(examples, log, state).examples
-    assert joined.equals(with_features(examples, state))
+    assert joined.equals(with_columns(examples, features_of(examples, state)))
     assert joined.column("user_age").to_pylist() == [None, 33] and joined.schema.names.count("user_age") == 1
